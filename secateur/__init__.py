@@ -1,0 +1,1 @@
+"""Secateur: a pruning compiler for language models."""
