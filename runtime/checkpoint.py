@@ -1,0 +1,153 @@
+"""What a checkpoint folder says about its tensors, read from the headers alone and believed only after checking.
+
+A safetensors file is: 8 bytes little-endian header length, a JSON header (name -> dtype, shape, [begin, end)), the data.
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.graph.errors import SourceError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+MEND = "Fetch or save the model again"
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Shape, dtype and file of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+
+    def meta(self) -> torch.Tensor:
+        """An empty tensor of this shape and dtype on the meta device."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def read_checkpoint(folder: Path) -> dict[str, TensorRecord]:
+    """Every tensor of a folder's safetensors file or shards, after checking that the files can hold them.
+
+    Raises: SourceError: only pickled weights, no weights, a shard is missing, a file is truncated or corrupted."""
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return _read_shards(folder)
+    if pickles := sorted(file.name for pattern in PICKLES for file in folder.glob(pattern)):
+        raise SourceError(
+            f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code when they are read. "
+            "If you trust them, convert them once with transformers: AutoModelForCausalLM.from_pretrained(folder)"
+            ".save_pretrained(new_folder), and give the new folder"
+        )
+    raise SourceError(f"{folder} has no weights: expected {SINGLE}, or {INDEX} and its shards")
+
+
+def read_header(file: Path) -> dict[str, TensorRecord]:
+    """The tensors of one safetensors file.  Checks that the header is whole, that the ranges of the tensors fit their
+    shapes, follow each other without gap or overlap, and end where the file ends.
+
+    Raises: SourceError: says what is wrong with the file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            raise SourceError(f"{file} is truncated or corrupted: header of {length} bytes in {size} bytes. {MEND}")
+        header = stream.read(length)
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
+        entries.pop("__metadata__", None)
+        spans = sorted((_span(name, entry), name) for name, entry in entries.items())
+    except (UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SourceError(f"{file} is corrupted: its header does not parse ({error}). {MEND}") from error
+    _check_spans(file, spans, size - 8 - length)
+    return {name: TensorRecord(tuple(e["shape"]), DTYPES[e["dtype"]], file) for name, e in entries.items()}
+
+
+def _read_shards(folder: Path) -> dict[str, TensorRecord]:
+    index = folder / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise SourceError(f"{index} is damaged: it has no weight_map of names to files. {MEND}")
+    shards = sorted(set(weight_map.values()))
+    if outside := [shard for shard in shards if Path(shard).name != shard]:
+        raise SourceError(f"{index} names a file outside the folder: {outside[0]!r}. Do not trust this checkpoint")
+    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise SourceError(f"{folder} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing[:3])}. {MEND}")
+    stored = {name: record for shard in shards for name, record in read_header(folder / shard).items()}
+    if absent := [name for name, shard in weight_map.items() if name not in stored or stored[name].file.name != shard]:
+        raise SourceError(f"{index} says that {weight_map[absent[0]]} holds {absent[0]}, and it does not. {MEND}")
+    return stored
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises: SourceError: unreadable, not JSON, or not an object."""
+    try:
+        data = json.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SourceError(f"{file} cannot be read as JSON ({error}). {MEND}") from error
+    if not isinstance(data, dict):
+        raise SourceError(f"{file} holds a JSON {type(data).__name__} instead of an object. {MEND}")
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name appears twice")
+    return found
+
+
+def _span(name: str, entry: dict[str, Any]) -> tuple[int, int]:
+    begin, end = entry["data_offsets"]
+    shape = entry["shape"]
+    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
+        raise ValueError(f"{name} has a shape or an offset that is no count")
+    if end - begin != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
+        raise ValueError(f"{name} of shape {shape} and dtype {entry['dtype']} does not fill bytes {begin} to {end}")
+    return begin, end
+
+
+def _check_spans(file: Path, spans: list[tuple[tuple[int, int], str]], data_bytes: int) -> None:
+    position = 0
+    for (begin, end), name in spans:
+        if begin != position:
+            raise SourceError(f"{file} is corrupted: {name} begins at byte {begin} instead of {position}. {MEND}")
+        position = end
+    if position != data_bytes:
+        raise SourceError(
+            f"{file} is truncated or corrupted: its header describes {position:,} bytes of data and "
+            f"{data_bytes:,} are there. {MEND}"
+        )

@@ -1,0 +1,213 @@
+"""Opening a model safely: everything that can be wrong is looked for before a weight is read, and no code of a model
+folder is ever run."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from secateur.graph.errors import SourceError
+from secateur.runtime.checkpoint import TensorRecord, read_checkpoint, read_json
+from secateur.runtime.classes import BUILD_FAILURES, build_on_meta, model_class, quiet
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+REFUSED_FIELDS: Mapping[str, str] = {
+    "quantization_config": "its weights are quantized: save a float copy with the tool that quantized it",
+    "per_layer_config": "its layers differ, which the stock class does not honour",
+}
+SHOWN = 4
+
+
+def open_model(
+    path_or_id: str | Path,
+    *,
+    weights: bool = True,
+    dtype: str | torch.dtype = "auto",
+    allow_unexpected: bool = False,
+) -> PreTrainedModel:
+    """A stock transformers model from a folder or a Hugging Face id, in eval mode.  Never runs code of the folder, never
+    reads a pickle.
+
+    Args:  path_or_id: folder with config.json, or an id in the local cache or on the hub.
+        weights: False builds the model on the meta device from its configuration; a lone config.json is enough.
+        dtype: of the parameters; "auto" keeps the stored one.
+        allow_unexpected: leave stored tensors that the class does not use out, with a warning, instead of refusing.
+    Raises: SourceError: no such model, damaged or unsafe files, or weights that disagree with the configuration."""
+    folder = _folder(path_or_id, weights)
+    config, cls = read_config(folder)
+    if not weights:
+        return _from_config(cls, config, folder, dtype)
+    if (folder / "adapter_config.json").is_file():
+        raise SourceError(f"{folder} holds a PEFT adapter: merge it into its model first (merge_and_unload), and save")
+    check_weights(cls, config, read_checkpoint(folder), folder, allow_unexpected=allow_unexpected)
+    with quiet():
+        model, info = cls.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    _check_info(info, {}, folder, allow_unexpected)
+    opened: PreTrainedModel = model.eval()
+    return opened
+
+
+def read_config(folder: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    """The configuration of a model folder and the stock class that holds it.
+
+    Raises: SourceError: no config.json, not JSON, an unknown model_type, remote code, values the class refuses."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise SourceError(f"{folder} has no {CONFIG}: it is not a model folder in the Hugging Face format")
+    data = read_json(file)
+    kind = data.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise SourceError(_unknown_type(file, kind, "auto_map" in data))
+    for name, reason in REFUSED_FIELDS.items():
+        if data.get(name):
+            raise SourceError(f"{file} has {name}: {reason}")
+    if data.get("transformers_weights"):
+        raise SourceError(f"{file} names another weights file (transformers_weights): rename that file, drop the field")
+    try:
+        with quiet():
+            config = CONFIG_MAPPING[kind].from_dict(data)
+        return config, model_class(config, data.get("architectures"))
+    except SourceError as error:
+        raise SourceError(f"{file}: {error}") from None
+    except BUILD_FAILURES as error:
+        raise SourceError(f"{file} is refused by {CONFIG_MAPPING[kind].__name__}: {error}") from error
+
+
+def check_weights(
+    cls: type[PreTrainedModel],
+    config: PretrainedConfig,
+    stored: Mapping[str, TensorRecord],
+    where: Path,
+    *,
+    allow_unexpected: bool = False,
+) -> None:
+    """Load the *headers* into the class on the meta device, by transformers' own rules for renamed, fused, tied and
+    ignored tensors, and refuse whatever it would re-initialise, drop or convert to another kind of number.
+
+    Raises: SourceError: names the first few tensors with both shapes."""
+    model = _built(cls, config, where)
+    expected = model.state_dict()
+    ints = [n for n, r in stored.items() if n in expected and expected[n].is_floating_point() > r.dtype.is_floating_point]
+    if ints:
+        raise SourceError(f"{where}: {ints[0]} is stored as {stored[ints[0]].dtype}, expected floating point numbers")
+    try:
+        with quiet():
+            _, info = cls.from_pretrained(
+                None,
+                config=config,
+                state_dict={name: record.meta() for name, record in stored.items()},
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except BUILD_FAILURES as error:
+        raise SourceError(
+            f"{where}: the stored tensors do not combine into the parameters of {cls.__name__} "
+            f"({_root(error)}): config.json and weights disagree"
+        ) from error
+    _check_info(info, stored, where, allow_unexpected)
+
+
+def _check_info(info: Mapping[str, Any], stored: Mapping[str, TensorRecord], where: Path, allow_unexpected: bool) -> None:
+    """Refuse a load that left parameters to chance."""
+    mismatched = [f"{name} is stored as {list(have)}, the configuration says {list(want)}"
+                  for name, have, want in info["mismatched_keys"]]  # fmt: skip
+    for what, names in (
+        ("weights disagree with config.json", mismatched),
+        ("parameters without stored weights", info["missing_keys"]),
+        ("tensors could not be converted", info.get("error_msgs") or ()),
+        ("" if allow_unexpected else "stored tensors that the class does not use", info["unexpected_keys"]),
+    ):
+        if names and not what:
+            log.warning("%s: left out: %s", where, _few(names))
+        elif names:
+            hint = " Pass allow_unexpected=True to leave them out" if what.startswith("stored") else ""
+            raise SourceError(f"{where}: {what}: {_few(names)}. Mend config.json, or fetch the model again.{hint}")
+
+
+def _folder(path_or_id: str | Path, weights: bool) -> Path:
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file() and path.name == CONFIG and not weights:
+        return path.parent
+    if path.is_file():
+        raise SourceError(f"{path} is a file: give the model folder that holds {CONFIG}")
+    if isinstance(path_or_id, Path) or not HUB_ID.fullmatch(path_or_id) or path_or_id.startswith("."):
+        raise SourceError(f"{path} is no folder: give a model folder, or a Hugging Face id such as owner/name")
+    return _snapshot(path_or_id, weights)
+
+
+def _snapshot(name: str, weights: bool) -> Path:
+    patterns = HUB_PATTERNS if weights else [CONFIG, "generation_config.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"{name!r} is neither a folder nor a model that can be fetched ({type(error).__name__}): check the name, "
+            "the network and HF_HUB_OFFLINE, or give a folder"
+        ) from error
+
+
+def _from_config(
+    cls: type[PreTrainedModel], config: PretrainedConfig, folder: Path, dtype: str | torch.dtype
+) -> PreTrainedModel:
+    if dtype != "auto":
+        config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    model = _built(cls, config, folder)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+    return model
+
+
+def _built(cls: type[PreTrainedModel], config: PretrainedConfig, where: Path) -> PreTrainedModel:
+    try:
+        return build_on_meta(cls, config)
+    except BUILD_FAILURES as error:
+        raise SourceError(f"{where}: {cls.__name__} cannot be built from {CONFIG}: {_root(error)}") from error
+
+
+def _unknown_type(file: Path, kind: object, remote: bool) -> str:
+    if remote:
+        return (
+            f"{file} brings its own model code (auto_map), and transformers {transformers.__version__} has no class for "
+            f"model_type {kind!r}: remote code is never run. Use a checkpoint of a stock class"
+        )
+    return (
+        f"{file} has model_type {kind!r}, which transformers {transformers.__version__} does not know: mend the file, "
+        "or update transformers"
+    )
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+    return "; ".join(listed[:SHOWN]) + more
+
+
+def _root(error: BaseException) -> str:
+    """The first line of the innermost cause."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]
