@@ -1,0 +1,152 @@
+"""A pass takes a Program and returns one.  What every pass shares: options, refusals, verification, history."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, final
+
+from secateur.graph import PipelineError, Program, Step, verify
+from secateur.passes.data import Sample
+from secateur.passes.options import Options
+
+T = TypeVar("T")
+JSON = dict[str, Any]
+log = logging.getLogger("secateur.passes")
+
+
+class Progress(Protocol):
+    """Shows that long work goes on.  Returns the items, reporting each as it is taken."""
+
+    def __call__(self, items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]: ...
+
+
+def no_progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """The silent reporter."""
+    return items
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may use besides the Program.
+
+    data: calibration sequences, or None.
+    progress: reporter of long work.
+    seed: all randomness of a pass derives from it.
+    output: a folder for by-products, or None.
+    """
+
+    data: tuple[Sample, ...] | None = None
+    progress: Progress = no_progress
+    seed: int = 0
+    output: Path | None = None
+    log: logging.Logger = log
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did: the Program, whether graph or weights changed, and figures for the history."""
+
+    program: Program
+    modified: bool
+    figures: JSON = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Rough work of a pass, for estimates before it runs.
+
+    flops: in units of one forward pass over the calibration data (forward and backward together are 3).
+    bytes_per_parameter: memory that it needs beside the weights.
+    """
+
+    flops: float = 0.0
+    bytes_per_parameter: float = 0.0
+
+
+@dataclass(frozen=True)
+class PlannedEdit:
+    """What a pass would do to one group: keep ``kept`` of ``units``.  exact: False where the scores decide the count."""
+
+    group: str
+    family: str
+    units: int
+    kept: int
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Pass(Options):
+    """A transformation of Programs; its dataclass fields are its options.
+
+    numerics: exact (bit-equal), close (floating-point reorder) or lossy (needs a quality number).
+    uses: facts about a Program that must hold before ("scores"); gives: that hold after; ends: that an edit ends.
+    """
+
+    numerics: ClassVar[Literal["exact", "close", "lossy"]]
+    uses: ClassVar[frozenset[str]] = frozenset()
+    gives: ClassVar[frozenset[str]] = frozenset()
+    ends: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration data must be given."""
+        return False
+
+    @property
+    def cost(self) -> Cost:
+        """Rough work, for estimates."""
+        return Cost()
+
+    def requires(self, program: Program) -> list[str]:
+        """Reasons why the pass cannot run on this Program; none means it can."""
+        return [MISSING[fact] for fact in sorted(self.uses - facts(program))]
+
+    def plan(self, program: Program) -> list[PlannedEdit]:
+        """The edits that the pass would make.  Needs no weights, scores or data."""
+        return []
+
+    def preview(self, program: Program) -> Program:
+        """A Program of the shapes that the pass would leave; its values mean nothing.  Works on the meta device."""
+        return program
+
+    @abstractmethod
+    def call(self, program: Program, context: Context) -> PassResult:
+        """The work itself."""
+
+    @final
+    def __call__(self, program: Program, context: Context | None = None) -> Program:
+        """Run the pass: requirements, work, verification of the result, history.
+
+        Raises: PipelineError: a requirement does not hold.  VerificationError: the result is not a sound Program.
+        """
+        context = context or Context()
+        reasons = self.requires(program)
+        if self.needs_data and context.data is None:
+            reasons.append("needs calibration data, and none was given")
+        if reasons:
+            raise PipelineError(f"{self.name} cannot run: {'; '.join(reasons)}")
+        start = time.perf_counter()
+        result = self.call(program, context)
+        if result.modified:
+            verify(result.program)
+        return self.record(result, context.seed, time.perf_counter() - start)
+
+    def record(self, result: PassResult, seed: int, seconds: float) -> Program:
+        """The resulting Program with this pass in its history."""
+        figures = {**result.figures, "seed": seed, "seconds": round(seconds, 3)}
+        step = Step(self.name, self.to_json(), figures)
+        return result.program.replace(history=(*result.program.history, step))
+
+
+MISSING = {"scores": "the units have no scores: put score{metric=...} before it"}
+
+
+def facts(program: Program) -> frozenset[str]:
+    """The facts that hold for a Program."""
+    tests: dict[str, Callable[[Program], bool]] = {"scores": lambda p: bool(p.scores)}
+    return frozenset(name for name, holds in tests.items() if holds(program))

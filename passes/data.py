@@ -1,0 +1,136 @@
+"""Calibration data: whatever a caller has, as single sequences without padding.
+
+Scores must not depend on how sequences were batched, so every batch is cut into its sequences and every sequence runs
+alone; padding is cut off, so that it needs no mask and cannot count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.graph import Program, SecateurError
+
+IGNORED = -100
+Batch = Tensor | Mapping[str, Any]
+
+
+class CalibrationError(SecateurError):
+    """Calibration data that the captured model cannot take, or that holds nothing to learn from."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence.
+
+    inputs: keyword arguments of the model; tensors have batch 1.
+    labels: [1, seq] int64 token ids or [1] class ids, -100 where the loss must not look; None without labels.
+    """
+
+    inputs: Mapping[str, Any]
+    labels: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the sequence (1 where the input is not a sequence of tokens)."""
+        tensors = [v for v in self.inputs.values() if isinstance(v, Tensor) and not v.is_floating_point()]
+        return max((v.shape[1] for v in tensors if v.dim() > 1), default=1)
+
+
+def samples(data: Iterable[Batch], program: Program) -> tuple[Sample, ...]:
+    """The sequences of the data, in order.
+
+    Args: data: batches: ``input_ids`` [batch, seq] int64, or maps of model inputs whose tensors share the batch dim.
+        ``attention_mask`` (0 where padded) and ``labels`` (-100 where not counted) are understood even where the
+        captured model takes neither: padding is cut off, as is a tail of ignored labels without a mask.
+    Raises: CalibrationError: no sequence at all, wrong shape or dtype, an input that the captured model does not take.
+    """
+    found = [sample for batch in _batches(data) for sample in _rows(_as_inputs(batch, program), program)]
+    if not found:
+        raise CalibrationError("the calibration data is empty: give at least one batch of input_ids [batch, seq]")
+    return tuple(found)
+
+
+def main_input(program: Program) -> str:
+    """The name of the model's first input, ``input_ids`` for most language models."""
+    names = list(program.source.example_inputs)
+    preferred = getattr(program.source.model, "main_input_name", "input_ids")
+    return preferred if preferred in names or not names else names[0]
+
+
+def _batches(data: Iterable[Batch]) -> list[Batch]:
+    if isinstance(data, Tensor | Mapping):
+        return [data]
+    if isinstance(data, str):
+        raise CalibrationError("calibration data is token ids, not text: tokenise it first")
+    return list(data)
+
+
+def _as_inputs(batch: Batch, program: Program) -> dict[str, Any]:
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if not isinstance(batch, Tensor):
+        raise CalibrationError(f"expected a tensor or a map of model inputs, found {type(batch).__name__}")
+    name = main_input(program)
+    if name == "input_ids" and (batch.dim() != 2 or batch.is_floating_point()):
+        raise CalibrationError(f"expected input_ids [batch, seq] int64, found {list(batch.shape)} {batch.dtype}")
+    return {name: batch}
+
+
+def _rows(inputs: dict[str, Any], program: Program) -> list[Sample]:
+    sizes = {name: v.shape[0] for name, v in inputs.items() if isinstance(v, Tensor) and v.dim() > 0}
+    if len(set(sizes.values())) != 1:
+        raise CalibrationError(f"the tensors of a batch must share their first dim, found {sizes or 'no tensor'}")
+    (size,) = set(sizes.values())
+    fixed = fixed_batch(program)
+    if fixed is None:
+        rows = [{n: v[i : i + 1] if n in sizes else v for n, v in inputs.items()} for i in range(size)]
+    elif fixed == size:
+        rows = [inputs]
+    else:
+        raise CalibrationError(f"the model was captured for batches of {fixed}, found {size}")
+    return [_sample(row, set(program.source.example_inputs)) for row in rows]
+
+
+def fixed_batch(program: Program) -> int | None:
+    """The batch size that the graph was captured for, or None where any will do."""
+    for node in program.gm.graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" else None
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0] if type(value.shape[0]) is int and value.shape[0] != 1 else None
+    return None
+
+
+def _sample(row: dict[str, Any], accepted: set[str]) -> Sample:
+    row = _trim(row)
+    labels = row.pop("labels") if "labels" in row and "labels" not in accepted else row.get("labels")
+    mask = row.get("attention_mask")
+    if mask is not None and "attention_mask" not in accepted:
+        if not bool(mask.bool().all()):
+            raise CalibrationError("the attention_mask has holes and the captured model takes no attention_mask")
+        del row["attention_mask"]
+    unknown = sorted(set(row) - accepted)
+    if accepted and unknown:
+        raise CalibrationError(f"the captured model takes no {unknown[0]!r}; it takes: {', '.join(sorted(accepted))}")
+    return Sample(row, labels)
+
+
+def _trim(row: dict[str, Any]) -> dict[str, Any]:
+    """Cut padding off both ends (by the mask), or ignored labels off the tail."""
+    mask, labels = row.get("attention_mask"), row.get("labels")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        real = mask.bool().any(0)
+    elif isinstance(labels, Tensor) and labels.dim() == 2:
+        real = (labels != IGNORED).any(0).flip(0).cumsum(0).flip(0) > 0
+    else:
+        return row
+    if not bool(real.any()):
+        raise CalibrationError("a sequence of the calibration data is padding alone")
+    where = real.nonzero().flatten()
+    start, stop, seq = int(where[0]), int(where[-1]) + 1, real.numel()
+    fits = {n for n, v in row.items() if isinstance(v, Tensor) and v.dim() == 2 and v.shape[1] == seq}
+    return {n: v[:, start:stop] if n in fits else v for n, v in row.items()}

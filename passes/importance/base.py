@@ -1,0 +1,113 @@
+"""What an importance estimator is, and how the scores of a unit's members become the unit's score."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from secateur.graph import CoupledGroup, Member, Program
+from secateur.passes.base import Context
+from secateur.passes.options import Options
+
+Needs = Literal["nothing", "gradients", "activations"]
+Aggregation = Literal["sum", "mean", "max", "prod", "last"]
+Normalization = Literal["none", "sum", "mean", "max", "standard"]
+MemberScores = Mapping[str, Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Importance(Options):
+    """An estimator of how much each unit matters.  Its dataclass fields are its options.
+
+    needs: what it takes beside the weights: nothing, gradients (forward and backward over the calibration data) or
+        activations (forward alone).
+    """
+
+    needs: ClassVar[Needs]
+
+    @abstractmethod
+    def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
+        """Scores of the units of each group, one tensor for each thing that was scored: a parameter, an activation.
+
+        Returns: by group name, tensors [units] float32, higher is more important.  A group that this estimator cannot
+            see is left out.
+        """
+
+
+AGGREGATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda x: x.sum(0),
+    "mean": lambda x: x.mean(0),
+    "max": lambda x: x.amax(0),
+    "prod": lambda x: x.prod(0),
+    "last": lambda x: x[-1],
+}
+NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "sum": lambda x: x / _nonzero(x.sum()),
+    "mean": lambda x: x / _nonzero(x.mean()),
+    "max": lambda x: x / _nonzero(x.abs().max()),
+    "standard": lambda x: (x - x.mean()) / _nonzero(x.std(correction=0)),
+}
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    return torch.where(x == 0, torch.ones_like(x), x)
+
+
+def aggregate(scores: Sequence[Tensor], how: Aggregation) -> Tensor:
+    """Member scores, each [units], as unit scores [units] float32.
+
+    Source: Ma et al. 2023 (LLM-Pruner), arXiv:2305.11627, section 3.2: sum, prod, max, last-only.
+    """
+    stacked = torch.stack([s.double() for s in scores])
+    return AGGREGATIONS[how](stacked).float()
+
+
+def normalize(scores: Tensor, how: Normalization) -> Tensor:
+    """Scores [units] of one group on a scale that compares across groups."""
+    return NORMALIZATIONS[how](scores.double()).float()
+
+
+def distinct_members(group: CoupledGroup) -> list[Member]:
+    """The members without repetition: a tied parameter is one tensor, although several ops read it."""
+    seen: dict[tuple[str, int, bytes], Member] = {}
+    for member in group.members:
+        key = (member.parameter, member.dim, member.positions.contiguous().numpy().tobytes())
+        seen.setdefault(key, member)
+    return list(seen.values())
+
+
+def per_unit(salience: Tensor, member: Member) -> Tensor:
+    """Sum the entries of a unit.
+
+    Args: salience: of every entry of the member's parameter, shape of the parameter.
+    Returns: [units] float64.
+    """
+    others = [dim for dim in range(salience.dim()) if dim != member.dim]
+    along = salience.sum(others, dtype=torch.float64) if others else salience.double()
+    return along[member.positions.to(along.device)].sum(1).cpu()
+
+
+def parameter_scores(
+    program: Program, groups: Sequence[CoupledGroup], salience: Callable[[str, Tensor], Tensor]
+) -> dict[str, list[Tensor]]:
+    """Member scores of an estimator that looks at each entry of each parameter.
+
+    Args: salience: (name, parameter) -> salience of every entry, shape of the parameter; computed once a parameter.
+    """
+    named = dict(program.named_parameters())
+    wanted: dict[str, list[tuple[str, int, Member]]] = {}
+    for group in groups:
+        for place, member in enumerate(distinct_members(group)):
+            wanted.setdefault(member.parameter, []).append((group.name, place, member))
+    found: dict[str, dict[int, Tensor]] = {}
+    for name, members in wanted.items():
+        value = salience(name, named[name].detach())
+        for group_name, place, member in members:
+            found.setdefault(group_name, {})[place] = per_unit(value, member).float()
+    return {name: [by_place[i] for i in sorted(by_place)] for name, by_place in found.items()}

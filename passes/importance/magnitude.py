@@ -1,0 +1,33 @@
+"""Magnitude: how large the weights of a unit are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from secateur.graph import CoupledGroup, Program
+from secateur.passes.base import Context
+from secateur.passes.importance.base import Importance, MemberScores, Needs, parameter_scores
+
+
+@dataclass(frozen=True)
+class Magnitude(Importance):
+    """Sum of |w|^p over the entries of a unit, without a root.  Far worse than random on language models: a baseline.
+
+    p: 1 or 2.
+    Source: Ma et al. 2023 (LLM-Pruner), arXiv:2305.11627, the L1 and L2 rows of table 1.
+    """
+
+    name: ClassVar[str] = "magnitude"
+    needs: ClassVar[Needs] = "nothing"
+
+    p: Literal[1, 2] = 2
+
+    def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
+        def salience(name: str, weight: Tensor) -> Tensor:
+            return weight.float().abs().pow(self.p)
+
+        return parameter_scores(program, groups, salience)

@@ -1,0 +1,208 @@
+"""Things with typed options: frozen dataclasses that a name and a few options build, and tables of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Generic, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from secateur.graph.errors import PipelineError
+from secateur.passes.text import Spec
+
+
+class OptionError(PipelineError):
+    """An option is unknown or has a wrong value.  ``at`` is the offset into the pipeline text, where known."""
+
+    def __init__(self, message: str, at: int | None = None, option: str | None = None) -> None:
+        super().__init__(message)
+        self.at, self.option = at, option
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A tail for an error message: the nearest known name, or all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
+
+
+@cache
+def option_types(cls: type[Any]) -> dict[str, TypeAdapter[Any]]:
+    """A validator for each dataclass field of cls, by name."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(cls) if f.init}
+
+
+@dataclass(frozen=True)
+class Options:
+    """A frozen dataclass whose fields are its options, checked against their types on construction.
+
+    name: how a pipeline text calls it, in kebab case.
+    """
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for option in option_types(type(self)):
+            object.__setattr__(self, option, check_option(type(self), option, getattr(self, option)))
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of the docstring."""
+        return (cls.__doc__ or "").strip().split("\n")[0]
+
+    def to_spec(self, *, defaults: bool = False) -> Spec:
+        """Name and options, as ``Table.build`` reads them back.  Options that have their default value are left out,
+        unless ``defaults`` is set."""
+        fields = [f for f in dataclasses.fields(self) if f.init]
+        values = {f.name: getattr(self, f.name) for f in fields if defaults or getattr(self, f.name) != _default(f)}
+        return Spec(self.name, {key: _plain(value, defaults) for key, value in values.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        """All options as JSON values."""
+        options: dict[str, Any] = spec_to_json(self.to_spec(defaults=True), always_map=True)[self.name]
+        return options
+
+
+def check_option(cls: type[Options], option: str, value: Any) -> Any:
+    """The value in the option's type.  Numbers, booleans and strings never stand in for each other.
+
+    Raises: OptionError: naming the option, the value, and what is allowed.
+    """
+    try:
+        checked = option_types(cls)[option].validate_python(value)
+    except ValidationError as error:
+        raise _option_error(cls, option, value, error) from None
+    if not _same_kind(value, checked):
+        kind = type(checked).__name__
+        raise OptionError(f"{cls.name}: {option}={value!r}: expected {kind}, found {type(value).__name__}", option=option)
+    return checked
+
+
+def _option_error(cls: type[Options], option: str, value: Any, error: ValidationError) -> OptionError:
+    """The most telling of a validator's complaints: what an inner name says of itself, else the deepest one."""
+    first = max(error.errors(), key=lambda e: (len(e["loc"]), e["type"] == "literal_error"))
+    cause, found = first.get("ctx", {}).get("error"), first["input"]
+    if isinstance(cause, OptionError):
+        return OptionError(f"{cls.name}: {option}: {cause}", cause.at, option)
+    text = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if first["type"] == "literal_error" and isinstance(found, str):
+        known = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        text = f"{found!r} is unknown; {did_you_mean(found, known)}"
+    elif found is not value:
+        text = f"{found!r}: {text}"
+    return OptionError(f"{cls.name}: {option}={value!r}: {text}", option=option)
+
+
+def _same_kind(given: Any, checked: Any) -> bool:
+    if isinstance(given, list | tuple) and isinstance(checked, list | tuple):
+        return all(map(_same_kind, given, checked))
+    if isinstance(given, dict) and isinstance(checked, dict):
+        return all(map(_same_kind, given.values(), checked.values()))
+    kinds = (bool, (int, float), str)
+    kind = [next((i for i, k in enumerate(kinds) if isinstance(v, k)), None) for v in (given, checked)]
+    return kind[0] == kind[1] or None in kind
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if callable(field.default_factory) else field.default
+
+
+def _plain(value: Any, defaults: bool) -> Any:
+    if isinstance(value, Options):
+        return value.to_spec(defaults=defaults)
+    if isinstance(value, list | tuple):
+        return [_plain(v, defaults) for v in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(v, defaults) for key, v in value.items()}
+    return value
+
+
+def spec_to_json(value: Any, *, always_map: bool = False) -> Any:
+    """A spec as JSON: its name alone, or ``{name: {option: value}}``."""
+    if isinstance(value, Spec):
+        if not value.options and not always_map:
+            return value.name
+        return {value.name: {key: spec_to_json(v) for key, v in value.options.items()}}
+    if isinstance(value, list):
+        return [spec_to_json(v) for v in value]
+    return {k: spec_to_json(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def spec_from_json(value: Any, what: str) -> Spec:
+    """The inverse of ``spec_to_json``.
+
+    Raises: OptionError: the value is neither a name nor a map with one name.
+    """
+    if isinstance(value, str):
+        return Spec(value)
+    if isinstance(value, dict) and len(value) == 1:
+        ((name, options),) = value.items()
+        if isinstance(name, str) and isinstance(options, dict | None):
+            return Spec(name, options or {})
+    raise OptionError(f"expected the name of {what}, or {{name: {{option: value}}}}, found {value!r}")
+
+
+O_co = TypeVar("O_co", bound=Options, covariant=True)
+
+
+class Table(Generic[O_co]):
+    """A closed set of ``Options`` classes by name.  what: what the classes are, for messages ("a pass")."""
+
+    def __init__(self, what: str, *classes: type[O_co]) -> None:
+        self.what = what
+        self.classes = {cls.name: cls for cls in classes}
+        assert len(self.classes) == len(classes), f"two classes of {what} share a name"
+
+    def __iter__(self) -> Iterator[type[O_co]]:
+        return iter(self.classes.values())
+
+    def build(self, spec: Any) -> O_co:
+        """An instance from a spec, a bare name, the JSON form, or an instance already.
+
+        Raises: OptionError: unknown name or option, wrong type, value out of range; with the nearest valid name.
+        """
+        if isinstance(spec, tuple(self.classes.values())):
+            return spec  # type: ignore[no-any-return]
+        if not isinstance(spec, Spec):
+            spec = spec_from_json(spec, self.what)
+        if spec.name not in self.classes:
+            hint = did_you_mean(spec.name, self.classes)
+            raise OptionError(f"{spec.name!r} is not the name of {self.what}; {hint}", spec.at)
+        cls = self.classes[spec.name]
+        for option in spec.options:
+            if option not in option_types(cls):
+                message = f"{cls.name} has no option {option!r}; {did_you_mean(option, option_types(cls))}"
+                raise OptionError(message, spec.option_at.get(option))
+        return self._construct(cls, spec)
+
+    @staticmethod
+    def _construct(cls: type[O_co], spec: Spec) -> O_co:
+        try:
+            return cls(**spec.options)
+        except OptionError as error:
+            at = spec.option_at.get(error.option or "", spec.at)
+            raise OptionError(str(error), at if error.at is None else error.at) from None
+        except TypeError as error:
+            raise OptionError(f"{cls.name}: {error}", spec.at) from None
+
+
+def options_table(cls: type[Options]) -> list[tuple[str, str, str]]:
+    """(option, type, default) of each option of a class, for help texts."""
+    hints = get_type_hints(cls)
+    return [
+        (f.name, _type_text(hints[f.name]), str(spec_to_json(_plain(_default(f), False))))
+        for f in dataclasses.fields(cls)
+        if f.init
+    ]
+
+
+def _type_text(hint: Any) -> str:
+    text = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+    return text.replace("typing.", "").replace("Optional", "").replace("secateur.passes.", "")
+
+

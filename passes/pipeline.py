@@ -1,0 +1,179 @@
+"""Passes in a row.  A pipeline is itself a pass; it is written as text, or as a recipe file (YAML)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, InstanceOf
+
+from secateur.graph import PipelineError, Program
+from secateur.passes.base import MISSING, Context, Cost, Pass, PassResult, PlannedEdit, Progress, facts, log, no_progress
+from secateur.passes.data import Batch, samples
+from secateur.passes.options import OptionError, did_you_mean, spec_to_json
+from secateur.passes.recipe import DataSpec, dump_recipe, load_recipe
+from secateur.passes.registry import PASSES
+from secateur.passes.text import format_specs, located, parse_specs
+
+AnyPass = Annotated[InstanceOf[Pass], BeforeValidator(PASSES.build)]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a person may ask of a run.
+
+    print_after: names of passes after which the graph goes to ``write``.
+    time_passes: write the seconds of each pass.
+    stop_after: name of the pass after which the run ends.
+    """
+
+    print_after: frozenset[str] = frozenset()
+    time_passes: bool = False
+    stop_after: str | None = None
+    write: Callable[[str], None] = log.info
+
+
+@dataclass(frozen=True)
+class Pipeline(Pass):
+    """Passes in a row, checked as a whole before the first runs.
+
+    passes: what runs, in order.
+    data: where a recipe wants its calibration data read from; used by the command line.
+    seed: what all randomness derives from, unless the caller gives another.
+    """
+
+    name: ClassVar[str] = "pipeline"
+    numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
+
+    passes: tuple[AnyPass, ...] = ()
+    data: InstanceOf[DataSpec] | None = None
+    seed: int = 0
+    hooks: InstanceOf[Hooks] = field(default=Hooks(), compare=False, repr=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """A pipeline from its text, for example ``score{metric=taylor},prune-width{mlp=0.25}``.
+
+        Raises: PipelineError: does not parse, unknown pass or option, wrong type, out of range; with the position.
+        """
+        try:
+            return cls(passes=tuple(PASSES.build(spec) for spec in parse_specs(text)))
+        except OptionError as error:
+            raise PipelineError(located(str(error), text, error.at)) from None
+
+    @classmethod
+    def from_recipe(cls, recipe: str | Path) -> Pipeline:
+        """A pipeline from a recipe: a YAML file's path, or the YAML text itself.
+
+        Raises: PipelineError: no such file, not YAML, unknown keys, or what ``parse`` raises.
+        """
+        read = load_recipe(recipe)
+        passes = []
+        for place, entry in enumerate(read.passes):
+            try:
+                passes.append(PASSES.build(entry))
+            except OptionError as error:
+                raise PipelineError(f"recipe, passes[{place}]: {error}") from None
+        return cls(passes=tuple(passes), data=read.data, seed=read.seed)
+
+    def to_text(self) -> str:
+        """The text that parses to the same passes."""
+        return format_specs(p.to_spec() for p in self.passes)
+
+    def to_recipe(self) -> str:
+        """The YAML that reads to the same pipeline."""
+        return dump_recipe([spec_to_json(p.to_spec()) for p in self.passes], self.data, self.seed)
+
+    @property
+    def needs_data(self) -> bool:
+        return any(p.needs_data for p in self.passes)
+
+    @property
+    def cost(self) -> Cost:
+        costs = [p.cost for p in self.passes]
+        return Cost(sum(c.flops for c in costs), max((c.bytes_per_parameter for c in costs), default=0.0))
+
+    def requires(self, program: Program) -> list[str]:
+        """What the order of the passes leaves missing, told before any work."""
+        known, reasons = facts(program), []
+        for one in self.passes:
+            reasons += [f"{one.name}: {MISSING[fact]}" for fact in sorted(one.uses - known)]
+            known = (known - one.ends) | one.gives
+        asked = {*self.hooks.print_after, *filter(None, [self.hooks.stop_after])}
+        names = {p.name for p in self.passes}
+        reasons += [f"no pass {n!r} runs here; {did_you_mean(n, names)}" for n in sorted(asked - names)]
+        return reasons
+
+    def plan(self, program: Program) -> list[PlannedEdit]:
+        edits = []
+        for one in self.passes:
+            edits += one.plan(program)
+            program = one.preview(program)
+        return edits
+
+    def preview(self, program: Program) -> Program:
+        for one in self.passes:
+            program = one.preview(program)
+        return program
+
+    def run(
+        self,
+        program: Program,
+        data: Iterable[Batch] | None = None,
+        progress: Progress | None = None,
+        *,
+        seed: int | None = None,
+        output: Path | None = None,
+    ) -> Program:
+        """Apply the passes.
+
+        Args: data: calibration batches, ``input_ids`` [batch, seq] int64 or maps of model inputs; see passes.data.
+            progress: reporter of long work.   seed: instead of the pipeline's own.   output: folder for by-products.
+        Returns: the new Program; the given one stays usable.
+        Raises: PipelineError: data or scores are missing, before any work.  What a pass raises carries a note that
+            names the pass and those already run.
+        """
+        if data is None and self.needs_data:
+            needy = next(p.name for p in self.passes if p.needs_data)
+            raise PipelineError(f"{needy} needs calibration data: give data=, batches of input_ids [batch, seq]")
+        return self(
+            program,
+            Context(
+                data=samples(data, program) if data is not None and self.needs_data else None,
+                progress=progress or no_progress,
+                seed=self.seed if seed is None else seed,
+                output=output,
+            ),
+        )
+
+    def call(self, program: Program, context: Context) -> PassResult:
+        done: list[str] = []
+        for one in self.passes:
+            start = time.perf_counter()
+            try:
+                program = one(program, context)
+            except Exception as error:
+                ran = ", ".join(done) or "none"
+                error.add_note(f"in pass {one.name} ({len(done) + 1} of {len(self.passes)}); already run: {ran}")
+                raise
+            done.append(one.name)
+            self._report(one, program, time.perf_counter() - start)
+            if one.name == self.hooks.stop_after:
+                break
+        return PassResult(program, modified=False)
+
+    def record(self, result: PassResult, seed: int, seconds: float) -> Program:
+        """The passes wrote the history themselves."""
+        return result.program
+
+    def _report(self, one: Pass, program: Program, seconds: float) -> None:
+        log.info("%s: %.2f s", one.name, seconds)
+        if self.hooks.time_passes:
+            self.hooks.write(f"{one.name}: {seconds:.2f} s")
+        if one.name in self.hooks.print_after:
+            self.hooks.write(f"# graph after {one.name}\n{program.gm.graph}")
+
+

@@ -1,0 +1,105 @@
+"""Recipe files: a YAML list of passes, with where the data is and a seed.
+
+    seed: 0
+    data: {file: calibration.txt, tokens: 10000, window: 256}
+    passes:
+      - score: {metric: taylor}
+      - prune-width: {mlp: 0.25}
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from secateur.graph import PipelineError
+from secateur.passes.options import did_you_mean
+
+NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+
+
+class DataSpec(BaseModel):
+    """Where calibration text is read from and how much of it: tokens in all, in windows of ``window`` tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    file: str | None = None
+    tokens: int = Field(default=10_240, ge=1)
+    window: int = Field(default=256, ge=2)
+
+
+class Recipe(BaseModel):
+    """The face of a recipe file; the entries of ``passes`` are checked by the passes themselves."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    passes: list[Any] = Field(min_length=1)
+    data: DataSpec | None = None
+    seed: int = 0
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader; reads 2e6 as a number and refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+        if twice is not None:
+            raise PipelineError(f"recipe: {twice!r} is given twice{_where(node.start_mark)}")
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper; quotes words that the loader above would read as numbers."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"{NUMBER.pattern}$"), list("-+.0123456789"))
+
+
+def load_recipe(recipe: str | Path) -> Recipe:
+    """A recipe from a file's path, or from YAML text (a string with a line end).
+
+    Raises: PipelineError: no such file, not YAML, not a map, a key that is unknown or of the wrong type.
+    """
+    text = recipe if isinstance(recipe, str) and "\n" in recipe else _read(Path(recipe))
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise PipelineError(f"recipe: not YAML{_where(getattr(error, 'problem_mark', None))}: {error}") from None
+    if not isinstance(value, dict):
+        raise PipelineError(f"recipe: expected a map with the key 'passes', found {type(value).__name__}")
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        raise PipelineError(f"recipe: {_first(error)}") from None
+
+
+def dump_recipe(passes: list[Any], data: DataSpec | None, seed: int) -> str:
+    """The YAML of a recipe."""
+    value: dict[str, Any] = {"seed": seed, "passes": passes}
+    if data is not None:
+        value["data"] = data.model_dump()
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PipelineError(f"recipe {path}: cannot be read: {error}") from None
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        model = DataSpec if first["loc"][0] == "data" else Recipe
+        return f"unknown key {place!r}; {did_you_mean(str(first['loc'][-1]), model.model_fields)}"
+    return f"{place}: {first['msg']}, found {first['input']!r}"
+
+
+def _where(mark: Any) -> str:
+    return f" (line {mark.line + 1})" if mark is not None else ""

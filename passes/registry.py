@@ -1,0 +1,8 @@
+"""The table of passes.  To add one: its file, its row here, its test."""
+
+from secateur.passes.base import Pass
+from secateur.passes.options import Table
+from secateur.passes.prune_width import PruneWidth
+from secateur.passes.score import Score
+
+PASSES: Table[Pass] = Table("a pass", Score, PruneWidth)

@@ -1,0 +1,62 @@
+"""Give every unit of every coupled group an importance score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BeforeValidator, InstanceOf
+
+from secateur.graph import PipelineError, Program, coupled_groups
+from secateur.passes.base import Context, Cost, Pass, PassResult
+from secateur.passes.importance import IMPORTANCES, Importance, Taylor, aggregate, normalize
+from secateur.passes.importance.base import Aggregation, Normalization
+
+Metric = Annotated[InstanceOf[Importance], BeforeValidator(IMPORTANCES.build)]
+COSTS = {"nothing": Cost(), "gradients": Cost(3.0, 4.0), "activations": Cost(1.0, 0.0)}
+
+
+@dataclass(frozen=True)
+class Score(Pass):
+    """Score the units of all groups that may be pruned.  Numerics: exact (the model is not touched).
+
+    metric: the estimator, with its own options: taylor, magnitude{p=1}, activation, random.
+    aggregate: how the scores of a unit's members become one: sum, mean, max, prod or last.
+    normalize: scale of each group's scores: none, sum, mean, max or standard.
+    """
+
+    name: ClassVar[str] = "score"
+    numerics: ClassVar[Literal["exact", "close", "lossy"]] = "exact"
+    gives: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    metric: Metric = Taylor()
+    aggregate: Aggregation = "sum"
+    normalize: Normalization = "none"
+
+    @property
+    def needs_data(self) -> bool:
+        return self.metric.needs != "nothing"
+
+    @property
+    def cost(self) -> Cost:
+        return COSTS[self.metric.needs]
+
+    def requires(self, program: Program) -> list[str]:
+        on_meta = any(p.is_meta for _, p in program.named_parameters())
+        return super().requires(program) + ["the weights are on the meta device: open the model with weights"] * on_meta
+
+    def call(self, program: Program, context: Context) -> PassResult:
+        groups = [group for group in coupled_groups(program) if group.locked is None]
+        members = self.metric.members(program, groups, context)
+        scores = {name: normalize(aggregate(found, self.aggregate), self.normalize) for name, found in members.items()}
+        for name, score in scores.items():
+            if not bool(torch.isfinite(score).all()):
+                raise PipelineError(f"{self.metric.name} gives scores of {name} that are not finite")
+        unseen = sorted({group.name for group in groups} - set(scores))
+        for name in unseen:
+            context.log.info("score: %s cannot see %s: no weight reads its units", self.metric.name, name)
+        figures: dict[str, Any] = {"groups": len(scores), "unscored": unseen}
+        if context.data is not None and self.needs_data:
+            figures |= {"sequences": len(context.data), "tokens": sum(s.tokens for s in context.data)}
+        return PassResult(program.replace(scores=scores), modified=False, figures=figures)
