@@ -1,0 +1,25 @@
+"""What a model is: capture, axis atoms, rules, coupled groups, rewriting, verification."""
+
+from secateur.graph.analysis import analyse
+from secateur.graph.capture import capture
+from secateur.graph.coupling import FAMILIES, CoupledGroup, Member, coupled_groups, coupling_graph
+from secateur.graph.errors import SecateurError
+from secateur.graph.program import Program, Source, Step
+from secateur.graph.rewrite import keep
+from secateur.graph.rules import axis_rule
+
+__all__ = [
+    "FAMILIES",
+    "CoupledGroup",
+    "Member",
+    "Program",
+    "SecateurError",
+    "Source",
+    "Step",
+    "analyse",
+    "axis_rule",
+    "capture",
+    "coupled_groups",
+    "coupling_graph",
+    "keep",
+]

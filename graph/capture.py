@@ -1,0 +1,234 @@
+"""Model + example input -> Program: torch.export without decomposition, flattened, over the same Parameter objects."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.export import Dim
+
+from secateur.graph.errors import CaptureError
+from secateur.graph.program import Program, Source
+
+log = logging.getLogger(__name__)
+
+# Two distinct primes: even where a model fixes a size at trace time, no product of other sizes equals it by accident.
+BATCH, SEQUENCE = 2, 11
+_OFF = ("use_cache", "output_attentions", "output_hidden_states")
+
+
+def capture(model: nn.Module, example_inputs: Any = None, *, folder: Path | None = None) -> Program:
+    """A module as a Program over the same Parameter objects.
+
+    Args:
+        model: a PreTrainedModel or any nn.Module, on any device, the meta device included (no weights are needed then).
+        example_inputs: a tensor, a tuple of positional inputs, or a dict by argument name.  None: made from the
+            configuration of a PreTrainedModel.  Batch (dim 0) and sequence (dim 1 of integer inputs) become dynamic
+            where the model allows it.
+        folder: the checkpoint folder the model was read from, remembered in the Source.
+    Raises:
+        CaptureError: names the module and the reason.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        inputs = _named_inputs(model, example_inputs)
+        exported = _export(model, inputs)
+        gm = exported.module(check_guards=False)
+        _name_parameters(gm, model)
+        gm = _flatten(gm)
+        _accept_any_call(gm, model, inputs)
+    finally:
+        model.train(was_training)
+    source = Source(model=model, example_inputs=inputs, folder=folder, config=getattr(model, "config", None))
+    return Program(gm=gm, source=source)
+
+
+# ---------------------------------------------------------------------- inputs
+def _named_inputs(model: nn.Module, given: Any) -> dict[str, Any]:
+    parameters = inspect.signature(model.forward).parameters
+    if given is None:
+        inputs = _example_inputs(model, parameters)
+    elif isinstance(given, Mapping):
+        inputs = dict(given)
+    else:
+        values = given if isinstance(given, (tuple, list)) else (given,)
+        inputs = dict(zip(parameters, values, strict=False))
+    unknown = [n for n in inputs if n not in parameters and not _takes_anything(parameters)]
+    if unknown:
+        raise CaptureError(f"example_inputs name {unknown}, but {type(model).__name__}.forward takes {list(parameters)}")
+    return inputs | {n: False for n in _OFF[:1] if n in parameters and n not in inputs}
+
+
+def _takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _example_inputs(model: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    if config is None or main not in ("input_ids", "pixel_values"):
+        raise CaptureError(
+            f"{type(model).__name__} does not say what it takes (main input {main!r}): pass example_inputs, "
+            f"a dict by argument name out of {list(parameters)}"
+        )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if main == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+        return {main: torch.zeros(BATCH, config.num_channels, *size, device=device)}
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 16
+    ids = (torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % max(vocabulary - 4, 1) + 3) % vocabulary
+    inputs = {main: ids.to(device)}
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+        inputs["decoder_input_ids"] = ids.to(device)
+    return inputs
+
+
+# ---------------------------------------------------------------------- export
+def _export(model: nn.Module, inputs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """Dynamic batch and sequence if the model allows it, then whatever it allows, then the example's own sizes."""
+    first: Exception | None = None
+    for dim in (Dim.DYNAMIC, Dim.AUTO, None):
+        try:
+            with torch.no_grad(), _whole_experts(model):
+                return torch.export.export(model, (), dict(inputs), dynamic_shapes=_dynamic(inputs, dim), strict=False)
+        except Exception as error:  # noqa: BLE001 - torch.export raises anything; the first reason is kept and told
+            first = first or error
+            log.debug("export with %s dims failed: %s", dim, error)
+    raise CaptureError(_why(model, first)) from first
+
+
+def _dynamic(inputs: Mapping[str, Any], dim: Any) -> dict[str, Any] | None:
+    if dim is None:
+        return None
+    dims: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            integer = not value.is_floating_point() and value.dim() > 1
+            dims[name] = {0: dim, 1: dim} if integer else {0: dim} if value.dim() else {}
+        else:
+            dims[name] = pytree.tree_map(lambda _: None, value)
+    return dims
+
+
+@contextmanager
+def _whole_experts(model: nn.Module) -> Any:
+    """Experts as one grouped product: a Python loop over the experts hit depends on data and cannot be traced."""
+    config = getattr(model, "config", None)
+    name = "_experts_implementation"
+    before = getattr(config, name, None)
+    if before == "eager":
+        setattr(config, name, "grouped_mm")
+    try:
+        yield
+    finally:
+        if before == "eager":
+            setattr(config, name, before)
+
+
+def _why(model: nn.Module, error: Exception | None) -> str:
+    """The innermost module on the traceback, and the reason."""
+    where, trace = type(model).__name__, error.__traceback__ if error else None
+    names = {id(m): n for n, m in model.named_modules()}
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and names.get(id(owner)):
+            where = f"{names[id(owner)]} ({type(owner).__name__})"
+        trace = trace.tb_next
+    reason = str(error).strip().splitlines()[0][:300] if error and str(error).strip() else "no reason given"
+    return f"{type(model).__name__} cannot be captured: in {where}: {type(error).__name__}: {reason}"
+
+
+# ---------------------------------------------------------------------- clean-up of the exported module
+def _flatten(gm: fx.GraphModule) -> fx.GraphModule:
+    """Inline the subgraphs that only switch autograd or autocast; drop shape guards' hooks and dead nodes."""
+    gm._forward_pre_hooks.clear()
+    gm._forward_pre_hooks_with_kwargs.clear()
+    for node in list(gm.graph.nodes):
+        name = str(getattr(node.target, "_name", node.target))
+        if node.op == "call_function" and name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            _inline(gm, node)
+    gm.graph.eliminate_dead_code()
+    gm.delete_all_unused_submodules()
+    gm.recompile()
+    return gm
+
+
+def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
+    at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+    target = str(node.args[at].target)  # type: ignore[union-attr]
+    inner = gm.get_submodule(target)
+    assert isinstance(inner, fx.GraphModule)
+    inner = _flatten(inner)
+    for name, tensor in inner.named_buffers():
+        if not hasattr(gm, name):
+            gm.register_buffer(name, tensor, persistent=False)
+    operands = iter(node.args[at + 1 :])
+    copies: dict[fx.Node, Any] = {n: next(operands) for n in inner.graph.nodes if n.op == "placeholder"}
+    with gm.graph.inserting_before(node):
+        result = gm.graph.graph_copy(inner.graph, copies)
+    if isinstance(result, (tuple, list)):
+        for user in list(node.users):
+            user.replace_all_uses_with(result[user.args[1]])
+            gm.graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(result)  # type: ignore[arg-type]
+    gm.graph.erase_node(node)
+
+
+def _name_parameters(gm: fx.GraphModule, model: nn.Module) -> None:
+    """Read a tied parameter under its first name in the source model."""
+    first = {id(p): n for n, p in model.named_parameters()}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            node.target = first.get(id(attribute(gm, node.target)), node.target)
+
+
+def attribute(gm: nn.Module, path: str) -> Any:
+    """What a dotted path names in a module tree."""
+    owner: Any = gm
+    for part in path.split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def _accept_any_call(gm: fx.GraphModule, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Call the graph like the model: positional or by name; what was fixed at capture may be left out or repeated."""
+    order = list(inspect.signature(model.forward).parameters)
+    gm.meta["call"] = {"order": order, "inputs": dict(inputs)}
+    gm.register_forward_pre_hook(_bind, with_kwargs=True)
+
+
+def accept_calls_of(gm: fx.GraphModule, other: fx.GraphModule) -> None:
+    """Give a rewritten graph module the call convention of the one that it came from."""
+    gm.meta["call"] = other.meta["call"]
+    for name in ("_in_spec", "_out_spec"):
+        if hasattr(other, name):
+            setattr(gm, name, getattr(other, name))
+    gm.register_forward_pre_hook(_bind, with_kwargs=True)
+    gm.eval()
+
+
+def _bind(gm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    call = gm.meta["call"]  # type: ignore[index]
+    captured = call["inputs"]
+    given = dict(zip(call["order"], args, strict=False)) | kwargs
+    bound = {}
+    for name, example in captured.items():
+        if name in given:
+            bound[name] = given.pop(name)
+        elif isinstance(example, torch.Tensor):
+            raise CaptureError(f"the captured call takes {name}; it was captured with {list(captured)}")
+        else:
+            bound[name] = example
+    fixed = {n: v for n, v in given.items() if v is not None and n not in _OFF and n not in ("return_dict", "labels")}
+    if fixed:
+        raise CaptureError(f"captured without {list(fixed)}: capture again with example_inputs that hold them")
+    return (), bound

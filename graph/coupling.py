@@ -1,0 +1,238 @@
+"""Coupled groups: what must be pruned together.
+
+The axis analysis leaves one leaf atom for every set of units that stay or go together.  Here those leaves become a
+networkx graph whose nodes are places (a parameter, a buffer or a value of the FX graph that carries the leaf) and whose
+edges are the ops that tie them; its connected components are the coupled groups, the dependency criterion of LLM-Pruner
+(Ma et al. 2023, arXiv:2305.11627, section 3.1) applied to axes instead of whole neurons.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import networkx as nx
+import torch
+from torch import fx
+
+from secateur.graph.analysis import OUTPUT, Analysis, analyse, flat_axes
+from secateur.graph.atoms import Atom, unit_positions
+from secateur.graph.program import Program
+
+FAMILIES = {
+    "hidden": "channels of the residual stream",
+    "mlp": "neurons between two projections",
+    "kv_heads": "attention heads; under grouped queries a key/value head with all its query heads",
+    "query_heads": "query heads that share one key/value head, the same ones in every group",
+    "head_dim": "channels inside an attention head; rotary pairs stay whole",
+    "experts": "experts of a mixture, with their router rows",
+    "channels": "convolution channels",
+    "latent": "a normalised low-rank bottleneck",
+    "vocabulary": "tokens",
+    "table": "rows of a look-up table other than the vocabulary",
+    "outputs": "what the model returns",
+    "other": "none of these",
+}
+_NORMS = {"normalized", "reduced by mean", "reduced by var", "reduced by var_mean", "reduced by linalg_vector_norm"}
+
+
+class Place(NamedTuple):
+    """A node of the coupling graph: a tensor or value that carries a leaf."""
+
+    name: str
+    kind: str
+    leaf: int
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One dim of a parameter (or buffer) that a group's units run through.
+
+    parameter: name in the source model; a tied parameter goes by its first name.
+    role: "produces" (output rows, biases), "consumes" (input columns), "scales" (norm weights and other elementwise
+        factors), "looks_up" (embedding).
+    """
+
+    parameter: str
+    dim: int
+    role: str
+    _axis: Atom = field(repr=False)
+    _leaf: Atom = field(repr=False)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """[units, k] int64: the positions along ``dim`` of each unit, ascending."""
+        return torch.from_numpy(unit_positions(self._axis, self._leaf))
+
+    def indices(self, unit: int) -> torch.Tensor:
+        """[k] int64: the positions along ``dim`` that belong to one unit."""
+        return self.positions[unit]
+
+
+@dataclass(frozen=True, eq=False)
+class CoupledGroup:
+    """Units that stay or go together, and everywhere they appear.
+
+    name: unique in its Program and stable over edits, e.g. ``mlp@model.layers.3.mlp``.
+    family: a key of FAMILIES.
+    units: how many.
+    locked: why no unit may go, or None.
+    members: dims of parameters.
+    buffers: dims of buffers and constants, sliced along with them.
+    block: path of the residual layer that holds the group, "" when it runs through several.
+    min_units: at least so many must stay (a top-k needs k experts).
+    """
+
+    name: str
+    family: str
+    units: int
+    locked: str | None
+    members: list[Member]
+    buffers: list[Member]
+    block: str
+    min_units: int
+    leaf: Atom = field(repr=False)
+
+    def __repr__(self) -> str:
+        state = f", locked: {self.locked}" if self.locked else ""
+        return f"CoupledGroup({self.name}, {self.units} units, {len(self.members)} members{state})"
+
+
+_cache: WeakKeyDictionary[Program, list[CoupledGroup]] = WeakKeyDictionary()
+
+
+def coupled_groups(program: Program) -> list[CoupledGroup]:
+    """All groups of more than one unit that own a parameter, in the order of the graph's parameters.
+
+    Raises: UnsupportedOp: an op of the graph has no axis rule.
+    """
+    if program not in _cache:
+        _cache[program] = _groups(program)
+    return _cache[program]
+
+
+def coupling_graph(program: Program) -> nx.Graph:
+    """The graph whose connected components are the coupled groups.
+
+    Nodes are Places with ``dims`` (where the leaf runs in the tensor); edges carry ``op`` (name of the FX node that
+    ties its ends) and ``target``.  ``networkx.shortest_path`` between two parameters says why they are coupled.
+    """
+    analysis = analyse(program)
+    graph: nx.Graph = nx.Graph()
+    held: dict[fx.Node, dict[Atom, Place]] = {}
+    for node in analysis.gm.graph.nodes:
+        held[node] = _places(analysis, node)
+        for leaf, place in held[node].items():
+            graph.add_node(place, dims=_dims(analysis, node, leaf))
+        if node.op != "call_function":
+            continue
+        around = [held[node], *(held[n] for n in node.all_input_nodes)]
+        for leaf in set().union(*around):
+            first, *others = [places[leaf] for places in around if leaf in places]
+            graph.add_edges_from((first, other, {"op": node.name, "target": str(node.target)}) for other in others)
+    return graph
+
+
+def _places(analysis: Analysis, node: fx.Node) -> dict[Atom, Place]:
+    """The leaves that a node's value carries, as axes or as the domain of its integers."""
+    name, kind = node.name, "value"
+    if node.op == "get_attr":
+        name = analysis.tensor_of.get(node, node.name)
+        kind = "parameter" if name in analysis.parameter_names else "buffer"
+    axes = [atom for group in flat_axes(analysis.values.get(node)) for atom in group]
+    domains = [analysis.domains[key] for key in (node, (node, 0), (node, 1)) if key in analysis.domains]
+    leaves = {leaf for atom in [*axes, *domains] for leaf in atom.leaves() if leaf.size > 1}
+    return {leaf: Place(name, kind, leaf.number) for leaf in leaves}
+
+
+def _dims(analysis: Analysis, node: fx.Node, leaf: Atom) -> tuple[int, ...]:
+    axes = next(flat_axes(analysis.values.get(node)), [])
+    return tuple(d for d, atom in enumerate(axes) if leaf in atom.leaves())
+
+
+# ---------------------------------------------------------------------- groups
+def _groups(program: Program) -> list[CoupledGroup]:
+    analysis = analyse(program)
+    roles = _roles(analysis)
+    members: dict[Atom, list[Member]] = defaultdict(list)
+    buffers: dict[Atom, list[Member]] = defaultdict(list)
+    for name, (axes, _) in analysis.tensors.items():
+        for dim, axis in enumerate(axes):
+            for leaf in dict.fromkeys(axis.leaves()):
+                if leaf.size > 1:
+                    into = members if name in analysis.parameter_names else buffers
+                    into[leaf].append(Member(name, dim, roles.get((name, leaf, dim), "scales"), axis, leaf))
+    minima = {leaf: least for atom, least in analysis.minima for leaf in atom.leaves()}
+    taken: dict[str, int] = defaultdict(int)
+    groups = []
+    for leaf, own in members.items():
+        family = _family(leaf, own)
+        prefix = _common_path(m.parameter for m in own)
+        name = f"{family}@{prefix}" if prefix else family
+        taken[name] += 1
+        groups.append(
+            CoupledGroup(
+                name=name if taken[name] == 1 else f"{name}#{taken[name]}",
+                family=family,
+                units=leaf.size,
+                locked="; ".join(sorted(leaf.locks)) or None,
+                members=own,
+                buffers=buffers.get(leaf, []),
+                block=_block(prefix),
+                min_units=minima.get(leaf, 1),
+                leaf=leaf,
+            )
+        )
+    return groups
+
+
+def _roles(analysis: Analysis) -> dict[tuple[str, Atom, int], str]:
+    """What an axis of a parameter does, by the first op that says so; a product tells more than a scale."""
+    ranked = sorted(analysis.roles, key=lambda row: row[2] == "scales")
+    found: dict[tuple[str, Atom, int], str] = {}
+    for name, atom, role in ranked:
+        leaves = set(atom.leaves())
+        for dim, axis in enumerate(analysis.tensors[name][0]):
+            for leaf in leaves.intersection(axis.leaves()):
+                found.setdefault((name, leaf, dim), role)
+    return found
+
+
+def _family(leaf: Atom, members: list[Member]) -> str:
+    roles = [m.role for m in members]
+    made = roles.count("produces") + roles.count("looks_up")
+    read = roles.count("consumes")
+    normed = bool(_NORMS & leaf.marks)
+    tests = {
+        "vocabulary": "vocabulary" in leaf.marks,
+        "table": "table" in leaf.marks,
+        "hidden": normed and made >= 2 and read >= 2 and not {"heads", "experts"} & leaf.marks,
+        "outputs": OUTPUT in leaf.locks,
+        "experts": bool({"experts", "chosen"} & leaf.marks),
+        "query_heads": "queries" in leaf.marks or {"heads", "broadcast"} <= leaf.marks,
+        "kv_heads": "heads" in leaf.marks,
+        "head_dim": "head_dim" in leaf.marks,
+        "channels": "conv" in leaf.marks,
+        "latent": normed and made > 0 and read > 0,
+        "mlp": made > 0 and read > 0,
+    }
+    return next((family for family, holds in tests.items() if holds), "other")
+
+
+def _common_path(names: Iterable[str]) -> str:
+    """The module path that all parameters share."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared)
+
+
+def _block(path: str) -> str:
+    """The path up to its first number: the layer of a list of layers."""
+    parts = path.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return "" if at is None else ".".join(parts[: at + 1])

@@ -1,0 +1,170 @@
+"""Apply an edit: slice every tensor once, and resize the constants of the graph that follow the pruned axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from secateur.graph.analysis import Analysis, analyse, flat_axes
+from secateur.graph.atoms import Atom, BoolArray, Keep
+from secateur.graph.capture import accept_calls_of
+from secateur.graph.coupling import CoupledGroup, coupled_groups
+from secateur.graph.errors import EditError
+from secateur.graph.program import Program
+
+Units = Sequence[int] | torch.Tensor
+Edit = Mapping[CoupledGroup | str, Units]
+
+
+def keep(program: Program, edit: Edit) -> Program:
+    """A new Program that has only the kept units of the named groups; the given Program stays usable.
+
+    Args:
+        edit: group (or its name) -> the units that stay: indices in any order, or a boolean mask.
+    Returns:
+        A Program over new Parameters where an axis was cut and over the same ones elsewhere; ties stay ties.
+    Raises:
+        EditError: an unknown or locked group, units out of range, twice named, or too few.
+    """
+    masks = resolve_edit(program, edit)
+    if not masks:
+        return program.replace()
+    analysis = analyse(program)
+    keeping = Keep({group.leaf: mask for group, mask in masks.items()})
+    gm = _rewritten(analysis, keeping)
+    return program.replace(gm=gm, scores=MappingProxyType({}))
+
+
+def resolve_edit(program: Program, edit: Edit) -> dict[CoupledGroup, BoolArray]:
+    """The edit as group -> [units] bool; checks every name and index.  Groups that stay whole are left out."""
+    groups = coupled_groups(program)
+    by_name, own = {g.name: g for g in groups}, set(groups)
+    masks: dict[CoupledGroup, BoolArray] = {}
+    for key, units in edit.items():
+        group = by_name.get(key) if isinstance(key, str) else key if key in own else by_name.get(key.name)
+        if group is None or (not isinstance(key, str) and group.units != key.units):
+            name = key if isinstance(key, str) else key.name
+            raise EditError(f"no group {name!r} in this program; secateur.coupled_groups(program) lists them")
+        mask = _mask(group, units)
+        if not mask.all():
+            masks[group] = mask
+    return masks
+
+
+def _mask(group: CoupledGroup, units: Units) -> BoolArray:
+    given = torch.as_tensor(units)
+    if given.dtype == torch.bool and given.shape == (group.units,):
+        mask = given.cpu().numpy()
+    else:
+        indices = given.to(torch.int64).flatten().tolist()
+        bad = [i for i in indices if not 0 <= i < group.units]
+        if bad or len(set(indices)) != len(indices):
+            what = f"unit {bad[0]}" if bad else "a unit twice"
+            raise EditError(f"{group.name} has units 0..{group.units - 1}, but the edit names {what}")
+        mask = np.zeros(group.units, bool)
+        mask[indices] = True
+    if group.locked and not mask.all():
+        raise EditError(f"{group.name} is locked: {group.locked}")
+    if mask.sum() < group.min_units:
+        raise EditError(f"{group.name}: {int(mask.sum())} of {group.units} units kept, at least {group.min_units} must stay")
+    return mask
+
+
+# ---------------------------------------------------------------------- the new graph module
+def _rewritten(analysis: Analysis, keeping: Keep) -> fx.GraphModule:
+    old = analysis.gm
+    graph, copies = fx.Graph(), {}
+    graph.output(graph.graph_copy(old.graph, copies))
+    graph.set_codegen(old.graph._codegen)
+    out, old_out = next(iter(reversed(graph.nodes))), next(iter(reversed(old.graph.nodes)))
+    out.meta = dict(old_out.meta)
+    tensors = _sliced(analysis, keeping)
+    for node, copy in copies.items():
+        if node.op == "get_attr" and node in analysis.tensor_of:
+            copy.target = analysis.tensor_of[node]
+    for node, copy in copies.items():
+        _resize_value(analysis, node, copy, keeping)
+    for node, rewrite in analysis.rewrites:
+        rewrite(copies[node], keeping)
+    for copy in copies.values():  # strides may change: a view of a pruned value can need a copy
+        if copy.target is torch.ops.aten.view.default:
+            copy.target = torch.ops.aten.reshape.default
+    for node in analysis.generated:
+        _select_generated(analysis, node, copies[node], keeping, tensors)
+    gm = fx.GraphModule(tensors, graph, class_name=old._get_name())
+    gm.meta = dict(old.meta)
+    accept_calls_of(gm, old)
+    gm.graph.lint()
+    return gm
+
+
+def _sliced(analysis: Analysis, keeping: Keep) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, (axes, tensor) in analysis.tensors.items():
+        new = tensor.detach()
+        for dim, axis in enumerate(axes):
+            if keeping.touches(axis):
+                new = new.index_select(dim, torch.from_numpy(keeping.positions(axis)).to(new.device))
+        if new.shape == tensor.shape:
+            tensors[name] = tensor
+        elif isinstance(tensor, nn.Parameter):
+            tensors[name] = nn.Parameter(new.contiguous(), requires_grad=tensor.requires_grad)
+        else:
+            tensors[name] = new.contiguous()
+    return tensors
+
+
+def _select_generated(
+    analysis: Analysis, node: fx.Node, copy: fx.Node, keeping: Keep, tensors: dict[str, torch.Tensor]
+) -> None:
+    """After a node whose values go by position, pick the positions that stay."""
+    axes = next(flat_axes(analysis.values[node]), [])
+    for dim, axis in enumerate(axes):
+        if not keeping.touches(axis):
+            continue
+        name = f"kept_{node.name}_{dim}"
+        tensors[name] = torch.from_numpy(keeping.positions(axis)).to(node.meta["val"].device)
+        with copy.graph.inserting_after(copy):
+            index = copy.graph.get_attr(name)
+        index.meta["val"] = _fake(copy.meta["val"], tensors[name].shape, torch.int64)
+        with copy.graph.inserting_after(index):
+            picked = copy.graph.call_function(torch.ops.aten.index_select.default, (copy, dim, index))
+        picked.meta = dict(copy.meta)
+        copy.replace_all_uses_with(picked, delete_user_cb=lambda user, new=picked: user is not new)  # type: ignore[misc]
+        copy.meta["val"] = node.meta["val"]
+        copy = picked
+
+
+def _resize_value(analysis: Analysis, node: fx.Node, copy: fx.Node, keeping: Keep) -> None:
+    """The traced shape of a value, after the edit."""
+    value = node.meta.get("val")
+    results = list(value) if isinstance(value, (tuple, list)) else [value]
+    all_axes = list(flat_axes(analysis.values.get(node)))
+    if len(results) != len(all_axes):
+        return
+    resized = [_resized(v, axes, keeping) for v, axes in zip(results, all_axes, strict=True)]
+    copy.meta["val"] = type(value)(resized) if isinstance(value, (tuple, list)) else resized[0]
+
+
+def _resized(value: Any, axes: Sequence[Atom], keeping: Keep) -> Any:
+    if not isinstance(value, torch.Tensor) or not any(map(keeping.touches, axes)):
+        return value
+    sizes = [
+        size if not keeping.touches(axis) else _scale(size, axis.size, keeping.size(axis))
+        for size, axis in zip(value.shape, axes, strict=True)
+    ]
+    return _fake(value, sizes, value.dtype)
+
+
+def _scale(size: Any, old: int, new: int) -> Any:
+    return new if isinstance(size, int) else size * new // old
+
+
+def _fake(like: Any, sizes: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
+    with like.fake_mode:
+        return torch.empty(sizes, dtype=dtype, device=like.device)

@@ -1,0 +1,219 @@
+"""What an axis rule is: one function an op, that ties the axes of its operands and results.
+
+Look-up order: exact overload (``aten::view.dtype``), op (``aten::view``), its in-place form (``aten::add_``), the tag
+``torch.Tag.pointwise``, else ``UnsupportedOp``.  Nothing is elementwise by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from secateur.graph.atoms import Atom, Keep, Space
+
+Axes = list[Atom]
+Value = Axes | list["Value"] | None
+Rule = Callable[["Op"], Value]
+Rewrite = Callable[[fx.Node, Keep], None]
+
+DATA = "its size comes with the input"
+RULES: dict[str, Rule] = {}
+
+
+def axis_rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register one rule for ops or overloads, named as in their schema (``aten::linear``).  A second row is an error."""
+
+    def add(rule: Rule) -> Rule:
+        for name in names:
+            if name in RULES:
+                raise ValueError(f"{name} has an axis rule already: {RULES[name].__name__}")
+            RULES[name] = rule
+        return rule
+
+    return add
+
+
+def find_rule(target: torch._ops.OpOverload) -> Rule | None:
+    """The rule of an overload, or None when it has none."""
+    name, overload = target._schema.name, target._schema.overload_name
+    functional = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    for key in (f"{name}.{overload}", name, functional):
+        if key in RULES:
+            return RULES[key]
+    return RULES["tag::pointwise"] if torch.Tag.pointwise in target.tags else None
+
+
+class State(Protocol):
+    """What a rule sees of the analysis at work."""
+
+    space: Space
+    domains: dict[Any, Atom]
+    minima: list[tuple[Atom, int]]
+    generated: list[fx.Node]
+
+    def axes_of(self, node: fx.Node) -> Value: ...
+    def int_of(self, value: Any) -> int: ...
+    def is_symbolic(self, value: Any) -> bool: ...
+    def role(self, node: fx.Node, axis: Atom, role: str) -> None: ...
+    def comes_from_parameters(self, node: Any) -> bool: ...
+    def rewrite(self, node: fx.Node, rewrite: Rewrite) -> None: ...
+
+
+class Op:
+    """One call of the graph, as a rule sees it: arguments by schema name, axes, and the means to tie and to rewrite."""
+
+    def __init__(self, node: fx.Node, state: State) -> None:
+        assert isinstance(node.target, torch._ops.OpOverload)
+        self.node, self.state, self.space = node, state, state.space
+        self.name = node.target._schema.name.split("::")[1].rstrip("_") or node.target._schema.name.split("::")[1]
+        self.value = node.meta.get("val")
+        self.args: dict[str, Any] = {
+            a.name: a.default_value if a.has_default_value() else None for a in node.target._schema.arguments
+        }
+        self.args |= {a.name: v for a, v in zip(node.target._schema.arguments, node.args, strict=False)} | node.kwargs
+
+    def __getitem__(self, name: str) -> Any:
+        return self.args[name]
+
+    def first(self, *names: str) -> Any:
+        """The argument under the first of several names that the schema knows."""
+        return next((self.args[n] for n in names if n in self.args), None)
+
+    def int(self, value: Any) -> int:
+        return self.state.int_of(value)
+
+    # ------------------------------------------------------------------ axes
+    def axes(self, operand: Any) -> Axes:
+        """The axes of a tensor operand; [] for a scalar."""
+        found = self.state.axes_of(operand) if isinstance(operand, fx.Node) else []
+        return list(found) if found else []  # type: ignore[arg-type]
+
+    def tensors(self) -> Iterator[fx.Node]:
+        """Tensor operands in order, lists opened."""
+        for value in self.args.values():
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(item, fx.Node) and isinstance(item.meta.get("val"), torch.Tensor):
+                    yield item
+
+    def sizes(self, value: Any = None) -> list[int]:
+        """Integer sizes of the result (or of one of several); input sizes are stood for by distinct primes."""
+        return [self.int(d) for d in (self.value if value is None else value).shape]
+
+    def dim(self, rank: int, *names: str) -> int:
+        """The argument ``dim``, counted from the front."""
+        value = self.first(*(names or ("dim",)))
+        return int(value if value is not None else 0) % rank if rank else 0
+
+    def fresh(self, value: Any = None, lock: str | None = None) -> Axes:
+        """New axes in the shape of the result; dims of the input's size are locked as data."""
+        value = self.value if value is None else value
+        out = []
+        for size in value.shape:
+            atom = Atom(self.int(size))
+            reasons = [r for r in (lock, DATA if self.state.is_symbolic(size) else None) if r]
+            atom.locks.update(reasons)
+            out.append(atom)
+        return out
+
+    def is_data(self, atom: Atom) -> bool:
+        return any(DATA in leaf.locks for leaf in atom.leaves())
+
+    def lock(self, axes: Sequence[Atom], reason: str) -> None:
+        for atom in axes:
+            self.space.lock(atom, f"{reason} ({self.node.name})")
+
+    def broadcast(self, operands: Sequence[Axes], rank: int) -> Axes:
+        """Tie operands aligned at the right; axes of size one stretch."""
+        out: Axes = []
+        for i in range(rank):
+            present = [a[i - rank] for a in operands if len(a) >= rank - i and a[i - rank].size != 1]
+            for other in present[1:]:
+                self.space.unify(present[0], other)
+            out.append(present[0].resolve() if present else Atom(1))
+        return out
+
+    # ------------------------------------------------------------------ index domains
+    def domain(self, operand: Any) -> Atom | None:
+        """The axis whose positions are the values of an index tensor, when known."""
+        return self.state.domains.get(operand)
+
+    def set_domain(self, axis: Atom | None, output: int | None = None) -> None:
+        if axis is not None:
+            self.state.domains[self.node if output is None else (self.node, output)] = axis
+
+    def index_into(self, axis: Atom, index: Any, reason: str = "looked up by an index from outside") -> None:
+        """An index tensor reads or writes an axis: fine when its values count along that very axis, else a lock."""
+        domain = self.domain(index)
+        if domain is not None and domain.size == axis.size:
+            self.space.unify(domain, axis)
+        elif axis.size > 1:
+            self.lock([axis], reason)
+
+    # ------------------------------------------------------------------ rewriting
+    def rewrite(self, rewrite: Rewrite) -> None:
+        """Run at an edit, on this node's copy in the new graph."""
+        self.state.rewrite(self.node, rewrite)
+
+    def resize_list(self, name: str, axes: Sequence[Atom], start: int = 0) -> None:
+        """Argument ``name`` is a list of sizes, one for each axis from ``start`` on."""
+
+        def apply(node: fx.Node, keep: Keep) -> None:
+            sizes = list(get_arg(node, name))
+            for i, atom in enumerate(axes, start):
+                if i < len(sizes) and keep.touches(atom):
+                    sizes[i] = resized(node, sizes[i], atom.size, keep.size(atom))
+            set_arg(node, name, sizes)
+
+        self.rewrite(apply)
+
+    def resize(self, name: str, atom: Atom, size: Callable[[Keep], int]) -> None:
+        """Argument ``name`` is an int that follows an axis."""
+
+        def apply(node: fx.Node, keep: Keep) -> None:
+            if keep.touches(atom):
+                set_arg(node, name, size(keep))
+
+        self.rewrite(apply)
+
+
+def resized(node: fx.Node, value: Any, old: int, new: int) -> Any:
+    """A size argument after an edit: -1 stays, an int becomes the new size, a symbolic size is scaled."""
+    if isinstance(value, fx.Node):
+        with node.graph.inserting_before(node):
+            rows = node.graph.call_function(_floordiv, (value, old))
+            scaled = node.graph.call_function(_mul, (rows, new))
+        symbol = value.meta.get("val")
+        if symbol is not None:
+            rows.meta["val"], scaled.meta["val"] = symbol // old, symbol // old * new
+        return scaled
+    return value if value == -1 else new
+
+
+def _floordiv(a: int, b: int) -> int:
+    return a // b
+
+
+def _mul(a: int, b: int) -> int:
+    return a * b
+
+
+def get_arg(node: fx.Node, name: str) -> Any:
+    """An argument of a call by its schema name."""
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == name:
+            default = argument.default_value if argument.has_default_value() else None
+            return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+    raise KeyError(f"{node.target} has no argument {name}")
+
+
+def set_arg(node: fx.Node, name: str, value: Any) -> None:
+    """Set an argument of a call by its schema name, where it stands."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    position = names.index(name)
+    if position < len(node.args):
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(name, value)

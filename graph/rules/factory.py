@@ -1,0 +1,33 @@
+"""Ops that make tensors from sizes and literals, and ops without a tensor result."""
+
+from __future__ import annotations
+
+from secateur.graph.rules.base import Axes, Op, axis_rule
+
+_FILLED = "zeros ones full empty new_zeros new_ones new_full new_empty rand randn".split()
+_COUNTED = "arange linspace logspace eye tril_indices triu_indices scalar_tensor tensor _tensor_constant".split()
+_SILENT = """_assert_tensor_metadata _assert_scalar _assert_async _assert_msg sym_constrain_range sym_size sym_numel
+ sym_stride sym_constrain_range_for_size item _local_scalar_dense numel is_nonzero manual_seed""".split()
+
+
+@axis_rule(*(f"aten::{n}" for n in _FILLED))
+def filled(op: Op) -> Axes:
+    """One value everywhere: the size argument follows the axes."""
+    out = op.fresh()
+    op.resize_list("size", out)
+    return out
+
+
+@axis_rule(*(f"aten::{n}" for n in _COUNTED))
+def counted(op: Op) -> Axes:
+    """Values by position: an edit of such an axis selects the kept positions after the op."""
+    out = op.fresh()
+    if op.name == "arange" and op.first("start") in (None, 0) and op.first("step") in (None, 1):
+        op.set_domain(out[0])
+    op.state.generated.append(op.node)
+    return out
+
+
+@axis_rule(*(f"aten::{n}" for n in _SILENT))
+def silent(op: Op) -> None:
+    return None

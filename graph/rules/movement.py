@@ -1,0 +1,317 @@
+"""Ops that move, repeat, cut or join axes without touching values."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from secateur.graph.atoms import Atom, Keep, concat, product
+from secateur.graph.rules.base import DATA, Axes, Op, Value, axis_rule, set_arg
+
+aten = torch.ops.aten
+
+
+# ---------------------------------------------------------------------- views
+@axis_rule(
+    *(f"aten::{n}" for n in "view reshape _unsafe_view view_copy _reshape_alias flatten squeeze unsqueeze".split())
+)
+def view(op: Op) -> Axes:
+    out = _regroup(op)
+    op.set_domain(op.domain(op["self"]))
+    if "size" in op.args or "shape" in op.args:
+        op.resize_list("size" if "size" in op.args else "shape", out)
+    return out
+
+
+@axis_rule("aten::unflatten")
+def unflatten(op: Op) -> Axes:
+    out = _regroup(op)
+    op.resize_list("sizes", out[op.dim(len(op.axes(op["self"]))) :])
+    return out
+
+
+@axis_rule("aten::view.dtype", "aten::as_strided", "aten::unfold", "aten::diagonal", "aten::im2col", "aten::unfold_copy")
+def strided(op: Op) -> Axes:
+    op.lock(op.axes(op["self"]), "read by strides or as another dtype")
+    return op.fresh(lock="read by strides or as another dtype")
+
+
+def _regroup(op: Op) -> Axes:
+    axes, sizes = op.axes(op["self"]), op.sizes()
+    if 0 in sizes:
+        return op.fresh()
+    out = op.space.regroup([f for axis in axes for f in axis.factors()], sizes)
+    if out is None:
+        op.space.conflicts.append(f"{op.node.name}: cannot view {axes} as {sizes}")
+        op.lock(axes, "viewed across the bounds of its units")
+        return op.fresh(lock=f"viewed across the bounds of its units ({op.node.name})")
+    return out
+
+
+# ---------------------------------------------------------------------- permutations
+@axis_rule("aten::permute")
+def permute(op: Op) -> Axes:
+    return _permuted(op, [d % len(op.value.shape) for d in op["dims"]])
+
+
+@axis_rule("aten::t", "aten::numpy_T")
+def t(op: Op) -> Axes:
+    return _permuted(op, list(range(len(op.value.shape)))[::-1])
+
+
+@axis_rule("aten::transpose", "aten::swapaxes", "aten::swapdims", "aten::mT", "aten::adjoint", "aten::mH")
+def transpose(op: Op) -> Axes:
+    rank = len(op.value.shape)
+    a, b = op.first("dim0", "axis0"), op.first("dim1", "axis1")
+    order = list(range(rank))
+    i, j = (-2, -1) if a is None else (a % rank, b % rank)
+    order[i], order[j] = order[j], order[i]
+    return _permuted(op, order)
+
+
+@axis_rule("aten::movedim", "aten::moveaxis")
+def movedim(op: Op) -> Axes:
+    rank = len(op.value.shape)
+    order = torch.movedim(torch.empty(list(range(2, rank + 2))), op["source"], op["destination"]).shape
+    return _permuted(op, [d - 2 for d in order])
+
+
+def _permuted(op: Op, order: list[int]) -> Axes:
+    axes = op.axes(op["self"])
+    op.set_domain(op.domain(op["self"]))
+    return [axes[i] for i in order]
+
+
+# ---------------------------------------------------------------------- repetition
+@axis_rule("aten::expand", "aten::broadcast_to", "aten::expand_as", "aten::expand_copy")
+def expand(op: Op) -> Axes:
+    axes, out = op.axes(op["self"]), op.fresh()
+    offset = len(out) - len(axes)
+    for i, axis in enumerate(axes, offset):
+        if axis.size == out[i].size:
+            out[i] = axis
+    for i, atom in enumerate(out):
+        if i < offset or atom is not axes[i - offset]:
+            op.space.mark(atom, "broadcast")
+    op.set_domain(op.domain(op["self"]))
+    if op.name != "expand_as":
+        op.resize_list("size", out)
+    return out
+
+
+@axis_rule("aten::repeat", "aten::tile")
+def repeat(op: Op) -> Axes:
+    name = "repeats" if "repeats" in op.args else "dims"
+    axes, times = op.axes(op["self"]), op[name]
+    axes = [Atom(1)] * (len(times) - len(axes)) + axes
+    times = [1] * (len(axes) - len(times)) + list(times)
+    copies = [_copies(op, n) for n in times]
+    op.resize_list(name, copies[len(copies) - len(op[name]) :])
+    return [product([n, axis]) for n, axis in zip(copies, axes, strict=True)]
+
+
+@axis_rule("aten::repeat_interleave.self_int")
+def repeat_interleave(op: Op) -> Axes:
+    axes = op.axes(op["self"])
+    if op["dim"] is None:
+        axes = [product(axes)]
+    dim, copies = op.dim(len(axes)), _copies(op, op["repeats"])
+    axes[dim] = product([axes[dim], copies])
+    op.resize("repeats", copies, lambda keep: keep.size(copies))
+    whole = axes[dim]
+    if op["output_size"] is not None:
+        op.resize("output_size", whole, lambda keep: keep.size(whole))
+    return axes
+
+
+@axis_rule("aten::repeat_interleave.self_Tensor", "aten::repeat_interleave.Tensor")
+def repeat_by_tensor(op: Op) -> Axes:
+    axes = op.axes(op.first("self", "repeats"))
+    dim = op.dim(len(axes))
+    op.lock([axes[dim]], "repeated by a tensor")
+    out = op.fresh()
+    return [*axes[:dim], out[dim], *axes[dim + 1 :]]
+
+
+def _copies(op: Op, times: object) -> Atom:
+    atom = Atom(op.int(times))
+    op.space.mark(atom, "broadcast")
+    if op.state.is_symbolic(times):
+        atom.locks.add(DATA)
+    return atom
+
+
+# ---------------------------------------------------------------------- cuts
+@axis_rule("aten::slice", "aten::narrow", "aten::slice_copy")
+def slice_(op: Op) -> Axes:
+    axes, sizes = op.axes(op["self"]), op.sizes()
+    dim = op.dim(len(axes))
+    source, length = axes[dim], sizes[dim]
+    op.set_domain(op.domain(op["self"]))
+    start, step = op["start"] or 0, op.first("step") or 1
+    bounds = (op.value.shape[dim], start, op.first("end"), op.first("length"))
+    if length == source.size and step == 1:
+        return axes
+    if op.is_data(source) or any(map(op.state.is_symbolic, bounds)):
+        op.lock([source], "cut where the input says")
+        axes[dim] = op.fresh()[dim]
+        axes[dim].locks.add(DATA)
+    elif step != 1:
+        axes[dim] = _strided_slice(op, source, int(start), int(step), length)
+    else:
+        axes[dim] = _cut(op, source, int(start) % source.size if start < 0 else min(int(start), source.size), length)
+    return axes
+
+
+def _strided_slice(op: Op, source: Atom, start: int, step: int, length: int) -> Atom:
+    whole = source.size % step == 0 and start < step and length == source.size // step
+    parts = op.space.split_product(source, [length, step]) if whole else None
+    if parts is None:
+        op.lock([source], "cut by a stride")
+        return op.space.locked(length, f"cut by a stride ({op.node.name})")
+    op.lock([parts[1]], "cut by a stride")
+    return parts[0]
+
+
+def _cut(op: Op, source: Atom, start: int, length: int) -> Atom:
+    parts = op.space.split_concat(source, [start, length, source.size - start - length])
+    if parts is None:
+        op.space.conflicts.append(f"{op.node.name}: cannot cut {length} from {start} of {source}")
+        op.lock([source], "cut across its units")
+        return op.space.locked(length, f"cut across its units ({op.node.name})")
+    before, middle, after = parts
+
+    def apply(node: fx.Node, keep: Keep) -> None:
+        if not keep.touches(source):
+            return
+        first = keep.size(before) if before.size else 0
+        last = first + keep.size(middle)
+        bounds = {"start": first, "length": last - first} if op.name == "narrow" else {"start": first}
+        if op.name != "narrow" and after.size:
+            bounds["end"] = last
+        for name, value in bounds.items():
+            set_arg(node, name, value)
+
+    op.rewrite(apply)
+    return middle
+
+
+@axis_rule("aten::select", "aten::select_copy")
+def select(op: Op) -> Axes:
+    axes = op.axes(op["self"])
+    dim = op.dim(len(axes))
+    source = axes.pop(dim)
+    op.set_domain(op.domain(op["self"]))
+    parts = None
+    if not op.state.is_symbolic(op["index"]) and not isinstance(op["index"], fx.Node) and not op.is_data(source):
+        at = op["index"] % source.size
+        parts = op.space.split_concat(source, [at, 1, source.size - at - 1])
+    if parts is None:
+        op.lock([source], "one position is read")
+        return axes
+    before = parts[0]
+    if before.size:
+        op.resize("index", before, lambda keep: keep.size(before))
+    return axes
+
+
+@axis_rule(
+    *(f"aten::{n}" for n in "split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk".split()),
+    "aten::split_copy",
+    "aten::split_with_sizes_copy",
+    "aten::unsafe_split_with_sizes",
+)
+def split(op: Op) -> Value:
+    axes = op.axes(op["self"])
+    dim = op.dim(len(axes))
+    parts = _split(op, axes[dim], [op.int(piece.shape[dim]) for piece in op.value])
+    source = axes[dim]
+
+    def apply(node: fx.Node, keep: Keep) -> None:
+        if keep.touches(source):
+            node.target = aten.split_with_sizes.default
+            node.args, node.kwargs = (node.args[0], [keep.size(part) for part in parts], dim), {}
+
+    op.rewrite(apply)
+    return [[*axes[:dim], part, *axes[dim + 1 :]] for part in parts]
+
+
+@axis_rule("aten::unbind", "aten::unbind_copy")
+def unbind(op: Op) -> Value:
+    axes = op.axes(op["self"])
+    dim = op.dim(len(axes))
+    _split(op, axes[dim], [1] * axes[dim].size)
+    return [axes[:dim] + axes[dim + 1 :] for _ in op.value]
+
+
+def _split(op: Op, source: Atom, sizes: list[int]) -> list[Atom]:
+    parts = op.space.split_concat(source, sizes)
+    if parts is None or op.is_data(source):
+        op.lock([source], "split across its units")
+        parts = [op.space.locked(size, f"split across its units ({op.node.name})") for size in sizes]
+    return parts
+
+
+# ---------------------------------------------------------------------- joins
+@axis_rule("aten::cat", "aten::concat", "aten::concatenate")
+def cat(op: Op) -> Axes:
+    rank = len(op.value.shape)
+    operands = [axes for axes in map(op.axes, op["tensors"]) if len(axes) == rank]
+    dim = op.dim(rank)
+    out = operands[0][:]
+    for other in operands[1:]:
+        for i in range(rank):
+            if i != dim:
+                op.space.unify(out[i], other[i])
+    parts = [axes[dim] for axes in operands]
+    if op.state.is_symbolic(op.value.shape[dim]) or any(map(op.is_data, parts)):
+        op.lock(parts, "joined with data")
+        out[dim] = op.space.locked(op.sizes()[dim], DATA)
+    else:
+        out[dim] = concat(parts)
+    return out
+
+
+@axis_rule("aten::stack")
+def stack(op: Op) -> Axes:
+    operands = [op.axes(x) for x in op["tensors"]]
+    out = operands[0][:]
+    for other in operands[1:]:
+        for mine, theirs in zip(out, other, strict=True):
+            op.space.unify(mine, theirs)
+    out.insert(op.dim(len(out) + 1), concat([Atom(1) for _ in operands]))
+    return out
+
+
+@axis_rule("aten::constant_pad_nd", "aten::pad", "aten::reflection_pad1d", "aten::replication_pad1d")
+def pad(op: Op) -> Axes:
+    axes, sizes = op.axes(op["self"]), op.sizes()
+    widths = op.first("pad", "padding")
+    for i in range(len(widths) // 2):
+        dim = len(axes) - 1 - i
+        low, high = widths[2 * i], widths[2 * i + 1]
+        symbolic = any(map(op.state.is_symbolic, (low, high, op.value.shape[dim])))
+        axes[dim] = op.fresh()[dim] if symbolic else _padded(op, axes[dim], int(low), int(high), sizes[dim])
+    return axes
+
+
+def _padded(op: Op, axis: Atom, low: int, high: int, size: int) -> Atom:
+    if low < 0 or high < 0:
+        start, end = max(0, -low), axis.size + min(high, 0)
+        parts = op.space.split_concat(axis, [start, end - start, axis.size - end])
+        if parts is None or low > 0 or high > 0:
+            op.lock([axis], "cropped across its units")
+            return op.space.locked(size, "cropped across its units")
+        op.lock([parts[0], parts[2]], "cropped")
+        axis = parts[1]
+        return axis
+    edges = [op.space.locked(width, "padding") if width else Atom(0) for width in (low, high)]
+    return concat([edges[0], axis, edges[1]])
+
+
+@axis_rule("aten::roll", "aten::flip", "aten::rot90", "aten::channel_shuffle", "aten::pixel_shuffle")
+def reorder(op: Op) -> Axes:
+    axes = op.axes(op["self"])
+    dims = op.first("dims")
+    op.lock([axes[d] for d in dims] if dims else axes, "reordered by position")
+    return axes if op.name in ("roll", "flip") else op.fresh(lock="reordered by position")

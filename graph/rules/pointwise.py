@@ -1,0 +1,74 @@
+"""Ops that act position by position, broadcasting."""
+
+from secateur.graph.rules.base import Axes, Op, axis_rule
+
+# The identity on values, whatever it does to dtype, layout or autograd: an index tensor still counts along its axis.
+IDENTITY = tuple("""to _to_copy type_as contiguous clone alias detach dropout feature_dropout alpha_dropout copy lift_fresh
+ lift_fresh_copy float half bool view_as requires_grad positive conj resolve_conj resolve_neg type long int""".split())
+
+# Pointwise in fact, but without the tag in at least one of the supported torch versions.
+UNTAGGED = """where masked_fill clamp clamp_min clamp_max clip lerp addcmul addcdiv softplus log_sigmoid relu6
+ leaky_relu celu selu elu hardtanh hardswish hardsigmoid mish threshold zeros_like ones_like empty_like full_like
+ rand_like randn_like fill zero bernoulli uniform normal nan_to_num __and__ __or__ __xor__ __rshift__ __lshift__
+ isnan isinf rsub true_divide floor_divide remainder fmod polar complex real imag view_as_real_copy square logit
+ float_power xlogy logical_and logical_or logical_not logical_xor silu gelu atan2 rrelu prelu_kernel native_dropout"""
+
+POINTWISE_NAMES = (*IDENTITY, *UNTAGGED.split())
+_ADDS = {"add", "sub", "rsub"}
+
+
+@axis_rule("tag::pointwise", *(f"aten::{name}" for name in POINTWISE_NAMES))
+def pointwise(op: Op) -> list[Axes] | Axes:
+    operands = list(op.tensors())
+    if op.name in IDENTITY:
+        op.set_domain(op.domain(operands[0]))
+    value = op.value[0] if isinstance(op.value, (tuple, list)) else op.value
+    axes = [op.axes(x) for x in operands]
+    out = op.broadcast(axes, len(value.shape))
+    if not all(map(op.state.comes_from_parameters, operands)):
+        for operand, own in zip(operands, axes, strict=True):
+            for axis in own:
+                op.state.role(operand, axis, "produces" if op.name in _ADDS else "scales")
+    return [out, list(out)] if isinstance(op.value, (tuple, list)) else out
+
+
+@axis_rule("aten::tril", "aten::triu")
+def triangle(op: Op) -> Axes:
+    axes = op.axes(op["self"])
+    op.lock(axes[-2:], "a triangle is cut by position")
+    return axes
+
+
+@axis_rule("aten::prelu")
+def prelu(op: Op) -> Axes:
+    axes, weight = op.axes(op["self"]), op.axes(op["weight"])
+    if weight and weight[0].size > 1:
+        op.space.unify(weight[0], axes[1])
+        op.state.role(op["weight"], weight[0], "scales")
+    return axes
+
+
+@axis_rule("aten::view_as_complex")
+def view_as_complex(op: Op) -> Axes:
+    axes = op.axes(op["self"])
+    op.lock(axes[-1:], "real and imaginary part")
+    return axes[:-1]
+
+
+@axis_rule("aten::view_as_real")
+def view_as_real(op: Op) -> Axes:
+    return [*op.axes(op["self"]), op.space.locked(2, "real and imaginary part")]
+
+
+@axis_rule("aten::glu")
+def glu(op: Op) -> Axes:
+    axes = op.axes(op["self"])
+    dim = op.dim(len(axes))
+    halves = op.space.split_concat(axes[dim], [axes[dim].size // 2] * 2)
+    if halves is None:
+        op.lock([axes[dim]], "halves do not align")
+        axes[dim] = op.space.locked(axes[dim].size // 2, "halves do not align")
+        return axes
+    op.space.unify(*halves)
+    axes[dim] = halves[0]
+    return axes
