@@ -1,0 +1,27 @@
+"""How a program is opened, kept, loaded, run and handed on."""
+
+from secateur.runtime.artifact import Draft, Manifest, check_target, read_manifest, verify_artifact, writing
+from secateur.runtime.config_plan import ConfigPlan, StockMisfit, plan_config
+from secateur.runtime.huggingface import SaveReport, load, save, save_weights
+from secateur.runtime.raising import Raised, raise_model, raise_with_plan
+from secateur.runtime.source import open_model
+
+__all__ = [
+    "ConfigPlan",
+    "Draft",
+    "Manifest",
+    "Raised",
+    "SaveReport",
+    "StockMisfit",
+    "check_target",
+    "load",
+    "open_model",
+    "plan_config",
+    "raise_model",
+    "raise_with_plan",
+    "read_manifest",
+    "save",
+    "save_weights",
+    "verify_artifact",
+    "writing",
+]

@@ -1,0 +1,203 @@
+"""What a configuration's numbers do to a class: built on the meta device with some of them replaced, and looked at.
+
+Nothing here knows a model: a field matters if changing it moves a parameter's shape, and only then.
+
+Words: a *slot* is one dim of one parameter; the slot ``("", 0)`` stands for the number of parameters.  A *field* is the
+path of a number in the configuration.  *Settings* are the values given to some fields."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from secateur.runtime.classes import BUILD_FAILURES, build_on_meta, quiet
+
+Field = tuple[str | int, ...]
+Value = int | tuple[int, ...]
+"""A tuple is for a depth field: the indices of the layers that stay."""
+Settings = Mapping[Field, Value]
+Slot = tuple[str, int]
+Sizes = Mapping[Slot, int]
+Shapes = Mapping[str, tuple[int, ...]]
+
+COUNT: Slot = ("", 0)
+EVERY = -1
+"""Last part of the path of a list whose items are all equal: one field sets them all."""
+UNSET_PROBES = ((8, 16), (1, 2), (2, 4), (64, 128))
+LONGEST_LIST = 256
+
+
+@dataclass(frozen=True)
+class Line:
+    """Sizes of all slots for two values of a field: enough to solve for a third."""
+
+    field: Field
+    values: tuple[int, int]
+    sizes: tuple[Sizes, Sizes]
+
+    def moves(self, slot: Slot) -> bool:
+        """Whether the field changes the size of this slot."""
+        return self.sizes[0].get(slot) != self.sizes[1].get(slot)
+
+    def solve(self, slot: Slot, want: int) -> int | None:
+        """The value that gives the slot this size if the size is affine in the value; None if that is no count."""
+        low, high = self.sizes[0].get(slot), self.sizes[1].get(slot)
+        if low is None or high is None or low == high:
+            return None
+        value = self.values[0] + Fraction((want - low) * (self.values[1] - self.values[0]), high - low)
+        return int(value) if value.denominator == 1 and value > 0 else None
+
+    @property
+    def moved(self) -> list[Slot]:
+        """The slots that the field changes."""
+        return [slot for slot in self.sizes[0] if self.moves(slot)]
+
+
+class Blueprint:
+    """A class and its configuration, to be built with some fields replaced.  Builds are remembered.
+
+    fields: the numbers of the configuration, nested configurations included.
+    unset: fields that are None, or that the class asks for although the configuration has none of that name."""
+
+    def __init__(self, cls: type[PreTrainedModel], config: PretrainedConfig) -> None:
+        self.cls = cls
+        self.source = config
+        self.data: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+        self.fields = [path for path, value in _numbers(config, self.data) if value is not None]
+        self.unset = [path for path, value in _numbers(config, self.data) if value is None]
+        self.unset += [path for path in _asked_for(cls, config) if path not in self.unset]
+        self._sizes: dict[tuple[tuple[Field, Value], ...], Sizes | None] = {}
+
+    def value(self, field: Field) -> int | None:
+        """The value that a field has in the source configuration, or None."""
+        found: Any = self.data
+        for part in field:
+            found = found[0 if part == EVERY else part] if isinstance(found, list) else found.get(part)
+        return found
+
+    def config(self, settings: Settings) -> PretrainedConfig:
+        """The configuration with these values, as a reader of its JSON would see it."""
+        data = copy.deepcopy(self.data)
+        for field, value in settings.items():
+            _put(data, field, value)
+        with quiet():
+            config: PretrainedConfig = type(self.source).from_dict(data)
+        config._attn_implementation = self.source._attn_implementation
+        return config
+
+    def shapes(self, settings: Settings) -> dict[str, tuple[int, ...]] | None:
+        """Shape of every unique parameter under these values, or None where the class refuses them."""
+        try:
+            model = build_on_meta(self.cls, self.config(settings))
+        except BUILD_FAILURES:
+            return None
+        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+    def sizes(self, settings: Settings) -> Sizes | None:
+        """The same by slot."""
+        key = tuple(sorted(settings.items(), key=str))
+        if key not in self._sizes:
+            shapes = self.shapes(settings)
+            self._sizes[key] = None if shapes is None else slots(shapes)
+        return self._sizes[key]
+
+    @property
+    def builds(self) -> int:
+        """How many settings have been built so far."""
+        return len(self._sizes)
+
+    def line(self, settings: Settings, field: Field) -> Line | None:
+        """How a field moves the sizes around these settings; None if it moves none or the class accepts no change."""
+        now = settings.get(field, self.value(field))
+        pairs = [(now, other) for other in _others(now)] if isinstance(now, int) else UNSET_PROBES
+        for low, high in pairs:
+            below, above = (self.sizes({**settings, field: value}) for value in (low, high))
+            if below is not None and above is not None:
+                return Line(field, (low, high), (below, above)) if below != above else None
+        return None
+
+
+def slots(shapes: Shapes) -> Sizes:
+    """Sizes by slot, with the number of parameters as one more."""
+    found = {(name, dim): size for name, shape in shapes.items() for dim, size in enumerate(shape)}
+    return {**found, COUNT: len(shapes)}
+
+
+def dotted(field: Field) -> str:
+    """A field as a person writes it."""
+    return ".".join(str(part) for part in field if part != EVERY)
+
+
+def _others(now: int) -> list[int]:
+    return [value for value in dict.fromkeys((2 * now, now + 1, now // 2)) if value > 0 and value != now]
+
+
+def _numbers(config: PretrainedConfig, data: Mapping[str, Any], prefix: Field = ()) -> Iterator[tuple[Field, int | None]]:
+    """Integers, unset values and lists of integers of a configuration and of those nested in it."""
+    for key, value in data.items():
+        nested = getattr(config, key, None) if key in (config.sub_configs or {}) else None
+        if isinstance(nested, PretrainedConfig) and isinstance(value, dict):
+            yield from _numbers(nested, value, (*prefix, key))
+        elif isinstance(value, list):
+            yield from (((*prefix, key, index), value[0 if index == EVERY else index]) for index in _items(value))
+        elif value is None or type(value) is int:
+            yield (*prefix, key), value
+
+
+def _items(values: list[Any]) -> list[int]:
+    if not values or len(values) > LONGEST_LIST or any(type(value) is not int for value in values):
+        return []
+    return [EVERY] if len(set(values)) == 1 else list(range(len(values)))
+
+
+def _asked_for(cls: type[PreTrainedModel], config: PretrainedConfig) -> list[Field]:
+    """Names that the class reads from its configuration, or from a nested one, and that are not there."""
+    asked: list[Field] = []
+    spied = copy.deepcopy(config)
+    _spy(spied, (), asked)
+    try:
+        build_on_meta(cls, spied)
+    except BUILD_FAILURES:
+        return []
+    return [path for path in dict.fromkeys(asked) if not str(path[-1]).startswith("_")]
+
+
+def _spy(config: PretrainedConfig, prefix: Field, asked: list[Field]) -> None:
+    for key in config.sub_configs or {}:
+        if isinstance(nested := getattr(config, key, None), PretrainedConfig):
+            _spy(nested, (*prefix, key), asked)
+
+    def missing(self: PretrainedConfig, name: str) -> Any:
+        asked.append((*prefix, name))
+        raise AttributeError(name)
+
+    spy = type(type(config).__name__, (type(config),), {"__getattr__": missing})
+    object.__setattr__(config, "__class__", spy)
+
+
+def _put(data: dict[str, Any], field: Field, value: Value) -> None:
+    *parents, last = field
+    owner: Any = data
+    for part in parents[:-1] if last == EVERY else parents:
+        owner = owner[part]
+    if isinstance(value, tuple):
+        _keep_layers(owner, str(last), value)
+    elif last == EVERY:
+        owner[parents[-1]] = [value] * len(owner[parents[-1]])
+    else:
+        owner[last] = value
+
+
+def _keep_layers(data: dict[str, Any], depth_field: str, kept: tuple[int, ...]) -> None:
+    """Set a depth, and keep the entries of those layers in every list that has one entry a layer."""
+    depth = data[depth_field]
+    for key, value in data.items():
+        if isinstance(value, list) and len(value) == depth:
+            data[key] = [value[index] for index in kept]
+    data[depth_field] = len(kept)

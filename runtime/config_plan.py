@@ -1,0 +1,204 @@
+"""From the shapes of a pruned model to the configuration of a stock one, without knowing any model.
+
+Which numbers of a configuration have to change, and to what, is found by building the class on the meta device with a
+number changed and looking which parameter dims move.  Every plan is proved in the end: each parameter of the stock class
+has its name and exactly its shape.  Needs shapes only, so it can be asked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import combinations, islice, product
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from secateur.graph.errors import SecateurError
+from secateur.graph.program import Program
+from secateur.runtime.blueprint import COUNT, Blueprint, Field, Line, Settings, Shapes, Sizes, Slot, dotted, slots
+from secateur.runtime.layers import depth_settings, renumber
+from secateur.runtime.misfit import explain
+
+MAX_BUILDS = 2000
+
+
+class StockMisfit(SecateurError):
+    """No configuration gives the stock class these shapes; says which parameters do not fit and what would help."""
+
+
+@dataclass(frozen=True)
+class ConfigPlan:
+    """A configuration under which the stock class has exactly the wanted shapes.
+
+    cls, config: the class and its new configuration.
+    changes: dotted field -> (value before, value after).
+    names: name of each parameter in the program -> its name in the stock model (layers are renumbered)."""
+
+    cls: type[PreTrainedModel]
+    config: PretrainedConfig
+    changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan_config(program: Program, shapes: Mapping[str, Sequence[int]] | None = None) -> ConfigPlan:
+    """The configuration of the stock model that holds a program, or a planned edit of it.
+
+    Several configurations can give the same shapes (half of the heads, or heads of half the size): the first is the one
+    that changes small counts before large ones, and `raise_model` decides by the outputs.
+    Args:  shapes: parameter name -> target shape; None takes the program's own.
+    Raises: StockMisfit: no configuration fits; says what would make one fit."""
+    return next(plans(program, shapes))
+
+
+def plans(program: Program, shapes: Mapping[str, Sequence[int]] | None = None) -> Iterator[ConfigPlan]:
+    """All configurations that fit, the most likely first.  Raises StockMisfit if there is none."""
+    source = program.source
+    if source.config is None or not isinstance(source.model, PreTrainedModel):
+        raise StockMisfit(
+            f"{type(source.model).__name__} is not a transformers model, so no stock class holds it: keep it with "
+            "save_weights, or use the program itself"
+        )
+    wanted = {name: tuple(shape) for name, shape in (shapes or _shapes(program)).items()}
+    search = Search(Blueprint(type(source.model), source.config), wanted)
+    found = False
+    for settings in search.solutions():
+        found = True
+        yield search.plan(settings)
+    if not found:
+        raise StockMisfit(explain(search.blueprint, search.wanted, search.nearest))
+
+
+class Search:
+    """Settings of a blueprint that give the wanted shapes.
+
+    wanted: shapes by the names of the stock class.   nearest: the settings with the fewest gaps so far."""
+
+    def __init__(self, blueprint: Blueprint, shapes: Shapes) -> None:
+        self.blueprint = blueprint
+        base = blueprint.shapes({}) or {}
+        self.names = renumber(shapes, base)
+        self.wanted = {self.names[name]: shape for name, shape in shapes.items()}
+        start = dict(depth_settings(blueprint, shapes, base))
+        base = blueprint.shapes(start) or base
+        # Parameters that the computation never used are not in the program; they keep their place.
+        self.target = slots({name: self.wanted.get(name, shape) for name, shape in base.items()} | self.wanted)
+        self.passengers = base.keys() - self.wanted.keys()
+        self.start = start | self._explicit(start)
+        self.active = [path for path in self._all_fields() if path not in start and self._line(self.start, path)]
+        self.nearest: Settings = self.start
+        before = self.blueprint.sizes(self.start) or {}
+        self.ratios = self._ratios(before, self.gaps(before))
+        self._seen: set[tuple[Any, ...]] = set()
+
+    def solutions(self) -> Iterator[Settings]:
+        """Proved settings, the most likely first, then those in which numbers that move no shape shrink as well."""
+        plain = []
+        for settings in self._solve(self.start):
+            settings = self._shortest(settings)
+            if (key := tuple(sorted(settings.items(), key=str))) not in self._seen:
+                self._seen.add(key)
+                plain.append(settings)
+                yield settings
+        yield from (more for settings in plain[:3] for more in self._silent_variants(settings))
+
+    def plan(self, settings: Settings) -> ConfigPlan:
+        """The plan that these settings make."""
+        before = self.blueprint.value
+        after = {path: len(v) if isinstance(v, tuple) else v for path, v in settings.items()}
+        changes = {dotted(path): (before(path), value) for path, value in after.items() if before(path) != value}
+        return ConfigPlan(self.blueprint.cls, self.blueprint.config(settings), changes, self.names)
+
+    def gaps(self, sizes: Sizes) -> list[Slot]:
+        """Slots that these sizes and the target do not share."""
+        return [slot for slot in self.target.keys() | sizes.keys() if self.target.get(slot) != sizes.get(slot)]
+
+    def _solve(self, settings: Settings) -> Iterator[Settings]:
+        """Depth first: close the gap that the fewest fields can close, by the field of the smallest value."""
+        sizes = self.blueprint.sizes(settings)
+        if sizes is None or self.blueprint.builds > MAX_BUILDS:
+            return
+        gaps = self.gaps(sizes)
+        self._remember(settings, len(gaps))
+        if not gaps:
+            yield settings
+            return
+        lines = [line for path in self.active if (line := self._line(settings, path))]
+        movers = {slot: [line for line in lines if line.moves(slot)] for slot in sorted(gaps)}
+        slot = min(movers, key=lambda s: (len(movers[s]), s == COUNT))
+        for line in sorted(movers[slot], key=lambda li: li.values[0]):
+            for value, fields in product(self._candidates(line, slot, sizes, gaps), self._movers(line)):
+                closer = {**settings, **dict.fromkeys(fields, value)}
+                now = self.blueprint.sizes(closer)
+                if now is not None and len(self.gaps(now)) < len(gaps):
+                    yield from self._solve(closer)
+
+    def _movers(self, line: Line) -> list[list[Field]]:
+        """The field alone, then with the others that had its value (widths that a class wants equal)."""
+        twins = [path for path in self.active if self.blueprint.value(path) == self.blueprint.value(line.field)]
+        return [[line.field]] if len(twins) < 2 else [[line.field], twins]
+
+    def _candidates(self, line: Line, slot: Slot, sizes: Sizes, gaps: list[Slot]) -> list[int]:
+        exact = line.solve(slot, self.target[slot]) if slot in self.target else None
+        scaled = [line.values[0] * ratio for ratio in [*self._ratios(sizes, gaps), *self.ratios]]
+        counts = [int(value) for value in scaled if value.denominator == 1 and value > 0]
+        return [v for v in dict.fromkeys([exact, *counts]) if v is not None and v != line.values[0]]
+
+    def _ratios(self, sizes: Sizes, gaps: list[Slot]) -> list[Fraction]:
+        pairs = ((self.target.get(slot), sizes.get(slot)) for slot in sorted(gaps) if slot != COUNT)
+        return list(dict.fromkeys(Fraction(want, have) for want, have in pairs if want and have))
+
+    def _explicit(self, start: Settings) -> dict[Field, int]:
+        """Values of unset fields that change nothing: said aloud, they stay when the numbers they derive from move."""
+        found: dict[Field, int] = {}
+        base = self.blueprint.sizes(start)
+        for path in self.blueprint.unset:
+            line = self.blueprint.line(start, path)
+            slot = next(iter(line.moved), None) if line else None
+            value = line.solve(slot, base[slot]) if line and slot and base and slot in base else None
+            if value is not None and self.blueprint.sizes({**start, path: value}) == base:
+                found[path] = value
+        return found
+
+    def _all_fields(self) -> list[Field]:
+        return [*self.blueprint.fields, *(path for path in self.start if path in self.blueprint.unset)]
+
+    def _line(self, settings: Settings, path: Field) -> Line | None:
+        return self.blueprint.line(settings, path)
+
+    def _remember(self, settings: Settings, gaps: int) -> None:
+        best = self.blueprint.sizes(self.nearest)
+        if best is None or gaps < len(self.gaps(best)):
+            self.nearest = settings
+
+    def _shortest(self, settings: Settings) -> Settings:
+        """Without the values that need not be said."""
+        sizes = self.blueprint.sizes(settings)
+        for path in list(settings):
+            fewer = {key: value for key, value in settings.items() if key != path}
+            if self.blueprint.sizes(fewer) == sizes:
+                settings = fewer
+        return settings
+
+    def _silent_variants(self, settings: Settings) -> Iterator[Settings]:
+        """The same shapes with one more number, or two, or all of one value in proportion: a class that derives the head
+        size from the width can have fewer heads, or smaller ones."""
+        sizes = self.blueprint.sizes(settings)
+        free = {path: self.blueprint.value(path) or 0 for path in self.blueprint.fields if path not in settings}
+        order = sorted((path for path, value in free.items() if value > 1), key=lambda path: free[path])
+        equal = [[path for path in order if free[path] == value] for value in dict.fromkeys(free.values())]
+        sets = [*([path] for path in order), *map(list, combinations(order, 2)), *(s for s in equal if len(s) > 2)]
+        for ratio, fields in product(self.ratios, sets):
+            if all((free[path] * ratio).denominator == 1 for path in fields):
+                variant = {**settings, **{path: int(free[path] * ratio) for path in fields}}
+                if self.blueprint.sizes(variant) == sizes:
+                    yield variant
+
+
+def _shapes(program: Program) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in program.named_parameters()}
+
+
+def first_plans(program: Program, limit: int) -> list[ConfigPlan]:
+    """At most `limit` plans.  Raises StockMisfit if there is none."""
+    return list(islice(plans(program), limit))

@@ -1,0 +1,228 @@
+"""Saving a Program as a stock checkpoint that is proved before it appears, and loading it again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedModel
+
+from secateur.graph.errors import ArtifactError
+from secateur.graph.program import Program
+from secateur.runtime import reload
+from secateur.runtime.artifact import Draft, check_target, read_manifest, verify_artifact, writing
+from secateur.runtime.classes import quiet
+from secateur.runtime.raising import (
+    Raised,
+    as_history,
+    comparable,
+    is_on_meta,
+    probe_inputs,
+    raise_with_plan,
+    tolerance,
+)
+from secateur.runtime.source import open_model
+
+log = logging.getLogger(__name__)
+
+INERT_FILES = (
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "sentencepiece*.model",
+    "spiece.model",
+    "*.tiktoken",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""Tokenizer and processor files, which are data; code and pickles are never copied."""
+HASHED_BYTES = 4 << 30
+SPARE_BYTES = 64 << 20
+RELOAD_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What was saved, and what was proved.
+
+    changes: configuration field -> (before, after).   difference: largest difference of the raised model's outputs to the
+    program's, relative where above one.   reload: figures of the fresh process (its own difference, seconds to load,
+    generated tokens); empty without a check.   seconds: of the whole save."""
+
+    path: Path
+    num_bytes: int
+    num_parameters: int
+    changes: Mapping[str, tuple[Any, Any]]
+    difference: float
+    reload: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def save(program: Program, path: str | Path, *, force: bool = False, check: bool = True) -> SaveReport:
+    """Save as a stock checkpoint: configuration, safetensors, tokenizer and generation files, and the manifest.
+
+    Before the folder appears, a fresh process opens it with plain transformers and proves that no key is missing,
+    unexpected or mismatched, that every parameter is bit-equal, that the outputs agree, and that generation with the
+    cache gives the tokens of generation without it.
+    Args:  force: replace a folder that is not an artifact.   check: False skips the fresh process.
+    Raises: StockMisfit: no stock class holds the program.   ArtifactError: cannot be written, or the proof failed;
+        nothing is left behind."""
+    started = time.perf_counter()
+    check_target(path, force=force)
+    if is_on_meta(program):
+        raise ArtifactError("the program is on the meta device and has no weights: capture the model with its weights")
+    raised = raise_with_plan(program)
+    assert raised.difference is not None
+    with writing(path, needed_bytes=program.num_bytes + SPARE_BYTES, force=force) as draft:
+        _write_model(raised.model, draft.folder, program.source.folder)
+        figures = prove_reload(program, raised, draft.folder) if check else {}
+        _describe(draft, program, raised, figures)
+    return SaveReport(
+        path=Path(path),
+        num_bytes=read_manifest(path).num_bytes,
+        num_parameters=program.num_parameters,
+        changes=raised.plan.changes,
+        difference=raised.difference,
+        reload=figures,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def load(path: str | Path, *, verify: bool | None = None) -> PreTrainedModel:
+    """The model of a saved artifact, in eval mode, ready to generate.
+
+    Args:  verify: re-hash every file; None does so below 4 GiB.  Sizes are always compared.
+    Raises: ArtifactError: not a finished artifact, or changed since.   SourceError: its checkpoint is not sound."""
+    manifest = read_manifest(path)
+    verify_artifact(path, hashes=manifest.num_bytes <= HASHED_BYTES if verify is None else verify)
+    return open_model(Path(path))
+
+
+def save_weights(program: Program, path: str | Path, *, force: bool = False) -> None:
+    """Save any program's parameters and buffers as safetensors under their source names, with a table of shapes: for
+    plain modules, which no stock class holds.  No code is stored; the module is built by its own code.
+
+    Raises: ArtifactError: cannot be written, or the program has no weights."""
+    if is_on_meta(program):
+        raise ArtifactError("the program is on the meta device and has no weights: capture the model with its weights")
+    state = {n: t.detach().contiguous() for n, t in (*program.named_parameters(), *program.gm.named_buffers())}
+    with writing(path, needed_bytes=program.num_bytes + SPARE_BYTES, force=force) as draft:
+        save_file(state, draft.folder / "weights.safetensors")
+        table = {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in state.items()}
+        (draft.folder / "shapes.json").write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+        draft.history = as_history(program)
+
+
+def prove_reload(program: Program, raised: Raised, folder: Path) -> dict[str, Any]:
+    """Open a checkpoint folder in a fresh process with plain transformers, and compare it with the program.
+
+    Returns: figures of that process.
+    Raises: ArtifactError: says what differs."""
+    with tempfile.TemporaryDirectory(prefix="secateur-probe-") as probe:
+        _write_probe(program, raised, Path(probe))
+        command = [sys.executable, "-P", str(Path(reload.__file__)), str(folder), probe]
+        offline = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+        ran = subprocess.run(command, capture_output=True, text=True, env=offline, timeout=RELOAD_SECONDS, check=False)
+    if ran.returncode != 0:
+        last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ArtifactError(f"a fresh process could not open the saved model, so it was removed: {last}")
+    figures: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
+    if faults := figures.pop("faults"):
+        raise ArtifactError(f"the saved model is not the program, so it was removed: {'; '.join(faults)}")
+    return figures
+
+
+def _write_model(model: PreTrainedModel, folder: Path, source: Path | None) -> None:
+    generation = getattr(model, "generation_config", None)
+    with quiet():
+        if generation is not None and not _is_valid(generation):
+            # Some published generation files break rules that are checked on saving only: they are kept as they are.
+            model.generation_config = GenerationConfig()
+        model.save_pretrained(folder)
+    model.generation_config = generation
+    if generation is not None and not _is_valid(generation):
+        (folder / "generation_config.json").write_text(generation.to_json_string(), "utf-8")
+    if source is not None:
+        _copy_inert(source, folder)
+
+
+def _is_valid(generation: GenerationConfig) -> bool:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _copy_inert(source: Path, folder: Path) -> None:
+    for file in sorted({file for pattern in INERT_FILES for file in source.glob(pattern) if file.is_file()}):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def _describe(draft: Draft, program: Program, raised: Raised, figures: Mapping[str, Any]) -> None:
+    draft.history = as_history(program)
+    draft.figures = {
+        "num_parameters": program.num_parameters,
+        "configuration_changes": {name: list(pair) for name, pair in raised.plan.changes.items()},
+        "difference": raised.difference,
+        "reload": dict(figures),
+    }
+
+
+def _write_probe(program: Program, raised: Raised, folder: Path) -> None:
+    inputs = probe_inputs(program)
+    with torch.no_grad():
+        outputs = comparable(program(**inputs))
+    tensors = {f"input:{k}": v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    tensors |= {f"output:{k}": v for k, v in outputs.items() if k in comparable_names(raised, inputs)}
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / "probe.safetensors")
+    spec = {
+        "loader": _loader(raised),
+        "inputs": {k: v for k, v in inputs.items() if not isinstance(v, torch.Tensor)},
+        "parameters": {name: reload.digest(p) for name, p in raised.model.named_parameters()},
+        "tolerance": tolerance(program),
+        "generate": raised.model.can_generate() and "input_ids" in inputs,
+    }
+    (folder / "probe.json").write_text(json.dumps(spec), "utf-8")
+
+
+def comparable_names(raised: Raised, inputs: Mapping[str, Any]) -> set[str]:
+    """Outputs that the stock model gives for these inputs."""
+    with torch.no_grad():
+        return set(comparable(raised.model(**inputs)))
+
+
+def _loader(raised: Raised) -> str:
+    """The Auto class that leads to the raised model's class, or else that class itself."""
+    for name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageClassification", "AutoModel"):
+        mapping = getattr(transformers, name)._model_mapping
+        if type(raised.plan.config) in mapping and mapping[type(raised.plan.config)] is raised.plan.cls:
+            return name
+    return raised.plan.cls.__name__
+
+
+def as_json(report: SaveReport) -> dict[str, Any]:
+    """A report as JSON."""
+    return asdict(report) | {"path": str(report.path)}

@@ -1,0 +1,64 @@
+"""Why no configuration of a stock class has the wanted shapes, and what would make one fit."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from secateur.runtime.blueprint import COUNT, Blueprint, Settings, Shapes, Slot, dotted, slots
+from secateur.runtime.layers import split
+
+SHOWN = 3
+Pattern = tuple[str, ...]
+
+
+def explain(blueprint: Blueprint, wanted: Shapes, nearest: Settings) -> str:
+    """One message: the parameters that do not fit, and what would make them fit."""
+    name = f"{blueprint.cls.__name__} cannot hold this model"
+    if unequal := _layers_that_differ(wanted, blueprint.shapes({}) or {}):
+        return f"{name}: layers differ in {'; '.join(unequal[:SHOWN])}. Choose one shape for all layers"
+    shapes = blueprint.shapes(nearest) or {}
+    have, want = slots(shapes), slots(wanted)
+    gaps = sorted(slot for slot in want if slot != COUNT and have.get(slot) != want[slot])
+    shown = dict.fromkeys(slot[0] for slot in gaps)
+    said = [f"{p} needs {list(wanted[p])}, the nearest configuration gives {_shape(shapes, p)}" for p in shown]
+    more = f" and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
+    advice = _advice(blueprint, nearest, gaps[0]) if gaps else "Parameters were added or lost"
+    return f"{name}: {'; '.join(said[:SHOWN])}{more}. {advice}"
+
+
+def _shape(shapes: Shapes, name: str) -> str:
+    return str(list(shapes[name])) if name in shapes else "no such parameter"
+
+
+def _advice(blueprint: Blueprint, nearest: Settings, slot: Slot) -> str:
+    """Which fields set this size, and what else they set."""
+    name, dim = slot
+    for field in blueprint.fields:
+        line = blueprint.line(nearest, field)
+        if line is not None and line.moves(slot):
+            others = [f"{p}[{d}]" for p, d in line.moved if (p, d) not in (slot, COUNT)]
+            return (
+                f"{dotted(field)} sets dim {dim} of {name} together with {', '.join(others[:SHOWN])} and "
+                f"{max(0, len(others) - SHOWN)} more dims: prune all of them in the same proportion (a width of the "
+                "residual stream and a number of heads that divides it, for example), or none"
+            )
+    return f"No number of the configuration sets dim {dim} of {name}: leave it as it is"
+
+
+def _layers_that_differ(wanted: Shapes, base: Shapes) -> list[str]:
+    """Parameters that were alike in all layers and are not any more."""
+    before, after = _by_pattern(base), _by_pattern(wanted)
+    return [
+        f"{'.'.join(pattern)} ({', '.join(str(list(shape)) for shape in sorted(shapes))})"
+        for pattern, shapes in after.items()
+        if len(shapes) > 1 and len(before.get(pattern, ())) == 1
+    ]
+
+
+def _by_pattern(shapes: Shapes) -> dict[Pattern, set[tuple[int, ...]]]:
+    found: dict[Pattern, set[tuple[int, ...]]] = defaultdict(set)
+    for name, shape in shapes.items():
+        stack, index, rest = split(name)
+        if index is not None:
+            found[(*stack, "*", *rest)].add(shape)
+    return found

@@ -1,0 +1,202 @@
+"""From a Program back to a stock Hugging Face model over the same Parameter objects."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from secateur.graph.program import Program
+from secateur.runtime.classes import build_on_meta, build_with_buffers
+from secateur.runtime.config_plan import ConfigPlan, StockMisfit, plans
+
+log = logging.getLogger(__name__)
+
+TOLERANCE: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-4,
+    torch.float16: 5e-3,
+    torch.bfloat16: 2e-2,
+}
+"""Largest accepted difference of an output, relative to its largest magnitude where that is above one."""
+SURE = 1e-2
+"""A difference below this part of the tolerance is rounding: no other configuration has to be tried."""
+MAX_TRIED = 24
+
+
+@dataclass(frozen=True)
+class Raised:
+    """A stock model, the plan behind it, and the largest difference of its outputs to the Program's (None on meta)."""
+
+    model: PreTrainedModel
+    plan: ConfigPlan
+    difference: float | None
+
+
+def raise_model(program: Program) -> PreTrainedModel:
+    """The stock model of a program, in eval mode, over the same Parameter objects; training it trains the program.
+
+    On the meta device there are no outputs to compare, and a warning says so.
+    Raises: StockMisfit: no configuration fits, or the stock class computes something else from these weights."""
+    return raise_with_plan(program).model
+
+
+def raise_with_plan(program: Program) -> Raised:
+    """The same with the plan and the difference; where several plans fit, the one whose outputs agree."""
+    if is_on_meta(program):
+        plan = next(plans(program))
+        log.warning("on the meta device: the outputs of the raised model were not compared")
+        return Raised(_assemble(program, plan), plan, None)
+    inputs = probe_inputs(program)
+    with torch.no_grad():
+        expected = comparable(program(**inputs))
+    best: Raised | None = None
+    for plan in islice(plans(program), MAX_TRIED):
+        model = _assemble(program, plan)
+        with torch.no_grad():
+            gap = difference(expected, comparable(model(**inputs)))
+        log.debug("configuration %s: outputs differ by %.3g", dict(plan.changes), gap)
+        if best is None or best.difference is None or gap < best.difference:
+            best = Raised(model, plan, gap)
+        if gap <= SURE * tolerance(program):
+            break
+    assert best is not None and best.difference is not None  # plans() raises if there is none
+    if best.difference > tolerance(program):
+        raise StockMisfit(_differs(best))
+    return best
+
+
+def probe_inputs(program: Program) -> dict[str, Any]:
+    """The example inputs of the capture, token numbers folded into a vocabulary that may have shrunk."""
+    vocabulary = min((p.shape[0] for p in _looked_up(program)), default=0)
+    inputs = dict(program.source.example_inputs)
+    return {name: _folded(value, vocabulary) if vocabulary else value for name, value in inputs.items()}
+
+
+def comparable(output: Any) -> dict[str, torch.Tensor]:
+    """The floating tensors of a model's output by name, caches left out."""
+    if isinstance(output, torch.Tensor):
+        return {"output": output}
+    items = output.items() if isinstance(output, Mapping) else enumerate(output)
+    return {str(k): v for k, v in items if isinstance(v, torch.Tensor) and v.is_floating_point()}
+
+
+def difference(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> float:
+    """Largest absolute difference of the shared outputs, relative to the largest magnitude where that is above one.
+    Infinite if they share none, or if shapes or finiteness differ."""
+    shared = expected.keys() & found.keys()
+    return max((_gap(expected[name], found[name]) for name in shared), default=float("inf"))
+
+
+def tolerance(program: Program) -> float:
+    """The accepted difference in the program's widest parameter dtype's row of TOLERANCE."""
+    dtypes = {p.dtype for _, p in program.named_parameters()}
+    return max((TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE), default=TOLERANCE[torch.float32])
+
+
+def is_on_meta(program: Program) -> bool:
+    """Whether the program has shapes but no weights."""
+    return any(parameter.device.type == "meta" for _, parameter in program.named_parameters())
+
+
+def _assemble(program: Program, plan: ConfigPlan) -> PreTrainedModel:
+    """The class built from the plan, with the program's parameters and persistent buffers put in."""
+    parameters = dict(program.named_parameters())
+    first = next(iter(parameters.values()))
+    config = plan.config
+    config.dtype = first.dtype
+    model = (build_on_meta if first.device.type == "meta" else build_with_buffers)(plan.cls, config)
+    aliases = _aliases(program.source.model)
+    source_name = {new: old for old, new in plan.names.items()}
+    for name, empty in list(model.named_parameters(remove_duplicate=False)):
+        old = source_name.get(name, name)
+        found = next((parameters[a] for a in (old, *aliases.get(old, ())) if a in parameters), None)
+        _put(model, name, _checked(found, program.source.model, old, empty))
+    _put_buffers(model, program, source_name, first.device)
+    if model.can_generate() and getattr(program.source.model, "generation_config", None) is not None:
+        model.generation_config = copy.deepcopy(program.source.model.generation_config)
+    return model
+
+
+def _checked(found: nn.Parameter | None, source: nn.Module, name: str, empty: nn.Parameter) -> nn.Parameter:
+    """The program's parameter, or the source's where the computation never used it."""
+    parameter = source.get_parameter(name) if found is None else found
+    if parameter.shape != empty.shape:
+        raise StockMisfit(
+            f"{name} has shape {list(parameter.shape)} and the pruned stock class wants {list(empty.shape)}: the captured "
+            "computation does not use it, so it was not pruned along. Capture with inputs that use it"
+        )
+    return parameter
+
+
+def _put_buffers(model: PreTrainedModel, program: Program, source_name: Mapping[str, str], device: torch.device) -> None:
+    """Persistent buffers from the program; the others are what the constructor computes."""
+    persistent = model.state_dict().keys()
+    held = dict(program.source.model.named_buffers()) | dict(program.gm.named_buffers())
+    for name, computed in list(model.named_buffers()):
+        stored = held.get(source_name.get(name, name)) if name in persistent else None
+        same = stored is not None and stored.shape == computed.shape
+        owner, leaf = _owner(model, name)
+        owner._buffers[leaf] = stored if same else computed.to(device)
+
+
+def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, leaf = _owner(model, name)
+    owner._parameters[leaf] = parameter
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _aliases(source: nn.Module) -> dict[str, list[str]]:
+    """For each parameter name, all names of the same Parameter in the source model."""
+    by_id: dict[int, list[str]] = {}
+    for name, parameter in source.named_parameters(remove_duplicate=False):
+        by_id.setdefault(id(parameter), []).append(name)
+    return {name: names for names in by_id.values() for name in names}
+
+
+def _looked_up(program: Program) -> list[torch.Tensor]:
+    """Tables that token numbers are looked up in."""
+    embedding = torch.ops.aten.embedding.default
+    nodes = [node.args[0] for node in program.gm.graph.nodes if node.target is embedding]
+    names = dict(program.named_parameters())
+    return [names[str(n.target)] for n in nodes if isinstance(n, torch.fx.Node) and str(n.target) in names]
+
+
+def _folded(value: Any, vocabulary: int) -> Any:
+    whole = isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype is not torch.bool
+    return value % vocabulary if whole else value
+
+
+def _gap(expected: torch.Tensor, found: torch.Tensor) -> float:
+    if expected.shape != found.shape or not torch.equal(expected.isfinite(), found.isfinite()):
+        return float("inf")
+    finite = expected.isfinite()
+    gap = (expected[finite].double() - found[finite].double()).abs()
+    scale = expected[finite].abs().max().item() if gap.numel() else 0.0
+    return (gap.max().item() / max(1.0, scale)) if gap.numel() else 0.0
+
+
+def _differs(best: Raised) -> str:
+    changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in best.plan.changes.items()) or "nothing"
+    return (
+        f"{best.plan.cls.__name__} has room for these weights ({changes}), but computes something else from them: outputs "
+        f"differ by {best.difference:.3g}. The class derives a constant from one of these numbers (a scale of embeddings "
+        "or of attention, for example), and pruning does not change the trained one: leave that width as it is"
+    )
+
+
+def as_history(program: Program) -> list[dict[str, Any]]:
+    """The passes applied so far, as JSON."""
+    return [dataclasses.asdict(step) for step in program.history]
