@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from secateur.graph.errors import SecateurError
+from secateur.passes.base import Progress, no_progress
 
 Model = Callable[..., Any]
 LOSS_CHUNK = 256  # positions whose logits are widened to fp32 at once
@@ -64,7 +65,7 @@ def perplexity(
     stride: int | None = None,
     bos: int | None = None,
     unscored: tuple[int, ...] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Perplexity:
     """Perplexity of a stream of tokens.
 
@@ -76,7 +77,7 @@ def perplexity(
         bos: id put before every window, or None to put nothing; then a token that stands first in its window, and was
             not in the one before, has no context and is not scored.
         unscored: ids that are not scored as targets, such as the end token that joins documents.
-        progress: told (tokens done, tokens in all) after each window.
+        progress: reporter of the windows.
     Raises:
         EvaluationError: nothing to score, options out of range, or a loss that is not finite.
     """
@@ -84,14 +85,12 @@ def perplexity(
     began = time.perf_counter()
     losses: list[torch.Tensor] = []
     dtype = "unknown"
-    for start, end, first in _spans(len(stream), window, stride, bos is not None):
+    for start, end, first in progress(list(_spans(len(stream), window, stride, bos is not None)), "perplexity"):
         ids = stream[start:end]
         logits, dtype = _logits(model, ids, bos)
         targets = ids[first:]
         kept = ~torch.isin(targets, torch.tensor(unscored, dtype=ids.dtype))
         losses.append(_token_losses(logits[-len(targets) :], targets)[kept])
-        if progress:
-            progress(end, len(stream))
     loss = torch.cat(losses) if losses else torch.empty(0)
     if loss.numel() < 2 or not torch.isfinite(loss).all():
         raise EvaluationError(
@@ -184,7 +183,7 @@ def compare_speed(
     *,
     new_tokens: int = 64,
     runs: int = 5,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, dict[str, Speed]]:
     """Speed of each model, the models taking turns so that a busy machine hits all of them alike.
 
@@ -193,19 +192,17 @@ def compare_speed(
         prompt: [batch, prompt tokens] int64 on that device.
         new_tokens: greedy steps of the decode phase, without stopping at an end token.
         runs: counted rounds; one round before them warms up.
-        progress: told (rounds done, rounds in all).
+        progress: reporter of the rounds.
     Returns:
         {name: {"prefill": Speed, "decode": Speed}}.
     """
     if runs < 1 or new_tokens < 1:
         raise EvaluationError(f"runs={runs}, new_tokens={new_tokens}: both must be at least 1")
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for turn in range(runs + 1):
+    for turn in progress(range(runs + 1), "speed"):
         names = list(models) if turn % 2 else list(models)[::-1]
         for name in names:
             seconds[name].append(_time_once(models[name], prompt, new_tokens))
-        if progress:
-            progress(turn + 1, runs + 1)
     return {name: _speeds(models[name], prompt, new_tokens, times[1:]) for name, times in seconds.items()}
 
 

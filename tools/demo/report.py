@@ -1,0 +1,132 @@
+"""The demo's result for people: a table, a picture, Markdown; and for programs: JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from secateur.tools.demo.compare import ANSWER_TOKENS, QUESTION, Comparison, Measured
+from secateur.tools.evaluate import Speed
+from secateur.tools.machine import describe_machine
+
+BEFORE_COLOUR, AFTER_COLOUR = "#b8b2a7", "#3f7d58"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what it is, how to get its number, how to write it, and its spread where it has one."""
+
+    name: str
+    value: Callable[[Measured], float]
+    write: Callable[[float], str]
+    spread: Callable[[Measured], str] = lambda measured: ""
+    better: str = "less"
+
+
+def _range(speed: Speed) -> str:
+    return f" [{speed.slowest:,.1f}-{speed.fastest:,.1f}]"
+
+
+ROWS = (
+    Row("parameters", lambda m: m.parameters, lambda v: f"{v / 1e6:,.1f} M"),
+    Row("bytes on disk", lambda m: m.bytes_on_disk, lambda v: f"{v / 1e6:,.0f} MB"),
+    Row(
+        "perplexity, held-out text",
+        lambda m: m.perplexity.value,
+        lambda v: f"{v:,.2f}",
+        lambda m: f" ± {m.perplexity.value * m.perplexity.stderr:,.2f}",
+    ),
+    Row(
+        "prefill, tokens/s",
+        lambda m: m.prefill.tokens_per_s,
+        lambda v: f"{v:,.1f}",
+        lambda m: _range(m.prefill),
+        "more",
+    ),
+    Row("decode, tokens/s", lambda m: m.decode.tokens_per_s, lambda v: f"{v:,.1f}", lambda m: _range(m.decode), "more"),
+)
+
+
+def cells(comparison: Comparison) -> list[tuple[str, str, str, str]]:
+    """(name, before, after, change) of each row."""
+    found = []
+    for row in ROWS:
+        before, after = (row.value(m) for m in (comparison.before, comparison.after))
+        old, new = (row.write(row.value(m)) + row.spread(m) for m in (comparison.before, comparison.after))
+        found.append((row.name, old, new, f"x {after / before:.3f}"))
+    return found
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """How the numbers were measured, a line each."""
+    before, size = comparison.before, comparison.size
+    calibration = comparison.calibration
+    return [
+        f"pipeline: {size.pipeline}",
+        f"calibration: {calibration['tokens']:,} tokens, {calibration['windows']} windows of "
+        f"{calibration['window_tokens']}, from documents that the evaluation does not see",
+        f"perplexity: {before.perplexity.protocol}; ± one standard error",
+        f"prefill: {before.prefill.protocol}; [slowest-fastest]",
+        f"decode: {before.decode.protocol}; [slowest-fastest]",
+    ]
+
+
+def table(comparison: Comparison) -> Table:
+    """The result for a terminal."""
+    shown = Table(title="before and after", caption="\n".join(notes(comparison)), caption_justify="left")
+    shown.add_column("")
+    for name in ("before", "after", "change"):
+        shown.add_column(name, justify="right")
+    for row in cells(comparison):
+        shown.add_row(*row)
+    return shown
+
+
+def markdown(comparison: Comparison) -> str:
+    """The result for a page."""
+    rows = [("", "before", "after", "change"), ("---", "---:", "---:", "---:"), *cells(comparison)]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    answers = [f"*{name}*: {m.answer}" for name, m in (("before", comparison.before), ("after", comparison.after))]
+    asked = f"Asked (chat template, greedy, at most {ANSWER_TOKENS} tokens): {QUESTION}"
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(comparison)), "", asked, "", *answers, ""])
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """Everything, with the machine and the day."""
+    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"date": day, "machine": describe_machine(), **dataclasses.asdict(comparison)}
+
+
+def picture(comparison: Comparison, path: Path) -> None:
+    """Bars of each row, before and after, into an image file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, row in zip(figure.subplots(1, len(ROWS)), ROWS, strict=True):
+        values = [row.value(m) for m in (comparison.before, comparison.after)]
+        bars = axes.bar(["before", "after"], values, color=[BEFORE_COLOUR, AFTER_COLOUR], width=0.7)
+        axes.bar_label(bars, [row.write(value) for value in values], padding=2, fontsize=8)
+        axes.set_title(f"{row.name}\n({row.better} is better)", fontsize=9)
+        axes.set_ylim(0, max(values) * 1.15)
+        axes.set_yticks([])
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(path, dpi=160)
+
+
+def write(comparison: Comparison, output: Path) -> list[Path]:
+    """report.json, report.md and result.png in ``output``; their paths."""
+    output.mkdir(parents=True, exist_ok=True)
+    paths = [output / name for name in ("report.json", "report.md", "result.png")]
+    paths[0].write_text(json.dumps(to_json(comparison), indent=2) + "\n")
+    paths[1].write_text(markdown(comparison))
+    picture(comparison, paths[2])
+    return paths
