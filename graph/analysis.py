@@ -72,6 +72,13 @@ class Analysis:
     def comes_from_parameters(self, node: Any) -> bool:
         return node in self._origins
 
+    def constant(self, node: fx.Node) -> torch.Tensor | None:
+        """The tensor that a node holds when it is a constant of the graph, not a parameter and not computed."""
+        name = self.tensor_of.get(node)
+        if name is None or name in self.parameter_names or self.tensors[name][1].is_meta:
+            return None
+        return self.tensors[name][1]
+
     def role(self, node: fx.Node, axis: Atom, role: str) -> None:
         for name in self._origins.get(node, ()):
             self.roles.append((name, axis, role))

@@ -155,6 +155,8 @@ def _flatten(gm: fx.GraphModule) -> fx.GraphModule:
         name = str(getattr(node.target, "_name", node.target))
         if node.op == "call_function" and name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             _inline(gm, node)
+        elif node.target is torch.ops.aten._assert_tensor_metadata.default:  # holds the traced dtype and device
+            gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     gm.recompile()

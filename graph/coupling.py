@@ -36,6 +36,7 @@ FAMILIES = {
     "vocabulary": "tokens",
     "table": "rows of a look-up table other than the vocabulary",
     "outputs": "what the model returns",
+    "kernel": "the extent of a convolution kernel",
     "other": "none of these",
 }
 _NORMS = {"normalized", "reduced by mean", "reduced by var", "reduced by var_mean", "reduced by linalg_vector_norm"}
@@ -207,14 +208,16 @@ def _family(leaf: Atom, members: list[Member]) -> str:
     roles = [m.role for m in members]
     made = roles.count("produces") + roles.count("looks_up")
     read = roles.count("consumes")
+    makers = len({m.parameter.rpartition(".")[0] for m in members if m.role == "produces"})
     normed = bool(_NORMS & leaf.marks)
     tests = {
         "vocabulary": "vocabulary" in leaf.marks,
         "table": "table" in leaf.marks,
         "hidden": normed and made >= 2 and read >= 2 and not {"heads", "experts"} & leaf.marks,
+        "kernel": "kernel" in leaf.marks,
         "outputs": OUTPUT in leaf.locks,
         "experts": bool({"experts", "chosen"} & leaf.marks),
-        "query_heads": "queries" in leaf.marks or {"heads", "broadcast"} <= leaf.marks,
+        "query_heads": "queries" in leaf.marks or ({"heads", "broadcast"} <= leaf.marks and makers < 2),
         "kv_heads": "heads" in leaf.marks,
         "head_dim": "head_dim" in leaf.marks,
         "channels": "conv" in leaf.marks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -162,7 +163,8 @@ def _resized(value: Any, axes: Sequence[Atom], keeping: Keep) -> Any:
 
 
 def _scale(size: Any, old: int, new: int) -> Any:
-    return new if isinstance(size, int) else size * new // old
+    shared = math.gcd(old, new)
+    return new if isinstance(size, int) else size // (old // shared) * (new // shared)
 
 
 def _fake(like: Any, sizes: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:

@@ -6,6 +6,7 @@ Look-up order: exact overload (``aten::view.dtype``), op (``aten::view``), its i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -59,6 +60,7 @@ class State(Protocol):
     def is_symbolic(self, value: Any) -> bool: ...
     def role(self, node: fx.Node, axis: Atom, role: str) -> None: ...
     def comes_from_parameters(self, node: Any) -> bool: ...
+    def constant(self, node: fx.Node) -> torch.Tensor | None: ...
     def rewrite(self, node: fx.Node, rewrite: Rewrite) -> None: ...
 
 
@@ -135,6 +137,15 @@ class Op:
             out.append(present[0].resolve() if present else Atom(1))
         return out
 
+    def cut(self, source: Atom, start: int, length: int) -> tuple[Atom, Atom, Atom] | None:
+        """An axis as what lies before, in and after a range; None, and a lock, when the range cuts across units."""
+        parts = self.space.split_concat(source, [start, length, source.size - start - length])
+        if parts is None:
+            self.space.conflicts.append(f"{self.node.name}: cannot cut {length} from {start} of {source}")
+            self.lock([source], "cut across its units")
+            return None
+        return parts[0], parts[1], parts[2]
+
     # ------------------------------------------------------------------ index domains
     def domain(self, operand: Any) -> Atom | None:
         """The axis whose positions are the values of an index tensor, when known."""
@@ -182,6 +193,8 @@ class Op:
 def resized(node: fx.Node, value: Any, old: int, new: int) -> Any:
     """A size argument after an edit: -1 stays, an int becomes the new size, a symbolic size is scaled."""
     if isinstance(value, fx.Node):
+        shared = math.gcd(old, new)
+        old, new = old // shared, new // shared
         with node.graph.inserting_before(node):
             rows = node.graph.call_function(_floordiv, (value, old))
             scaled = node.graph.call_function(_mul, (rows, new))

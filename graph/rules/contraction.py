@@ -58,9 +58,9 @@ def _matmul(op: Op, a: fx.Node, b: fx.Node, rank: int) -> Axes:
 def _mark_attention(op: Op, batch: Axes, inner: Atom, column: Axes) -> None:
     """A product of two activations: its batch axes are heads, its inner and column axes run inside a head."""
     for atoms, mark in ((batch, "heads"), ([inner, *column], "head_dim")):
-        for atom in atoms:
-            if not op.is_data(atom):
-                op.space.mark(atom, mark)
+        for leaf in (leaf for atom in atoms for leaf in atom.leaves()):
+            if not op.is_data(leaf):
+                leaf.marks.add(mark)
 
 
 @axis_rule("aten::einsum")
@@ -168,7 +168,9 @@ def _convolution(op: Op, transposed: bool) -> Axes:
     out = op.fresh(lock="a spatial axis")
     channel = len(out) - len(weight) + 1
     out[:channel] = x[:channel]
-    op.lock(weight[2:], "a kernel's extent")
+    for extent in weight[2:]:
+        op.space.mark(extent, "kernel")
+        op.space.lock(extent, "the extent of a kernel")
     groups = op["groups"] or 1
     inputs, outputs = (weight[0], weight[1]) if transposed else (weight[1], weight[0])
     if groups == 1:

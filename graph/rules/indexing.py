@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from secateur.graph.atoms import Atom
+from secateur.graph.atoms import Atom, Keep
 from secateur.graph.rules.base import Axes, Op, Value, axis_rule
 from secateur.graph.rules.pointwise import IDENTITY
 from secateur.graph.rules.reduction import lock_unless_softmax
@@ -39,6 +39,8 @@ def index(op: Op) -> Axes:
     axes = op.axes(op["self"])
     picks = [*op["indices"], *[None] * (len(axes) - len(op["indices"]))]
     at = [i for i, pick in enumerate(picks) if pick is not None]
+    if len(at) == 1 and _constant_range(op, axes, at[0], picks[at[0]]):
+        return axes
     if any(picks[i].meta["val"].dtype == torch.bool for i in at):
         op.lock([axes[i] for i in at], "picked by a boolean mask")
         return _masked_pick(op, axes, picks, at)
@@ -50,6 +52,38 @@ def index(op: Op) -> Axes:
     rest = [axis for i, axis in enumerate(axes) if i not in at]
     front = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
     return [*rest[:front], *picked, *rest[front:]]
+
+
+def _constant_range(op: Op, axes: Axes, dim: int, pick: fx.Node) -> bool:
+    """x[..., [3, 4], :] with a constant list of neighbours is a slice, and is rewritten to one by an edit."""
+    constant, source = _constant(op, pick), axes[dim]
+    if constant is None or constant.dim() != 1 or constant.dtype == torch.bool or op.is_data(source):
+        return False
+    positions = [int(p) % source.size for p in constant]
+    if positions != list(range(positions[0], positions[0] + len(positions))):
+        return False
+    parts = op.cut(source, positions[0], len(positions))
+    if parts is None:
+        axes[dim] = op.space.locked(len(positions), f"cut across its units ({op.node.name})")
+        return True
+    before, axes[dim], _ = parts
+
+    def apply(node: fx.Node, keep: Keep) -> None:
+        if keep.touches(source):
+            first = keep.size(before) if before.size else 0
+            node.target = torch.ops.aten.slice.Tensor
+            node.args = (node.args[0], dim, first, first + keep.size(parts[1]))
+
+    op.rewrite(apply)
+    return True
+
+
+def _constant(op: Op, node: fx.Node) -> torch.Tensor | None:
+    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        if node.target._schema.name.split("::")[1].rstrip("_") not in IDENTITY:
+            return None
+        node = node.args[0]  # type: ignore[assignment]
+    return op.state.constant(node)
 
 
 def _masked_pick(op: Op, axes: Axes, picks: list[fx.Node | None], at: list[int]) -> Axes:

@@ -174,10 +174,8 @@ def _strided_slice(op: Op, source: Atom, start: int, step: int, length: int) -> 
 
 
 def _cut(op: Op, source: Atom, start: int, length: int) -> Atom:
-    parts = op.space.split_concat(source, [start, length, source.size - start - length])
+    parts = op.cut(source, start, length)
     if parts is None:
-        op.space.conflicts.append(f"{op.node.name}: cannot cut {length} from {start} of {source}")
-        op.lock([source], "cut across its units")
         return op.space.locked(length, f"cut across its units ({op.node.name})")
     before, middle, after = parts
 
