@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, final
 
-from secateur.graph import PipelineError, Program, Step, verify
+from secateur.graph import Program, Step, verify
+from secateur.graph.errors import PipelineError
 from secateur.passes.data import Sample
 from secateur.passes.options import Options
 
@@ -70,7 +71,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class PlannedEdit:
-    """What a pass would do to one group: keep ``kept`` of ``units``.  exact: False where the scores decide the count."""
+    """What a pass would do to one group: keep ``kept`` of ``units``.  exact: False where scores decide the count."""
 
     group: str
     family: str

@@ -56,8 +56,8 @@ class Options:
         return (cls.__doc__ or "").strip().split("\n")[0]
 
     def to_spec(self, *, defaults: bool = False) -> Spec:
-        """Name and options, as ``Table.build`` reads them back.  Options that have their default value are left out,
-        unless ``defaults`` is set."""
+        """Name and options, as ``Table.build`` reads them back; options at their default are left out unless
+        ``defaults``."""
         fields = [f for f in dataclasses.fields(self) if f.init]
         values = {f.name: getattr(self, f.name) for f in fields if defaults or getattr(self, f.name) != _default(f)}
         return Spec(self.name, {key: _plain(value, defaults) for key, value in values.items()})
@@ -79,7 +79,8 @@ def check_option(cls: type[Options], option: str, value: Any) -> Any:
         raise _option_error(cls, option, value, error) from None
     if not _same_kind(value, checked):
         kind = type(checked).__name__
-        raise OptionError(f"{cls.name}: {option}={value!r}: expected {kind}, found {type(value).__name__}", option=option)
+        found = f"expected {kind}, found {type(value).__name__}"
+        raise OptionError(f"{cls.name}: {option}={value!r}: {found}", option=option)
     return checked
 
 
@@ -93,7 +94,7 @@ def _option_error(cls: type[Options], option: str, value: Any, error: Validation
     if first["type"] == "literal_error" and isinstance(found, str):
         known = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
         text = f"{found!r} is unknown; {did_you_mean(found, known)}"
-    elif found is not value:
+    elif found is not value and repr(found) not in text:
         text = f"{found!r}: {text}"
     return OptionError(f"{cls.name}: {option}={value!r}: {text}", option=option)
 
@@ -204,5 +205,3 @@ def options_table(cls: type[Options]) -> list[tuple[str, str, str]]:
 def _type_text(hint: Any) -> str:
     text = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
     return text.replace("typing.", "").replace("Optional", "").replace("secateur.passes.", "")
-
-

@@ -10,8 +10,20 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, InstanceOf
 
-from secateur.graph import PipelineError, Program
-from secateur.passes.base import MISSING, Context, Cost, Pass, PassResult, PlannedEdit, Progress, facts, log, no_progress
+from secateur.graph import Program
+from secateur.graph.errors import PipelineError
+from secateur.passes.base import (
+    MISSING,
+    Context,
+    Cost,
+    Pass,
+    PassResult,
+    PlannedEdit,
+    Progress,
+    facts,
+    log,
+    no_progress,
+)
 from secateur.passes.data import Batch, samples
 from secateur.passes.options import OptionError, did_you_mean, spec_to_json
 from secateur.passes.recipe import DataSpec, dump_recipe, load_recipe
@@ -175,5 +187,3 @@ class Pipeline(Pass):
             self.hooks.write(f"{one.name}: {seconds:.2f} s")
         if one.name in self.hooks.print_after:
             self.hooks.write(f"# graph after {one.name}\n{program.gm.graph}")
-
-

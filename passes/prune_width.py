@@ -8,18 +8,24 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
-from secateur.graph import CoupledGroup, EditError, Program, coupled_groups, keep
+from secateur.graph import FAMILIES, CoupledGroup, Program, coupled_groups, keep
+from secateur.graph.errors import EditError
 from secateur.passes.base import Context, Pass, PassResult, PlannedEdit, log
 from secateur.passes.importance.base import Normalization
 from secateur.passes.options import OptionError, did_you_mean
 from secateur.passes.width_shares import check_amount, global_counts, kept_count, top_units
 
-Family = Literal[
-    "mlp", "kv_heads", "query_heads", "head_dim", "hidden", "experts", "vocabulary", "channels", "latent", "other"
-]
+
+def _check_family(name: str) -> str:
+    if name not in FAMILIES:
+        raise ValueError(f"{name!r} is no family of groups; {did_you_mean(name, FAMILIES)}")
+    return name
+
+
+Family = Annotated[str, AfterValidator(_check_family)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Amount = Annotated[float | int, BeforeValidator(check_amount)]
 Multiple = Annotated[int, Field(ge=1)]
@@ -69,21 +75,21 @@ class PruneWidth(Pass):
         if not self.amounts and not self.groups:
             raise OptionError("prune-width: nothing is asked for: give ratio=0.25, a family (mlp=0.25) or groups={...}")
         if self.skip and self.uniform:
-            message = "prune-width: skip leaves layers of different shapes, which no stock class holds: add uniform=false"
+            message = "prune-width: skip makes layers differ, which no stock class holds: add uniform=false"
             raise OptionError(message, option="skip")
 
     @property
     def amounts(self) -> dict[str, float | int]:
         """What is asked of each family, by name."""
         shared = {} if self.ratio is None else dict.fromkeys(self.families, self.ratio)
-        named = {name: getattr(self, name, None) for name in Family.__args__}  # type: ignore[attr-defined]
+        named = {name: getattr(self, name, None) for name in FAMILIES}
         return {**shared, **{name: amount for name, amount in named.items() if amount is not None}}
 
     def multiple(self, family: str) -> int:
         """The multiple that unit counts of a family are rounded to."""
         if isinstance(self.round_to, int):
             return 1 if family in WHOLE else self.round_to
-        return dict(self.round_to).get(family, 1)  # type: ignore[call-overload, no-any-return]
+        return self.round_to.get(family, 1)
 
     def plan(self, program: Program) -> list[PlannedEdit]:
         """The edits, one for each group that is asked for; counts of a global ranking are the average ones.
@@ -110,7 +116,13 @@ class PruneWidth(Pass):
         kept = {name: top_units(program.scores[name], count) for name, count in counts.items()}
         cut = {edit.group: kept[edit.group] for edit in edits if counts[edit.group] < edit.units}
         smaller = keep(program, cut) if cut else program
-        return PassResult(smaller, modified=bool(cut), figures=_figures(program, smaller, edits, counts))
+        figures = {**_figures(program, smaller, edits, counts), "locked": self._locked(program)}
+        return PassResult(smaller, modified=bool(cut), figures=figures)
+
+    def _locked(self, program: Program) -> dict[str, int]:
+        """Why groups of the families asked for were left alone, and how many."""
+        groups = [group for group in coupled_groups(program) if group.family in self.amounts]
+        return dict(Counter(group.locked for group in groups if group.locked is not None))
 
     def _by_family(self, groups: list[CoupledGroup]) -> dict[str, float | int]:
         skipped, asked = _skipped(groups, self.skip), {}
@@ -140,6 +152,9 @@ class PruneWidth(Pass):
 
     def _edit(self, group: CoupledGroup, amount: float | int) -> PlannedEdit:
         kept = kept_count(group.name, group.units, amount, self.multiple(group.family))
+        if kept < group.min_units:
+            message = f"prune-width: {kept} of {group.units} units of {group.name} would stay"
+            raise EditError(f"{message}, but the model needs at least {group.min_units}; ask for less")
         exact = self.uniform or self.ranking == "local" or isinstance(amount, int) or group.name in self.groups
         return PlannedEdit(group.name, group.family, group.units, kept, exact)
 
@@ -172,7 +187,7 @@ def _check_one_shape(edits: list[PlannedEdit], groups: list[CoupledGroup]) -> No
     for (family, units), found in shapes.items():
         if len(found) > 1:
             pieces = ", ".join(_shape_text(group, count) for count, group in sorted(found.items()))
-            message = f"prune-width: groups of family {family!r} with {units} units would end at different sizes ({pieces})"
+            message = f"prune-width: groups of family {family!r} with {units} units would differ ({pieces})"
             raise EditError(f"{message}: no stock class holds that; add uniform=false to do it anyway")
 
 
@@ -198,5 +213,3 @@ def _figures(before: Program, after: Program, edits: list[PlannedEdit], counts: 
             for family, count in families.items()
         },
     }
-
-

@@ -1,10 +1,10 @@
 """Recipe files: a YAML list of passes, with where the data is and a seed.
 
-    seed: 0
-    data: {file: calibration.txt, tokens: 10000, window: 256}
-    passes:
-      - score: {metric: taylor}
-      - prune-width: {mlp: 0.25}
+seed: 0
+data: {file: calibration.txt, tokens: 10000, window: 256}
+passes:
+  - score: {metric: taylor}
+  - prune-width: {mlp: 0.25}
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from secateur.graph import PipelineError
+from secateur.graph.errors import PipelineError
 from secateur.passes.options import did_you_mean
 
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
@@ -66,7 +66,7 @@ def load_recipe(recipe: str | Path) -> Recipe:
     """
     text = recipe if isinstance(recipe, str) and "\n" in recipe else _read(Path(recipe))
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise PipelineError(f"recipe: not YAML{_where(getattr(error, 'problem_mark', None))}: {error}") from None
     if not isinstance(value, dict):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, InstanceOf
 
-from secateur.graph import PipelineError, Program, coupled_groups
+from secateur.graph import Program, coupled_groups
+from secateur.graph.errors import PipelineError
 from secateur.passes.base import Context, Cost, Pass, PassResult
 from secateur.passes.importance import IMPORTANCES, Importance, Taylor, aggregate, normalize
 from secateur.passes.importance.base import Aggregation, Normalization
@@ -30,7 +31,7 @@ class Score(Pass):
     numerics: ClassVar[Literal["exact", "close", "lossy"]] = "exact"
     gives: ClassVar[frozenset[str]] = frozenset({"scores"})
 
-    metric: Metric = Taylor()
+    metric: Metric = field(default_factory=Taylor)
     aggregate: Aggregation = "sum"
     normalize: Normalization = "none"
 

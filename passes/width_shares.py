@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.graph import EditError
+from secateur.graph.errors import EditError
 from secateur.passes.importance.base import Normalization, normalize
 
 
@@ -60,7 +60,7 @@ def global_counts(scores: Mapping[str, Tensor], budget: int, multiple: int, how:
     """Units kept by each group when all compete in one ranking.
 
     Each group keeps at least ``multiple`` units (or all it has); the rest of the budget goes to the highest normalised
-    scores; counts are then rounded to the nearest multiple, so that the sum may miss the budget by half a multiple a group.
+    scores; counts are then rounded to the nearest multiple, so the sum may miss the budget by half a multiple a group.
     """
     names = sorted(scores)
     ordered = [normalize(scores[name], how).sort(descending=True, stable=True).values for name in names]

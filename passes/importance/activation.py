@@ -19,8 +19,8 @@ from secateur.passes.importance.observe import Reader, observe, readers
 class Activation(Importance):
     """Minitron's activation score: mean of |x| over a sequence, L2 over sequences.
 
-    A unit of several positions (a head) is reduced by L2 over them first; a unit with several distinct consumer inputs (a
-    residual channel: every norm's output) has one score for each, which aggregation adds.
+    A unit of several positions (a head) is reduced by L2 over them first; a unit with several distinct consumer inputs
+    (a residual channel: every norm's output) has one score for each, which aggregation adds.
     Source: Muralidharan et al. 2024, arXiv:2407.14679, section 2.2 and table 11 (batch L2, sequence mean).
     """
 
@@ -29,7 +29,8 @@ class Activation(Importance):
 
     def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
         reading = {group.name: found for group in groups if (found := readers(program, group))}
-        squares = {reader: torch.zeros(len(reader.positions), dtype=torch.float64) for r in reading.values() for reader in r}
+        wanted = [reader for found in reading.values() for reader in found]
+        squares = {reader: torch.zeros(len(reader.positions), dtype=torch.float64) for reader in wanted}
 
         def see(reader: Reader, value: Tensor, batch: int) -> None:
             squares[reader] += unit_activity(value, reader, batch).square().sum(0).cpu()

@@ -24,6 +24,7 @@ CONSUMERS: dict[str, tuple[int, int, int, int]] = {
     "aten.addmm": (1, 2, -2, -1),
     "aten.baddbmm": (1, 2, -2, -1),
     "aten._grouped_mm": (0, 1, -2, -1),
+    "transformers.grouped_mm_fallback": (0, 1, -2, -1),
     "aten.convolution": (0, 1, 1, 1),
     "aten.conv1d": (0, 1, 1, 1),
     "aten.conv2d": (0, 1, 1, 1),

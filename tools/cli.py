@@ -1,0 +1,224 @@
+"""The command line.  Exit codes: 0 done, 1 the job failed, 2 the request was wrong and nothing was begun."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur.graph import Program, SecateurError, capture
+from secateur.passes import IMPORTANCES, PASSES, DataSpec, Hooks, Pipeline
+from secateur.passes.options import options_table
+from secateur.runtime import check_target, open_model, plan_config, save
+from secateur.tools.corpus import TokenWindows, calibration_windows, read_documents
+from secateur.tools.demo.command import demo_command
+from secateur.tools.footprint import footprint
+from secateur.tools.inspect import groups_of_block, inspect
+from secateur.tools.plan import Plan, make_plan
+from secateur.tools.report import draw_groups, inspection_tables, pass_tables, plan_tables, run_tables
+from secateur.tools.report.console import BadInput, Voice, before_work, log_to_stderr, report_error
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command("demo")(demo_command)
+
+ModelArgument = Annotated[str, typer.Argument(help="A model folder (config.json, safetensors) or a Hugging Face id.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell choices and refusals.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    raise SystemExit(run())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
+    try:
+        app(args=given, prog_name="secateur")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except (SecateurError, OSError, MemoryError) as error:
+        return report_error(error, as_json="--json" in given, debug=debug)
+    return 0
+
+
+@app.command("inspect")
+def inspect_command(
+    model: ModelArgument,
+    as_json: Json = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the coupled groups of one block: .png or .svg.")] = None,
+    block: Annotated[int, typer.Option(help="Which block to draw; negative from the end.")] = 0,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Parameters, bytes, FLOPs, and the coupled groups by family: what may be pruned, what is locked, and why."""
+    voice = start(as_json, verbose)
+    program = open_program(model, voice, weights=False)
+    found = inspect(program)
+    if picture is not None:
+        with before_work():
+            path, groups = groups_of_block(program, block)
+            draw_groups(groups, path, picture)
+        voice.note(f"picture written: {picture}")
+    voice.result(found.to_json(), inspection_tables(found))
+
+
+@app.command("compress")
+def compress_command(
+    model: ModelArgument,
+    pipeline: Annotated[str | None, typer.Option("--pipeline", "-p", help='"score,prune-width{mlp=0.25}"')] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe file (YAML) instead of a pipeline.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the result.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Calibration text: .jsonl with a field text, or plain text.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Calibration tokens in all (default 10240).")] = None,
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens in one sequence (default 256).")] = None,
+    seed: Annotated[int | None, typer.Option(help="What all randomness derives from (default 0).")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what would come out and what it takes.")
+    ] = False,
+    as_json: Json = False,
+    print_after: Annotated[list[str] | None, typer.Option(help="Print the graph after this pass (stderr).")] = None,
+    time_passes: Annotated[bool, typer.Option("--time-passes", help="Tell the seconds of each pass (stderr).")] = False,
+    stop_after: Annotated[str | None, typer.Option(help="End after this pass and save what there is.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is no artifact.")] = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Run a pipeline of passes on a model and write a stock checkpoint."""
+    voice = start(as_json, verbose)
+    with before_work():
+        passes = read_pipeline(pipeline, recipe)
+        spec = data_spec(passes.data, recipe, data, tokens, window)
+        check_request(passes, spec, output, dry_run=dry_run, force=force)
+    began = time.perf_counter()
+    program = open_program(model, voice, weights=not dry_run)
+    with before_work():
+        hooks = Hooks(frozenset(print_after or ()), time_passes, stop_after, voice.note)
+        passes = replace(passes, seed=passes.seed if seed is None else seed, hooks=hooks)
+        refuse(passes.requires(program))
+        took = time.perf_counter() - began
+        plan = make_plan(program, passes, plan_config, tokens=spec.tokens, window=spec.window, capture_seconds=took)
+        if dry_run:
+            voice.result(plan.to_json(), plan_tables(plan))
+            return
+        refuse([plan.misfit] if plan.misfit else [])
+        windows = read_windows(program, spec, passes.seed) if passes.needs_data else None
+    assert output is not None
+    smaller = passes.run(program, windows, voice.progress)
+    with voice.waiting("saving, and opening the result in a fresh process"):
+        saved = save(smaller, output, force=force)
+    after = footprint(smaller)
+    tables = run_tables(program, smaller, plan.before, after)
+    voice.result(result_json(plan, smaller, after, windows, output, saved), tables)
+    voice.note(f"written: {output}")
+
+
+@app.command("passes")
+def passes_command(as_json: Json = False) -> None:
+    """The passes and importances that a pipeline may name, with their options."""
+    listed = {
+        kind: [
+            {
+                "name": cls.name,
+                "summary": cls.summary(),
+                "options": [dict(zip(("name", "type", "default"), row, strict=True)) for row in options_table(cls)],
+            }
+            for cls in table
+        ]
+        for kind, table in (("passes", PASSES), ("importances", IMPORTANCES))
+    }
+    Voice(as_json).result(listed, pass_tables())
+
+
+def start(as_json: bool, verbose: bool) -> Voice:
+    """Logging, and the voice of a command."""
+    log_to_stderr(verbose)
+    return Voice(as_json)
+
+
+def open_program(model: str, voice: Voice, *, weights: bool) -> Program:
+    """Open and capture; what is wrong with the model is the caller's input."""
+    with before_work():
+        with voice.waiting(f"opening {model}"):
+            opened = open_model(model, weights=weights)
+        folder = Path(model) if Path(model).is_dir() else Path(opened.name_or_path)
+        with voice.waiting("capturing the graph"):
+            return capture(opened, folder=folder if folder.is_dir() else None)
+
+
+def read_pipeline(text: str | None, recipe: Path | None) -> Pipeline:
+    """The pipeline from exactly one of text and recipe."""
+    if (text is None) == (recipe is None):
+        raise BadInput("say what to do, once: -p 'score,prune-width{mlp=0.25}' or --recipe FILE")
+    return Pipeline.parse(text) if text is not None else Pipeline.from_recipe(recipe or Path())
+
+
+def data_spec(
+    given: DataSpec | None, recipe: Path | None, data: Path | None, tokens: int | None, window: int | None
+) -> DataSpec:
+    """The recipe's data, where the command line does not say otherwise.  A recipe's file is relative to the recipe."""
+    spec = given or DataSpec()
+    beside = recipe.parent / spec.file if recipe is not None and spec.file is not None else None
+    file = str(data or beside) if data is not None or beside is not None else None
+    return DataSpec(file=file, tokens=tokens or spec.tokens, window=window or spec.window)
+
+
+def check_request(passes: Pipeline, spec: DataSpec, output: Path | None, *, dry_run: bool, force: bool) -> None:
+    """What can be known to be wrong before the model is opened."""
+    if spec.window > spec.tokens:
+        raise BadInput(f"--window {spec.window} is longer than --tokens {spec.tokens}: no sequence fits")
+    if dry_run:
+        return
+    if output is None:
+        raise BadInput("say where the result goes: -o DIR (or --dry-run to only look)")
+    check_target(output, force=force)
+    if passes.needs_data and spec.file is None:
+        raise BadInput(f"{passes.to_text()} needs calibration text: --data FILE (.txt or .jsonl)")
+    if passes.needs_data and spec.file is not None and not Path(spec.file).is_file():
+        raise BadInput(f"the calibration text {spec.file} is no file")
+
+
+def refuse(reasons: list[str]) -> None:
+    """Stop before any work if there is a reason to."""
+    if reasons:
+        raise BadInput("; ".join(reasons))
+
+
+def read_windows(program: Program, spec: DataSpec, seed: int) -> TokenWindows:
+    """Calibration windows in the tokens of the model."""
+    from transformers import AutoTokenizer
+
+    documents = read_documents([spec.file or ""])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(program.source.folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{program.source.folder} has no tokenizer that opens: {error}") from error
+    return calibration_windows(documents, tokenizer, tokens=spec.tokens, window=spec.window, seed=seed)
+
+
+def result_json(
+    plan: Plan, smaller: Program, after: Any, windows: TokenWindows | None, output: Path, saved: Any
+) -> dict[str, Any]:
+    """What ``compress --json`` tells."""
+    return {
+        "output": str(output),
+        "pipeline": plan.pipeline,
+        "before": plan.before.to_json(),
+        "after": after.to_json(),
+        "data": None if windows is None else windows.describe(),
+        "history": [asdict(step) for step in smaller.history],
+        "check": saved.to_json() if hasattr(saved, "to_json") else asdict(saved),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What a model consists of: sizes, and its coupled groups by family."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from secateur.graph import CoupledGroup, Program, SecateurError, coupled_groups
+from secateur.tools.footprint import Footprint, footprint
+
+JSON = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FamilySummary:
+    """Groups of one family.  units: (units of a group, how many such groups).  locked: reason -> number of groups."""
+
+    family: str
+    groups: int
+    units: Mapping[int, int]
+    locked: Mapping[str, int]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``secateur inspect`` tells."""
+
+    model: str
+    folder: str | None
+    dtypes: Mapping[str, int]
+    footprint: Footprint
+    blocks: tuple[str, ...]
+    families: tuple[FamilySummary, ...]
+    nodes: int
+
+    def to_json(self) -> JSON:
+        """As JSON values."""
+        found = asdict(self)
+        for family in found["families"]:
+            family["units"] = {str(units): count for units, count in family["units"].items()}
+        return found
+
+
+def inspect(program: Program) -> Inspection:
+    """Look at a Program; weights are not needed."""
+    groups = coupled_groups(program)
+    families = dict.fromkeys(group.family for group in groups)
+    dtypes = Counter[str]()
+    for _, parameter in program.named_parameters():
+        dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    return Inspection(
+        model=type(program.source.model).__name__,
+        folder=None if program.source.folder is None else str(program.source.folder),
+        dtypes=dict(dtypes),
+        footprint=footprint(program),
+        blocks=tuple(blocks(groups)),
+        families=tuple(_summary(program, family, [g for g in groups if g.family == family]) for family in families),
+        nodes=len(program.gm.graph.nodes),
+    )
+
+
+def blocks(groups: Sequence[CoupledGroup]) -> list[str]:
+    """Module paths of the residual layers, in order."""
+    return list(dict.fromkeys(group.block for group in groups if group.block))
+
+
+def groups_of_block(program: Program, index: int) -> tuple[str, list[CoupledGroup]]:
+    """One residual layer's path and the groups that touch its parameters, the layer's own first.
+
+    Raises: SecateurError: no such layer.
+    """
+    groups = coupled_groups(program)
+    paths = blocks(groups)
+    if not paths:
+        return "", groups
+    if not -len(paths) <= index < len(paths):
+        raise SecateurError(f"there is no block {index}: the model has blocks 0..{len(paths) - 1}")
+    path = paths[index]
+    touching = [g for g in groups if g.block == path or any(inside(m.parameter, path) for m in g.members)]
+    return path, sorted(touching, key=lambda g: (g.block != path, groups.index(g)))
+
+
+def inside(parameter: str, path: str) -> bool:
+    """Whether a parameter lies in a module."""
+    return not path or parameter.startswith(path + ".")
+
+
+def _summary(program: Program, family: str, groups: list[CoupledGroup]) -> FamilySummary:
+    named = dict(program.named_parameters())
+    touched = {member.parameter for group in groups for member in group.members if member.parameter in named}
+    locked = Counter(group.locked for group in groups if group.locked is not None)
+    units = Counter(group.units for group in groups)
+    parameters = sum(named[name].numel() for name in touched)
+    return FamilySummary(family, len(groups), dict(units), dict(locked), parameters)

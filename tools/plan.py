@@ -1,0 +1,130 @@
+"""What a pipeline would make of a model, and what the job itself would take: told before any work is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from secateur.graph import Program
+from secateur.graph.capture import accept_calls_of
+from secateur.passes import Pipeline, PlannedEdit
+from secateur.tools.footprint import Footprint, footprint
+
+JSON = dict[str, Any]
+PROBE = 768
+DISK_BYTES_PER_SECOND = 300e6
+Stock = Callable[[Program], Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Rough needs of the job itself.
+
+    peak_bytes: weights, what the passes hold beside them, the smaller copy, and the activations of one sequence.
+    seconds: from the counted FLOPs and the speed of a short matrix product on this machine, half of which is taken to
+        be reached; plus capture and disk.  Rough: expect a factor of two either way.
+    gflops: the measured speed of that product, 1e9 a second, float32.
+    """
+
+    tokens: int
+    peak_bytes: int
+    seconds: float
+    gflops: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would come out.
+
+    before, after: footprints.   edits: units kept by each group.   job: what the run would take.
+    misfit: why no stock class can hold the result and what would make it fit, or None.
+    """
+
+    pipeline: str
+    before: Footprint
+    after: Footprint
+    edits: tuple[PlannedEdit, ...]
+    job: Job
+    misfit: str | None
+
+    def to_json(self) -> JSON:
+        """As JSON values."""
+        return asdict(self)
+
+
+def make_plan(
+    program: Program,
+    pipeline: Pipeline,
+    stock: Stock,
+    *,
+    tokens: int = 0,
+    window: int = 0,
+    capture_seconds: float = 0.0,
+) -> Plan:
+    """Plan a pipeline on a Program; weights are not needed and not touched.
+
+    Args: stock: raises ``misfit`` errors where a Program fits no stock class (``runtime.plan_config``).
+        tokens, window: calibration tokens in all, and in one sequence.   capture_seconds: what capturing took here.
+    Raises: PipelineError, EditError: the pipeline cannot run on this model; says why.
+    """
+    light = on_meta(program)
+    edits = pipeline.plan(light)
+    smaller = pipeline.preview(light)
+    before, after = footprint(light), footprint(smaller)
+    job = estimate(pipeline, before, after, tokens=tokens, window=window, capture_seconds=capture_seconds)
+    return Plan(pipeline.to_text(), before, after, tuple(edits), job, _misfit(smaller, stock))
+
+
+def estimate(
+    pipeline: Pipeline, before: Footprint, after: Footprint, *, tokens: int, window: int, capture_seconds: float = 0.0
+) -> Job:
+    """Rough memory and time of running a pipeline."""
+    cost, speed = pipeline.cost, probe_gflops()
+    if not pipeline.needs_data:
+        tokens = 0
+    activations = 40 * window * (before.parameters / 12) ** 0.5 * (8 if cost.flops > 1 else 1)
+    peak = before.bytes + max(cost.bytes_per_parameter * before.parameters + activations, after.bytes)
+    working = cost.flops * before.flops_per_token * tokens / (0.5e9 * speed)
+    disk = (before.bytes + 3 * after.bytes) / DISK_BYTES_PER_SECOND
+    return Job(tokens, round(peak), round(working + disk + capture_seconds, 1), round(speed, 1))
+
+
+def probe_gflops(seconds: float = 0.2) -> float:
+    """Measured speed of a float32 matrix product on this machine, 1e9 FLOPs a second."""
+    a = torch.randn(PROBE, PROBE)
+    count, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds or count < 2:
+        a @ a
+        count += 1
+    return 2 * PROBE**3 * count / spent / 1e9
+
+
+def on_meta(program: Program) -> Program:
+    """A copy of a Program without weights: the same graph over parameters of the same shapes on the meta device."""
+    old, copies = program.gm, dict[fx.Node, fx.Node]()
+    graph = fx.Graph()
+    output = graph.output(graph.graph_copy(old.graph, copies))
+    output.meta = dict(next(iter(reversed(old.graph.nodes))).meta)
+    graph.set_codegen(old.graph._codegen)
+    light: dict[str, Any] = dict(old.named_buffers(remove_duplicate=False))
+    for name, parameter in old.named_parameters(remove_duplicate=False):
+        light[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    gm = fx.GraphModule(light, graph, class_name=old._get_name())
+    gm.meta = dict(old.meta)
+    accept_calls_of(gm, old)
+    return program.replace(gm=gm)
+
+
+def _misfit(program: Program, stock: Stock) -> str | None:
+    if program.source.config is None:
+        return None
+    try:
+        stock(program)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -1,0 +1,108 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from rich.table import Table
+
+from secateur.graph import Program
+from secateur.passes import IMPORTANCES, PASSES, PlannedEdit
+from secateur.passes.options import Options, options_table
+from secateur.tools.footprint import Footprint
+from secateur.tools.inspect import Inspection
+from secateur.tools.plan import Plan
+from secateur.tools.report.units import change, count, duration, size
+
+
+def inspection_tables(found: Inspection) -> list[Table]:
+    """Sizes, and the groups by family."""
+    sizes = _table(f"{found.model}", "", "")
+    sizes.add_row("parameters", f"{count(found.footprint.parameters)}  ({found.footprint.parameters:,})")
+    sizes.add_row("bytes", f"{size(found.footprint.bytes)}  ({', '.join(found.dtypes)})")
+    sizes.add_row("FLOPs a token", f"{count(found.footprint.flops_per_token)}  ({_protocol(found.footprint)})")
+    sizes.add_row("KV cache a token", _cache(found.footprint))
+    sizes.add_row("residual layers", str(len(found.blocks)))
+    families = _table("coupled groups", "family", "groups", "units in each", "parameters touched", "locked, and why")
+    for family in found.families:
+        units = ", ".join(f"{n}" if times == family.groups else f"{times} x {n}" for n, times in family.units.items())
+        locked = "\n".join(f"{times} x {reason}" for reason, times in family.locked.items()) or "none"
+        families.add_row(family.family, str(family.groups), units, count(family.parameters), locked)
+    return [sizes, families]
+
+
+def plan_tables(plan: Plan) -> list[Table]:
+    """Before and after, the edits, and what the job would take."""
+    sizes = footprint_table(plan.before, plan.after, "what would come out")
+    edits = _table("what would be cut", "family", "groups", "units", "kept")
+    for row in edit_rows(plan.edits):
+        edits.add_row(*row)
+    job = _table("the job itself, roughly", "", "")
+    job.add_row("calibration tokens", f"{plan.job.tokens:,}")
+    job.add_row("peak memory", size(plan.job.peak_bytes))
+    job.add_row("time", f"{duration(plan.job.seconds)}  (this machine multiplies at {plan.job.gflops:g} GFLOP/s)")
+    job.add_row("stock checkpoint", "yes" if plan.misfit is None else f"no: {plan.misfit}")
+    return [sizes, edits, job]
+
+
+def footprint_table(before: Footprint, after: Footprint, title: str) -> Table:
+    """Two footprints side by side."""
+    table = _table(title, "", "before", "after", "change")
+    rows = (
+        ("parameters", before.parameters, after.parameters, count),
+        ("bytes", before.bytes, after.bytes, size),
+        (f"FLOPs a token ({_protocol(before)})", before.flops_per_token, after.flops_per_token, count),
+        ("KV cache bytes a token", before.kv_bytes_per_token, after.kv_bytes_per_token, size),
+    )
+    for name, a, b, show in rows:
+        if a is not None and b is not None:
+            table.add_row(name, show(a), show(b), change(a, b))
+    return table
+
+
+def edit_rows(edits: Iterable[PlannedEdit]) -> list[tuple[str, str, str, str]]:
+    """Edits that are alike, as one row: family, groups, units, kept."""
+    alike = Counter((edit.family, edit.units, edit.kept, edit.exact) for edit in edits)
+    return [
+        (family, str(times), str(units), f"{kept}" if exact else f"{kept} on average")
+        for (family, units, kept, exact), times in alike.items()
+    ]
+
+
+def run_tables(before: Program, after: Program, old: Footprint, new: Footprint) -> list[Table]:
+    """What each pass did, in order, and what came out."""
+    table = _table("what was done", "pass", "seconds", "parameters after", "left alone")
+    for step in after.history[len(before.history) :]:
+        parameters = step.figures.get("parameters_after")
+        locked = "\n".join(f"{times} x {reason}" for reason, times in step.figures.get("locked", {}).items())
+        seconds = f"{step.figures['seconds']:.2f}"
+        table.add_row(step.name, seconds, "" if parameters is None else f"{parameters:,}", locked)
+    return [table, footprint_table(old, new, "what came out")]
+
+
+def pass_tables() -> list[Table]:
+    """All passes and importances with their options."""
+    return [*map(_options_table, PASSES), *map(_options_table, IMPORTANCES)]
+
+
+def _options_table(cls: type[Options]) -> Table:
+    table = _table(f"{cls.name}: {cls.summary()}", "option", "type", "default")
+    for row in options_table(cls):
+        table.add_row(*row)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _protocol(found: Footprint) -> str:
+    return f"batch {found.batch}, sequence {found.sequence}"
+
+
+def _cache(found: Footprint) -> str:
+    return "none, or not seen" if found.kv_bytes_per_token is None else size(found.kv_bytes_per_token)

@@ -1,0 +1,29 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+BYTE_SUFFIXES = ((1024**4, "TiB"), (1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB"))
+
+
+def count(value: float) -> str:
+    """134515008 -> 134.5 M."""
+    return next((f"{value / size:.4g} {suffix}" for size, suffix in SUFFIXES if abs(value) >= size), f"{value:.4g}")
+
+
+def size(value: float) -> str:
+    """538060032 -> 513.1 MiB."""
+    return next((f"{value / unit:.4g} {name}" for unit, name in BYTE_SUFFIXES if abs(value) >= unit), f"{value:.4g} B")
+
+
+def duration(seconds: float) -> str:
+    """75.2 -> 1 min 15 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours} h"] * bool(hours) + [f"{minutes} min"] * bool(minutes) + [f"{rest} s"] * (not hours)
+    return " ".join(parts)
+
+
+def change(before: float, after: float) -> str:
+    """100, 75 -> -25.0 %."""
+    return "" if not before else f"{100 * (after - before) / before:+.1f} %"
