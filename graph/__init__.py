@@ -4,9 +4,11 @@ from secateur.graph.analysis import analyse
 from secateur.graph.capture import capture
 from secateur.graph.coupling import FAMILIES, CoupledGroup, Member, coupled_groups, coupling_graph
 from secateur.graph.errors import SecateurError
+from secateur.graph.masked import masked_call
 from secateur.graph.program import Program, Source, Step
 from secateur.graph.rewrite import keep
 from secateur.graph.rules import axis_rule
+from secateur.graph.verifier import verify
 
 __all__ = [
     "FAMILIES",
@@ -22,4 +24,6 @@ __all__ = [
     "coupled_groups",
     "coupling_graph",
     "keep",
+    "masked_call",
+    "verify",
 ]

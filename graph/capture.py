@@ -20,7 +20,7 @@ from secateur.graph.program import Program, Source
 log = logging.getLogger(__name__)
 
 # Two distinct primes: even where a model fixes a size at trace time, no product of other sizes equals it by accident.
-BATCH, SEQUENCE = 2, 11
+BATCH, SEQUENCE, DECODER_SEQUENCE = 2, 11, 7
 _OFF = ("use_cache", "output_attentions", "output_hidden_states")
 
 
@@ -87,7 +87,7 @@ def _example_inputs(model: nn.Module, parameters: Mapping[str, inspect.Parameter
     ids = (torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % max(vocabulary - 4, 1) + 3) % vocabulary
     inputs = {main: ids.to(device)}
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
-        inputs["decoder_input_ids"] = ids.to(device)
+        inputs["decoder_input_ids"] = ids[:, :DECODER_SEQUENCE].flip(1).contiguous().to(device)
     return inputs
 
 
@@ -216,6 +216,14 @@ def accept_calls_of(gm: fx.GraphModule, other: fx.GraphModule) -> None:
             setattr(gm, name, getattr(other, name))
     gm.register_forward_pre_hook(_bind, with_kwargs=True)
     gm.eval()
+
+
+def bound_inputs(gm: fx.GraphModule) -> list[Any]:
+    """The inputs that the graph was captured with, one a placeholder."""
+    call = gm.meta["call"]
+    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+    values = dict(zip(names, pytree.tree_leaves(call["inputs"], is_leaf=lambda x: x is None), strict=True))
+    return [values[n] for n in names]
 
 
 def _bind(gm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -209,6 +209,8 @@ def _family(leaf: Atom, members: list[Member]) -> str:
     made = roles.count("produces") + roles.count("looks_up")
     read = roles.count("consumes")
     makers = len({m.parameter.rpartition(".")[0] for m in members if m.role == "produces"})
+    beside = {other for m in members for other in m._axis.leaves()} - {leaf}
+    shared = any("heads" in other.marks and "broadcast" not in other.marks for other in beside)
     normed = bool(_NORMS & leaf.marks)
     tests = {
         "vocabulary": "vocabulary" in leaf.marks,
@@ -217,7 +219,7 @@ def _family(leaf: Atom, members: list[Member]) -> str:
         "kernel": "kernel" in leaf.marks,
         "outputs": OUTPUT in leaf.locks,
         "experts": bool({"experts", "chosen"} & leaf.marks),
-        "query_heads": "queries" in leaf.marks or ({"heads", "broadcast"} <= leaf.marks and makers < 2),
+        "query_heads": "queries" in leaf.marks or ({"heads", "broadcast"} <= leaf.marks and (shared or makers < 2)),
         "kv_heads": "heads" in leaf.marks,
         "head_dim": "head_dim" in leaf.marks,
         "channels": "conv" in leaf.marks,

@@ -98,7 +98,7 @@ def _rewritten(analysis: Analysis, keeping: Keep) -> fx.GraphModule:
     for node in analysis.generated:
         _select_generated(analysis, node, copies[node], keeping, tensors)
     gm = fx.GraphModule(tensors, graph, class_name=old._get_name())
-    gm.meta = dict(old.meta)
+    gm.meta = dict(old.meta) | {"conflicts": {c.split(":")[0] for c in analysis.space.conflicts}}
     accept_calls_of(gm, old)
     gm.graph.lint()
     return gm

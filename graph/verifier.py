@@ -1,0 +1,140 @@
+"""What must be true of a Program, as a table of checks; run after every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from secateur.graph.analysis import analyse, module_path
+from secateur.graph.capture import attribute, bound_inputs
+from secateur.graph.errors import SecateurError, VerificationError
+from secateur.graph.program import Program
+
+Check = Callable[[Program], Iterator[str]]
+
+
+def verify(program: Program) -> None:
+    """Run every check of CHECKS.
+
+    Raises: VerificationError: names each broken check and where it broke.
+    """
+    faults = [f"{name}: {fault}" for name, check in CHECKS.items() for fault in check(program)]
+    if faults:
+        more = f" (and {len(faults) - 8} more)" if len(faults) > 8 else ""
+        raise VerificationError("the program is not sound:\n  " + "\n  ".join(faults[:8]) + more)
+
+
+def _graph_is_well_formed(program: Program) -> Iterator[str]:
+    try:
+        program.gm.graph.lint()
+    except (RuntimeError, ValueError) as error:
+        yield str(error)
+
+
+def _parameters_are_used(program: Program) -> Iterator[str]:
+    """Every parameter is read by the graph, and every one that is read exists and is of the source model."""
+    read = {str(n.target) for n in program.gm.graph.nodes if n.op == "get_attr" and n.users}
+    owned = dict(program.gm.named_parameters())
+    yield from (f"parameter {name} is not used by the graph" for name in owned if name not in read)
+    known = dict(program.source.model.named_parameters())
+    yield from (f"parameter {name} is not one of the source model" for name in owned if name not in known)
+    for name in read:
+        try:
+            attribute(program.gm, name)
+        except AttributeError:
+            yield f"{name} is read but missing"
+
+
+def _ties_hold(program: Program) -> Iterator[str]:
+    """A parameter that has several names in the source model is one parameter here, under the first."""
+    first: dict[int, str] = {}
+    owned = dict(program.gm.named_parameters(remove_duplicate=False))
+    for name, parameter in program.source.model.named_parameters(remove_duplicate=False):
+        original = first.setdefault(id(parameter), name)
+        if original != name and name in owned and owned.get(original) is not owned[name]:
+            yield f"{name} is tied to {original} in the source model, but not here"
+
+
+def _shapes_propagate(program: Program) -> Iterator[str]:
+    """Every op runs on fake tensors of the example's sizes and gives the shape that the graph claims."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(allow_dynamic_output_shape_ops=True))
+    runner = _Propagate(program.gm, mode)
+    try:
+        with mode, torch.no_grad():
+            inputs = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in bound_inputs(program.gm)]
+            runner.run(*inputs)
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        where = f"{runner.at.name} ({runner.at.target}, module {module_path(runner.at)})" if runner.at else "start"
+        yield f"{where} cannot run: {str(error).splitlines()[0][:300]}"
+    yield from runner.faults
+
+
+class _Propagate(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.mode, self.faults, self.at = mode, list[str](), None
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.at = n
+        value = super().run_node(n)
+        for got, claimed in zip(_shapes(value), _shapes(n.meta.get("val")), strict=False):
+            wrong = [d for d, (a, b) in enumerate(zip(got, claimed, strict=False)) if None not in (a, b) and a != b]
+            if wrong or len(got) != len(claimed):
+                self.faults.append(f"{n.name} ({n.target}) gives {got}, the graph claims {claimed}")
+        return value
+
+
+def _shapes(value: Any) -> list[list[int | None]]:
+    """Sizes of one or several tensors; None where a size is not known without data."""
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    return [[_size(s) for s in item.shape] for item in items if isinstance(item, torch.Tensor)]
+
+
+def _size(size: Any) -> int | None:
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else None
+    return int(size)
+
+
+def _groups_are_legal(program: Program) -> Iterator[str]:
+    """The axes of every tensor have its sizes, and the pruned graph aligns wherever the one before the edit did."""
+    try:
+        analysis = analyse(program)
+    except SecateurError as error:
+        yield str(error)
+        return
+    for name, (axes, tensor) in analysis.tensors.items():
+        if [axis.size for axis in axes] != list(tensor.shape):
+            yield f"{name} has shape {tuple(tensor.shape)}, its axes are {axes}"
+    before = program.gm.meta.get("conflicts", analysis.space.conflicts)
+    yield from (f"axes no longer align at {c}" for c in analysis.space.conflicts if c.split(":")[0] not in before)
+
+
+def _heads_divide(program: Program) -> Iterator[str]:
+    """Query heads are a multiple of key/value heads, and queries are as wide as keys."""
+    for node in program.gm.graph.nodes:
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            query, key = (node.args[i].meta["val"].shape for i in (0, 1))
+            heads = [_size(s) for s in (query[-3], key[-3], query[-1], key[-1])] if len(query) > 3 else [1, 1, 1, 1]
+            if None not in heads and (heads[0] % heads[1] or heads[2] != heads[3]):  # type: ignore[operator]
+                yield f"{node.name}: {heads[0]} query heads of {heads[2]} on {heads[1]} key/value heads of {heads[3]}"
+
+
+CHECKS: dict[str, Check] = {
+    "the graph is well formed": _graph_is_well_formed,
+    "parameters are used": _parameters_are_used,
+    "ties hold": _ties_hold,
+    "shapes propagate": _shapes_propagate,
+    "heads divide": _heads_divide,
+    "groups are legal": _groups_are_legal,
+}
