@@ -1,1 +1,66 @@
-"""Secateur: a pruning compiler for language models."""
+"""Secateur: a pruning compiler for language models.
+
+    program = secateur.capture("path/to/model")
+    groups = secateur.coupled_groups(program)
+    program = secateur.Pipeline.parse("score{metric=taylor},prune-width{ratio=0.25}").run(program, data=windows)
+    secateur.save(program, "path/to/smaller")
+    model = secateur.load("path/to/smaller")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from secateur import graph as _graph
+from secateur.graph import (
+    CoupledGroup,
+    Member,
+    Program,
+    SecateurError,
+    coupled_groups,
+    coupling_graph,
+    keep,
+    masked_call,
+    verify,
+)
+from secateur.passes import Pipeline
+from secateur.runtime import load, open_model, save
+
+__version__ = "0.1.0.dev0"
+
+
+def capture(model: nn.Module | str | Path, example_inputs: Any = None) -> Program:
+    """Capture a model as a Program: an FX graph of ATen ops over its Parameter objects.
+
+    Args:
+        model: a checkpoint folder, a Hugging Face id, a PreTrainedModel, or any nn.Module; the meta device will do.
+        example_inputs: a tensor, a tuple, or a dict by argument name; needed where the model's configuration does not
+            say what it takes.
+    Raises:
+        SourceError: a folder that cannot be opened safely.  CaptureError: names the module and the reason.
+    """
+    if isinstance(model, nn.Module):
+        return _graph.capture(model, example_inputs)
+    folder = Path(model)
+    return _graph.capture(open_model(model), example_inputs, folder=folder if folder.is_dir() else None)
+
+
+__all__ = [
+    "CoupledGroup",
+    "Member",
+    "Pipeline",
+    "Program",
+    "SecateurError",
+    "capture",
+    "coupled_groups",
+    "coupling_graph",
+    "keep",
+    "load",
+    "masked_call",
+    "open_model",
+    "save",
+    "verify",
+]
