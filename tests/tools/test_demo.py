@@ -137,26 +137,34 @@ def measured(scale: float) -> Measured:
 @pytest.fixture
 def comparison() -> Comparison:
     used = {"tokens": 2048, "windows": 4, "window_tokens": 512}
-    return Comparison(measured(1.0), measured(0.5), SHORT, used, [{"pass": "score"}], "out/model", {"prune": 1.0})
+    return Comparison(
+        measured(1.0), measured(0.5), SHORT, used, [{"name": "score"}], {}, "out/model", {"prune": 61.0}, 1
+    )
 
 
 def test_every_row_shows_both_numbers_and_the_change(comparison: Comparison) -> None:
     rows = {name: rest for name, *rest in report.cells(comparison)}
-    assert rows["parameters"] == ["200.0 M", "100.0 M", "x 0.500"]
-    assert rows["bytes on disk"] == ["800 MB", "400 MB", "x 0.500"]
-    assert rows["perplexity, held-out text"] == ["20.00 ± 0.20", "40.00 ± 0.40", "x 2.000"]
-    assert rows["decode, tokens/s"] == ["100.0 [90.0-110.0]", "200.0 [180.0-220.0]", "x 2.000"]
+    assert rows["parameters"] == ["200 M", "100 M", "-50.0 %"]
+    assert rows["bytes on disk"] == ["762.9 MiB", "381.5 MiB", "-50.0 %"]
+    assert rows["perplexity, held-out text"] == ["20.00 ± 0.20", "40.00 ± 0.40", "+100.0 %"]
+    assert rows["decode, tokens/s"] == ["100.0 [90.0-110.0]", "200.0 [180.0-220.0]", "+100.0 %"]
     assert len(rows) == len(report.ROWS)
 
 
-def test_table_and_markdown_carry_the_protocol_and_the_answers(comparison: Comparison) -> None:
+def test_terminal_and_markdown_carry_the_protocol_and_the_answers(comparison: Comparison) -> None:
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(report.table(comparison))
+    for part in report.for_a_terminal(comparison):
+        console.print(part)
     told = console.export_text()
     for note in report.notes(comparison):
         assert note in told and note in report.markdown(comparison)
     assert "2,048 tokens" in told and "1,000 scored tokens" in told and "16 prompt tokens, 8 new" in told
-    assert "*after*: answer 0.5" in report.markdown(comparison)
+    assert "> **after**: answer 0.5" in report.markdown(comparison)
+
+
+def test_both_answers_and_the_time_are_told(comparison: Comparison) -> None:
+    told = report.answers(comparison)
+    assert told[1:] == ["before: answer 1.0", "after: answer 0.5", "took: prune 1 min 1 s"]
 
 
 def test_files_are_written_and_the_json_reads_back(comparison: Comparison, tmp_path: Path) -> None:

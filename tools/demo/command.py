@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import track
 
 from secateur.tools.demo import assets, report
 from secateur.tools.demo.compare import FULL, SHORT, compare
-
-T = TypeVar("T")
+from secateur.tools.report.console import Voice, log_to_stderr
 
 
 def demo_command(
-    short: Annotated[bool, typer.Option(help="A check of two minutes, not a measurement.")] = False,
+    short: Annotated[bool, typer.Option("--short", help="A check of two minutes, not a measurement.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("demo-out"),
     cache: Annotated[Path | None, typer.Option(help="Folder of fetched files (default .cache/secateur).")] = None,
-    fetch_only: Annotated[bool, typer.Option(help="Fetch and convert the model and the text, and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    fetch_only: Annotated[bool, typer.Option("--fetch-only", help="Fetch the model and the text, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Compress a real model (SmolLM2-135M-Instruct) and measure it before and after."""
-    talk, folder = Console(stderr=True), cache or assets.default_cache()
-    if fetch_only:
+    log_to_stderr(verbose=False)
+    voice, folder = Voice(as_json), cache or assets.default_cache()
+    with voice.waiting("fetching and converting the model and the text (once)"):
         assets.fetch(folder)
-        talk.print(f"ready: {assets.checkpoint(folder)}")
+        original = assets.checkpoint(folder)
+    voice.note(f"model and text ready in {folder}")
+    if fetch_only:
         return
-
-    def show(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-        return track(items, description, total=total, console=talk, transient=True)
-
-    comparison = compare(SHORT if short else FULL, folder, output, show)
+    comparison = compare(SHORT if short else FULL, original, assets.text(folder), output, voice.progress)
     paths = report.write(comparison, output)
-    if as_json:
-        typer.echo(json.dumps(report.to_json(comparison), indent=2))
-        return
-    shown = Console()
-    shown.print(report.table(comparison))
-    for name, measured in (("before", comparison.before), ("after", comparison.after)):
-        shown.print(f"[bold]{name}[/bold] says: {measured.answer}", highlight=False)
-    took = ", ".join(f"{name} {value:.0f} s" for name, value in comparison.seconds.items())
-    shown.print(f"took: {took}\nwritten: {comparison.saved_to}, {', '.join(map(str, paths))}", highlight=False)
+    voice.result(report.to_json(comparison), report.for_a_terminal(comparison))
+    voice.note(f"written: {comparison.saved_to} and {', '.join(map(str, paths))}")

@@ -6,17 +6,20 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur.passes.base import Progress, no_progress
-from secateur.tools.corpus import calibration_windows, token_stream
-from secateur.tools.demo import assets
+from secateur.runtime.classes import quiet
+from secateur.tools.corpus import TokenWindows, calibration_windows, token_stream
+from secateur.tools.demo.assets import Text
 from secateur.tools.evaluate import Perplexity, Speed, compare_speed, perplexity
+from secateur.tools.machine import peak_memory_bytes
 
 QUESTION = "Why do gardeners prune fruit trees in winter?"
 ANSWER_TOKENS = 48
@@ -54,56 +57,68 @@ class Measured:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The model before and after, and all that is needed to repeat it."""
+    """The model before and after, and all that is needed to repeat it.
+
+    history: the passes with their options and figures.   proof: what saving proved in a fresh process.
+    peak_memory_bytes: of the whole process, both models and the measurement included.
+    """
 
     before: Measured
     after: Measured
     size: Size
     calibration: dict[str, Any]
     history: list[dict[str, Any]]
+    proof: dict[str, Any]
     saved_to: str
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
+    peak_memory_bytes: int
 
 
-def compare(size: Size, cache: Path, output: Path, progress: Progress = no_progress) -> Comparison:
-    """Compress the demo's model into ``output / "model"`` and measure it against the original.
+def compare(size: Size, original: Path, text: Text, output: Path, progress: Progress = no_progress) -> Comparison:
+    """Compress a checkpoint into ``output / "model"`` and measure both.
 
     Args:
         size: how much to do.
-        cache: where the fetched files and the converted original live; filled when empty.
+        original: a stock checkpoint folder of a causal language model with a chat template.
+        text: documents to calibrate on, and others to evaluate on.
         output: made when missing; its folder ``model`` is replaced.
         progress: reporter of long work.
     Raises:
-        SecateurError: nothing could be fetched, or a step of the work failed.
+        SecateurError: a step of the work failed, or there is too little text.
     """
-    from transformers import AutoTokenizer
-
     seconds: dict[str, float] = {}
-    with _timed(seconds, "fetch and convert"):
-        assets.fetch(cache)
-        original, text = assets.checkpoint(cache), assets.text(cache)
-        tokenizer = AutoTokenizer.from_pretrained(original)
+    tokenizer = AutoTokenizer.from_pretrained(original)
     windows = calibration_windows(
         text.calibration, tokenizer, tokens=size.calibration_tokens, window=size.calibration_window
     )
-    history = _compress(size, original, output / "model", windows, seconds, progress)
+    history, saved = _compress(size, original, output / "model", windows, seconds, progress)
     gc.collect()
     before, after = _measure(size, (original, output / "model"), tokenizer, text.held_out, seconds, progress)
-    return Comparison(before, after, size, windows.describe(), history, str(output / "model"), seconds)
+    return Comparison(
+        before=before,
+        after=after,
+        size=size,
+        calibration=windows.describe(),
+        history=history,
+        proof=saved,
+        saved_to=str(output / "model"),
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
 
 
 def _compress(
-    size: Size, original: Path, target: Path, windows: Any, seconds: dict[str, float], progress: Progress
-) -> list[dict[str, Any]]:
-    """Capture, run the pipeline, save; the steps that were applied."""
+    size: Size, original: Path, target: Path, windows: TokenWindows, seconds: dict[str, float], progress: Progress
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Capture, run the pipeline, save; the steps that were applied, and what the saved folder was proved to be."""
     with _timed(seconds, "capture"):
         program = secateur.capture(original)
     with _timed(seconds, "prune"):
         smaller = secateur.Pipeline.parse(size.pipeline).run(program, data=windows, progress=progress)
-    with _timed(seconds, "save and reload in a fresh process"):
+    with _timed(seconds, "save, and reload in a fresh process"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        secateur.save(smaller, target, force=True)
-    return [{"pass": step.name, "options": step.options, "figures": step.figures} for step in smaller.history]
+        saved = secateur.save(smaller, target, force=True)
+    return [asdict(step) for step in smaller.history], asdict(saved) | {"path": str(target)}
 
 
 def _measure(
@@ -115,9 +130,8 @@ def _measure(
     progress: Progress,
 ) -> list[Measured]:
     """Both checkpoints, opened by the stock class and measured on the same text in turns."""
-    from transformers import AutoModelForCausalLM
-
-    models = {str(folder): AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders}
+    with quiet():
+        models = {str(folder): AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders}
     stream, _ = token_stream(held_out, tokenizer, tokens=size.evaluation_tokens)
     with _timed(seconds, "measure perplexity"):
         quality = {

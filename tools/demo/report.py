@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from secateur.tools.demo.compare import ANSWER_TOKENS, QUESTION, Comparison, Measured
 from secateur.tools.evaluate import Speed
 from secateur.tools.machine import describe_machine
+from secateur.tools.report import units
 
 BEFORE_COLOUR, AFTER_COLOUR = "#b8b2a7", "#3f7d58"
 
@@ -35,8 +37,8 @@ def _range(speed: Speed) -> str:
 
 
 ROWS = (
-    Row("parameters", lambda m: m.parameters, lambda v: f"{v / 1e6:,.1f} M"),
-    Row("bytes on disk", lambda m: m.bytes_on_disk, lambda v: f"{v / 1e6:,.0f} MB"),
+    Row("parameters", lambda m: m.parameters, units.count),
+    Row("bytes on disk", lambda m: m.bytes_on_disk, units.size),
     Row(
         "perplexity, held-out text",
         lambda m: m.perplexity.value,
@@ -60,7 +62,7 @@ def cells(comparison: Comparison) -> list[tuple[str, str, str, str]]:
     for row in ROWS:
         before, after = (row.value(m) for m in (comparison.before, comparison.after))
         old, new = (row.write(row.value(m)) + row.spread(m) for m in (comparison.before, comparison.after))
-        found.append((row.name, old, new, f"x {after / before:.3f}"))
+        found.append((row.name, old, new, units.change(before, after)))
     return found
 
 
@@ -79,8 +81,8 @@ def notes(comparison: Comparison) -> list[str]:
 
 
 def table(comparison: Comparison) -> Table:
-    """The result for a terminal."""
-    shown = Table(title="before and after", caption="\n".join(notes(comparison)), caption_justify="left")
+    """The numbers, a row each."""
+    shown = Table(title="before and after")
     shown.add_column("")
     for name in ("before", "after", "change"):
         shown.add_column(name, justify="right")
@@ -89,13 +91,25 @@ def table(comparison: Comparison) -> Table:
     return shown
 
 
+def for_a_terminal(comparison: Comparison) -> list[Any]:
+    """All that is shown at the end, in order."""
+    return [table(comparison), *map(escape, notes(comparison)), "", *answers(comparison)]
+
+
+def answers(comparison: Comparison) -> list[str]:
+    """What each model says to the same question, a line each, and how long the whole took."""
+    said = [(name, m.answer) for name, m in (("before", comparison.before), ("after", comparison.after))]
+    took = ", ".join(f"{name} {units.duration(value)}" for name, value in comparison.seconds.items())
+    return [f"asked: {QUESTION}", *(f"{name}: {escape(text)}" for name, text in said), f"took: {took}"]
+
+
 def markdown(comparison: Comparison) -> str:
     """The result for a page."""
     rows = [("", "before", "after", "change"), ("---", "---:", "---:", "---:"), *cells(comparison)]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    answers = [f"*{name}*: {m.answer}" for name, m in (("before", comparison.before), ("after", comparison.after))]
+    said = [f"> **{name}**: {m.answer}\n" for name, m in (("before", comparison.before), ("after", comparison.after))]
     asked = f"Asked (chat template, greedy, at most {ANSWER_TOKENS} tokens): {QUESTION}"
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(comparison)), "", asked, "", *answers, ""])
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(comparison)), "", asked, "", *said])
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
