@@ -46,6 +46,7 @@ def samples(data: Iterable[Batch], program: Program) -> tuple[Sample, ...]:
     Args: data: batches: ``input_ids`` [batch, seq] int64, or maps of model inputs whose tensors share the batch dim.
         ``attention_mask`` (0 where padded) and ``labels`` (-100 where not counted) are understood even where the
         captured model takes neither: padding is cut off, as is a tail of ignored labels without a mask.
+    A single tensor [batch, seq] will do, too.
     Raises: CalibrationError: no sequence at all, wrong shape or dtype, an input that the captured model does not take.
     """
     found = [sample for batch in _batches(data) for sample in _rows(_as_inputs(batch, program), program)]
@@ -62,11 +63,10 @@ def main_input(program: Program) -> str:
 
 
 def _batches(data: Iterable[Batch]) -> list[Batch]:
-    if isinstance(data, Tensor | Mapping):
-        return [data]
-    if isinstance(data, str):
+    batches: list[Any] = [data] if isinstance(data, Tensor | Mapping) else list(data)
+    if any(isinstance(batch, str) for batch in batches):
         raise CalibrationError("calibration data is token ids, not text: tokenise it first")
-    return list(data)
+    return batches
 
 
 def _as_inputs(batch: Batch, program: Program) -> dict[str, Any]:

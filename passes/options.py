@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, Generic, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -30,11 +29,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
 
 
-@cache
+_types: dict[type[Any], dict[str, TypeAdapter[Any]]] = {}
+
+
 def option_types(cls: type[Any]) -> dict[str, TypeAdapter[Any]]:
     """A validator for each dataclass field of cls, by name."""
-    hints = get_type_hints(cls, include_extras=True)
-    return {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(cls) if f.init}
+    if cls not in _types:
+        hints = get_type_hints(cls, include_extras=True)
+        _types[cls] = {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(cls) if f.init}
+    return _types[cls]
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,19 @@ def _option_error(cls: type[Options], option: str, value: Any, error: Validation
 
 
 def _same_kind(given: Any, checked: Any) -> bool:
+    """Whether validation kept a boolean, a number or a string what it was."""
     if isinstance(given, list | tuple) and isinstance(checked, list | tuple):
         return all(map(_same_kind, given, checked))
     if isinstance(given, dict) and isinstance(checked, dict):
         return all(map(_same_kind, given.values(), checked.values()))
-    kinds = (bool, (int, float), str)
-    kind = [next((i for i, k in enumerate(kinds) if isinstance(v, k)), None) for v in (given, checked)]
-    return kind[0] == kind[1] or None in kind
+    kinds = [_kind(given), _kind(checked)]
+    return kinds[0] == kinds[1] or "other" in kinds
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "boolean"
+    return "number" if isinstance(value, int | float) else "string" if isinstance(value, str) else "other"
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -167,8 +176,9 @@ class Table(Generic[O_co]):
 
         Raises: OptionError: unknown name or option, wrong type, value out of range; with the nearest valid name.
         """
-        if isinstance(spec, tuple(self.classes.values())):
-            return spec  # type: ignore[no-any-return]
+        for cls in self:
+            if isinstance(spec, cls):
+                return spec
         if not isinstance(spec, Spec):
             spec = spec_from_json(spec, self.what)
         if spec.name not in self.classes:

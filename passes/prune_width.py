@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -105,7 +105,10 @@ class PruneWidth(Pass):
         return edits
 
     def preview(self, program: Program) -> Program:
-        return keep(program, {e.group: torch.arange(e.kept) for e in self.plan(program) if e.kept < e.units})
+        edit: dict[CoupledGroup | str, Sequence[int] | Tensor] = {
+            e.group: torch.arange(e.kept) for e in self.plan(program) if e.kept < e.units
+        }
+        return keep(program, edit)
 
     def call(self, program: Program, context: Context) -> PassResult:
         edits = self.plan(program)
@@ -113,8 +116,11 @@ class PruneWidth(Pass):
         if missing:
             raise EditError(f"{missing[0]} has no scores: the metric of score{{...}} cannot see it; choose another")
         counts = self._counts(edits, program.scores)
-        kept = {name: top_units(program.scores[name], count) for name, count in counts.items()}
-        cut = {edit.group: kept[edit.group] for edit in edits if counts[edit.group] < edit.units}
+        cut: dict[CoupledGroup | str, Sequence[int] | Tensor] = {
+            edit.group: top_units(program.scores[edit.group], counts[edit.group])
+            for edit in edits
+            if counts[edit.group] < edit.units
+        }
         smaller = keep(program, cut) if cut else program
         figures = {**_figures(program, smaller, edits, counts), "locked": self._locked(program)}
         return PassResult(smaller, modified=bool(cut), figures=figures)
@@ -125,7 +131,7 @@ class PruneWidth(Pass):
         return dict(Counter(group.locked for group in groups if group.locked is not None))
 
     def _by_family(self, groups: list[CoupledGroup]) -> dict[str, float | int]:
-        skipped, asked = _skipped(groups, self.skip), {}
+        skipped, asked = _skipped(groups, self.skip), dict[str, float | int]()
         for family, amount in self.amounts.items():
             of_family = [group for group in groups if group.family == family]
             if not of_family:

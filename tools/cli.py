@@ -150,16 +150,19 @@ def open_program(model: str, voice: Voice, *, weights: bool) -> Program:
     with before_work():
         with voice.waiting(f"opening {model}"):
             opened = open_model(model, weights=weights)
-        folder = Path(model) if Path(model).is_dir() else Path(opened.name_or_path)
+        names = [model, str(getattr(opened, "name_or_path", ""))]
+        folder = next((Path(name) for name in names if name and Path(name).is_dir()), None)
         with voice.waiting("capturing the graph"):
-            return capture(opened, folder=folder if folder.is_dir() else None)
+            return capture(opened, folder=folder)
 
 
 def read_pipeline(text: str | None, recipe: Path | None) -> Pipeline:
     """The pipeline from exactly one of text and recipe."""
     if (text is None) == (recipe is None):
         raise BadInput("say what to do, once: -p 'score,prune-width{mlp=0.25}' or --recipe FILE")
-    return Pipeline.parse(text) if text is not None else Pipeline.from_recipe(recipe or Path())
+    if recipe is not None:
+        return Pipeline.from_recipe(recipe)
+    return Pipeline.parse(text or "")
 
 
 def data_spec(

@@ -20,11 +20,13 @@ BATCH, SEQUENCE = 1, 1024
 
 
 def _rows_times_depth(out: Tensor, args: tuple[Any, ...]) -> int:
-    return 2 * out.numel() * int(args[0].shape[-1])
+    flops: int = 2 * out.numel() * args[0].shape[-1]
+    return flops
 
 
 def _added(out: Tensor, args: tuple[Any, ...]) -> int:
-    return 2 * out.numel() * int(args[1].shape[-1])
+    flops: int = 2 * out.numel() * args[1].shape[-1]
+    return flops
 
 
 def _attention(out: Tensor, args: tuple[Any, ...]) -> int:
@@ -110,6 +112,13 @@ def footprint(program: Program, *, batch: int = BATCH, sequence: int = SEQUENCE)
     )
 
 
+def fixed_size(size: Any) -> int | None:
+    """A size that the graph fixes, or None where it is open."""
+    if isinstance(size, torch.SymInt):
+        return int(size) if size.node.expr.is_number else None
+    return int(size)
+
+
 class _Counter(fx.Interpreter):
     """Runs the graph on fake tensors (shapes alone) and adds up what its products cost."""
 
@@ -141,8 +150,8 @@ class _Counter(fx.Interpreter):
             return self.program.source.example_inputs.get(str(node.target))
         wanted = (batch, sequence)
         shape = [
-            wanted[d] if d < 2 and isinstance(s, torch.SymInt) and not s.node.expr.is_number else int(s)
-            for d, s in enumerate(value.shape)
+            size if size is not None else wanted[d] if d < 2 else int(value.shape[d])
+            for d, size in enumerate(map(fixed_size, value.shape))
         ]
         return torch.zeros(shape, dtype=value.dtype, device=value.device)
 

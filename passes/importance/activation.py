@@ -48,4 +48,5 @@ def unit_activity(value: Tensor, reader: Reader, batch: int) -> Tensor:
     channels_last = value.movedim(reader.dim, -1).float()
     flat = channels_last.reshape(batch, -1, channels_last.shape[-1])
     units = flat[..., reader.positions.to(flat.device)]
-    return torch.linalg.vector_norm(units, dim=-1).mean(1, dtype=torch.float64)
+    activity: Tensor = torch.linalg.vector_norm(units, dim=-1)
+    return activity.mean(1, dtype=torch.float64)

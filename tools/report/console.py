@@ -42,7 +42,7 @@ class Voice:
     def result(self, value: Any, tables: Iterable[Any]) -> None:
         """The result: JSON, or tables for a person."""
         if self.as_json:
-            sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+            sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
             return
         console = Console(highlight=False)
         for table in tables:

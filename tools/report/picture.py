@@ -35,8 +35,9 @@ def draw_groups(groups: Sequence[CoupledGroup], path: str, file: Path) -> None:
     colours = {node: COLOURS[i % len(COLOURS)] for i, node in enumerate(left)}
     for one, other, data in graph.edges(data=True):
         group, parameter = (one, other) if one in colours else (other, one)
-        style = {"linestyle": ROLE_STYLES.get(data["role"], "solid"), "color": colours[group]}
-        axes.plot(*zip(places[group], places[parameter], strict=True), linewidth=1.6, alpha=0.8, **style)
+        xs, ys = zip(places[group], places[parameter], strict=True)
+        style = ROLE_STYLES.get(data["role"], "solid")
+        axes.plot(xs, ys, linestyle=style, color=colours[group], linewidth=1.6, alpha=0.8)
     for node, (x, y) in places.items():
         label = graph.nodes[node]["label"]
         colour = colours.get(node, "#333333")
@@ -58,7 +59,9 @@ def membership_graph(groups: Sequence[CoupledGroup], path: str) -> nx.MultiGraph
         members = [m for m in group.members if inside(m.parameter, path)]
         lock = f"\nlocked: {group.locked}" if group.locked else ""
         if members:
-            graph.add_node(group.name, side="group", label=f"{group.family}: {group.units} units{_shorten(lock)}")
+            reach = "" if group.block else ", across layers"
+            label = f"{group.family}: {group.units} units{reach}{_shorten(lock)}"
+            graph.add_node(group.name, side="group", label=label)
         for member in members:
             name = member.parameter.removeprefix(path + ".") if path else member.parameter
             graph.add_node(member.parameter, side="parameter", label=name)
