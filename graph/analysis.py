@@ -88,6 +88,10 @@ class Analysis:
             value = value.meta.get("val")
         return isinstance(value, torch.SymInt) and not self._expr(value).is_number
 
+    def is_pure_data(self, value: Any) -> bool:
+        """Whether a size comes from the input alone; ``batch * 4`` may hold four heads."""
+        return self.is_symbolic(value) and self._expr(value).as_coeff_Mul()[0] == 1
+
     def int_of(self, value: Any) -> int:
         """An int for a size.  Input sizes become distinct primes, so that factoring a view is plain arithmetic."""
         if isinstance(value, fx.Node):

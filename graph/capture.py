@@ -204,8 +204,23 @@ def attribute(gm: nn.Module, path: str) -> Any:
 def _accept_any_call(gm: fx.GraphModule, model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Call the graph like the model: positional or by name; what was fixed at capture may be left out or repeated."""
     order = list(inspect.signature(model.forward).parameters)
-    gm.meta["call"] = {"order": order, "inputs": dict(inputs)}
+    sizes = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor):
+            sizes[str(node.target)] = [s if isinstance(s, int) else None for s in node.meta["val"].shape]
+    gm.meta["call"] = {"order": order, "inputs": dict(inputs), "sizes": sizes}
     gm.register_forward_pre_hook(_bind, with_kwargs=True)
+
+
+def _check_sizes(name: str, value: Any, fixed: list[int | None] | None) -> None:
+    """Sizes that the model's own code fixed while it was captured hold for every call."""
+    if fixed is not None and isinstance(value, torch.Tensor):
+        wrong = [d for d, (size, want) in enumerate(zip(value.shape, fixed, strict=False)) if want not in (None, size)]
+        if wrong or value.dim() != len(fixed):
+            raise CaptureError(
+                f"{name} has shape {tuple(value.shape)}, but this model's code fixed {fixed} when it was captured "
+                f"(None: free): capture it again with example_inputs of the shape to run"
+            )
 
 
 def accept_calls_of(gm: fx.GraphModule, other: fx.GraphModule) -> None:
@@ -234,6 +249,7 @@ def _bind(gm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     for name, example in captured.items():
         if name in given:
             bound[name] = given.pop(name)
+            _check_sizes(name, bound[name], call["sizes"].get(name))
         elif isinstance(example, torch.Tensor):
             raise CaptureError(f"the captured call takes {name}; it was captured with {list(captured)}")
         else:

@@ -211,11 +211,12 @@ def _family(leaf: Atom, members: list[Member]) -> str:
     makers = len({m.parameter.rpartition(".")[0] for m in members if m.role == "produces"})
     beside = {other for m in members for other in m._axis.leaves()} - {leaf}
     shared = any("heads" in other.marks and "broadcast" not in other.marks for other in beside)
+    inner = "head_dim" in leaf.marks and "looks_up" not in roles
     normed = bool(_NORMS & leaf.marks)
     tests = {
         "vocabulary": "vocabulary" in leaf.marks,
         "table": "table" in leaf.marks,
-        "hidden": normed and made >= 2 and read >= 2 and not {"heads", "experts"} & leaf.marks,
+        "hidden": normed and made >= 2 and read >= 2 and not {"heads", "experts"} & leaf.marks and not inner,
         "kernel": "kernel" in leaf.marks,
         "outputs": OUTPUT in leaf.locks,
         "experts": bool({"experts", "chosen"} & leaf.marks),

@@ -364,6 +364,7 @@ MEANINGS: dict[str, Handler] = {
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(_names("grouped_mm_fallback _grouped_mm grouped_mm"), _grouped_mm),
     **dict.fromkeys(_names("layer_norm rms_norm"), _norm),
+    "type_as": lambda call: Masked(call.plain(), call["self"].absent, clean=True),
     "group_norm": _group_norm,
     "batch_norm": _by_channel,
     **dict.fromkeys(_names("max_pool1d avg_pool1d adaptive_avg_pool1d max_pool2d avg_pool2d adaptive_avg_pool2d"), _pool),

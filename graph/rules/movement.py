@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 # ---------------------------------------------------------------------- views
 @axis_rule(
-    *(f"aten::{n}" for n in "view reshape _unsafe_view view_copy _reshape_alias flatten squeeze unsqueeze".split())
+    *(f"aten::{n}" for n in "view reshape _unsafe_view view_copy _reshape_alias flatten".split())
 )
 def view(op: Op) -> Axes:
     out = _regroup(op)
@@ -21,6 +21,20 @@ def view(op: Op) -> Axes:
     if "size" in op.args or "shape" in op.args:
         op.resize_list("size" if "size" in op.args else "shape", out)
     return out
+
+
+@axis_rule("aten::unsqueeze", "aten::squeeze")
+def squeeze(op: Op) -> Axes:
+    """Axes of one come and go; the others pass in order."""
+    axes = op.axes(op["self"])
+    op.set_domain(op.domain(op["self"]))
+    if op.name == "unsqueeze":
+        axes.insert(op.dim(len(axes) + 1), Atom(1))
+        return axes
+    given = op.first("dim")
+    dims = range(len(axes)) if given is None else given if isinstance(given, (list, tuple)) else [given]
+    gone = {d % len(axes) for d in dims if axes[d].size == 1} if axes else set()
+    return [axis for d, axis in enumerate(axes) if d not in gone]
 
 
 @axis_rule("aten::unflatten")
@@ -38,8 +52,13 @@ def strided(op: Op) -> Axes:
 
 def _regroup(op: Op) -> Axes:
     axes, sizes = op.axes(op["self"]), op.sizes()
-    if 0 in sizes:
-        return op.fresh()
+    if 0 in sizes:  # no entries: only the trailing axes can be told apart
+        out = op.fresh()
+        for i in range(1, min(len(out), len(axes)) + 1):
+            if out[-i].size != axes[-i].size or out[-i].size == 0:
+                break
+            op.space.unify(out[-i], axes[-i])
+        return out
     out = op.space.regroup([f for axis in axes for f in axis.factors()], sizes)
     if out is None:
         op.space.conflicts.append(f"{op.node.name}: cannot view {axes} as {sizes}")

@@ -3,7 +3,7 @@
 from secateur.graph.rules.base import Axes, Op, axis_rule
 
 # The identity on values, whatever it does to dtype, layout or autograd: an index tensor still counts along its axis.
-IDENTITY = tuple("""to _to_copy type_as contiguous clone alias detach dropout feature_dropout alpha_dropout copy lift_fresh
+IDENTITY = tuple("""to _to_copy contiguous clone alias detach dropout feature_dropout alpha_dropout copy lift_fresh
  lift_fresh_copy float half bool view_as requires_grad positive conj resolve_conj resolve_neg type long int""".split())
 
 # Pointwise in fact, but without the tag in at least one of the supported torch versions.
@@ -30,6 +30,12 @@ def pointwise(op: Op) -> list[Axes] | Axes:
             for axis in own:
                 op.state.role(operand, axis, "produces" if op.name in _ADDS else "scales")
     return [out, list(out)] if isinstance(op.value, (tuple, list)) else out
+
+
+@axis_rule("aten::type_as")
+def type_as(op: Op) -> Axes:
+    op.set_domain(op.domain(op["self"]))
+    return op.axes(op["self"])
 
 
 @axis_rule("aten::tril", "aten::triu")
