@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar, get_type_hints
+from typing import Any, ClassVar, Generic, TypeVar, cast, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -176,9 +176,8 @@ class Table(Generic[O_co]):
 
         Raises: OptionError: unknown name or option, wrong type, value out of range; with the nearest valid name.
         """
-        for cls in self:
-            if isinstance(spec, cls):
-                return spec
+        if isinstance(spec, Options):  # one that a caller wrote need not stand in the table
+            return cast(O_co, spec)
         if not isinstance(spec, Spec):
             spec = spec_from_json(spec, self.what)
         if spec.name not in self.classes:

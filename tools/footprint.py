@@ -19,14 +19,16 @@ JSON = dict[str, Any]
 BATCH, SEQUENCE = 1, 1024
 
 
+def _product(out: Tensor, operand: Tensor) -> int:
+    return 2 * out.numel() * int(operand.shape[-1])
+
+
 def _rows_times_depth(out: Tensor, args: tuple[Any, ...]) -> int:
-    flops: int = 2 * out.numel() * args[0].shape[-1]
-    return flops
+    return _product(out, args[0])
 
 
 def _added(out: Tensor, args: tuple[Any, ...]) -> int:
-    flops: int = 2 * out.numel() * args[1].shape[-1]
-    return flops
+    return _product(out, args[1])
 
 
 def _attention(out: Tensor, args: tuple[Any, ...]) -> int:

@@ -1,0 +1,61 @@
+"""Aggregation over members, normalisation, and sums of the entries of a unit."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from secateur.passes.importance.base import AGGREGATIONS, NORMALIZATIONS, aggregate, normalize, per_unit
+
+SCORES = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 0.5, 2.0])]
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("sum", [5, 2.5, 5]),
+        ("mean", [2.5, 1.25, 2.5]),
+        ("max", [4, 2, 3]),
+        ("prod", [4, 1, 6]),
+        ("last", [4, 0.5, 2]),
+    ],
+)
+def test_aggregations(how: Any, expected: list[float]) -> None:
+    assert aggregate(SCORES, how).tolist() == expected
+    assert set(AGGREGATIONS) == {"sum", "mean", "max", "prod", "last"}
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("none", [1, 2, 3]),
+        ("sum", [1 / 6, 1 / 3, 1 / 2]),
+        ("mean", [0.5, 1, 1.5]),
+        ("max", [1 / 3, 2 / 3, 1]),
+        ("standard", [-1.5**0.5, 0, 1.5**0.5]),
+    ],
+)
+def test_normalizations(how: Any, expected: list[float]) -> None:
+    torch.testing.assert_close(normalize(SCORES[0], how), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("how", list(NORMALIZATIONS))
+def test_normalizing_equal_scores_stays_finite(how: Any) -> None:
+    assert torch.isfinite(normalize(torch.zeros(4), how)).all()
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_a_unit_sums_its_positions(dim: int) -> None:
+    salience = torch.rand(4, 6, 8)
+    positions = torch.tensor([[0, 2], [1, 3]])
+    member = SimpleNamespace(dim=dim, positions=positions)
+    expected = torch.stack([salience.index_select(dim, unit).sum() for unit in positions]).double()
+    torch.testing.assert_close(per_unit(salience, member), expected)  # type: ignore[arg-type]
+
+
+def test_a_bias_is_its_own_sum() -> None:
+    member = SimpleNamespace(dim=0, positions=torch.tensor([[1], [0]]))
+    assert per_unit(torch.tensor([3.0, 5.0]), member).tolist() == [5, 3]  # type: ignore[arg-type]
