@@ -2,8 +2,8 @@
 
 It is written into a hidden sibling on the same file system; every file is flushed to disk, then the manifest
 ``secateur.json`` (size and SHA-256 of each file) is written last, and one rename makes the folder appear.  A finished
-artifact is replaced by an atomic exchange, so that there is never a moment without a valid one.  A draft is locked while
-its writer lives: what a killed writer left behind is recognised by its free lock and removed by the next save.
+artifact is replaced by an atomic exchange, so that there is never a moment without a valid one.  A draft is locked
+while its writer lives: what a killed writer left behind is recognised by its free lock and removed by the next save.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMAT = "secateur-artifact"
 VERSION = 1
 DRAFT = ".draft-"
 SUFFIXES_THAT_LOAD = frozenset(
-    ".safetensors .json .py .bin .pt .pth .pkl .ckpt .h5 .msgpack .gguf .jinja .model .txt".split()
+    {".safetensors", ".json", ".py", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".jinja", ".model", ".txt"}
 )
 """An unlisted file with one of these endings could change what a loader reads, so the folder is refused."""
 
@@ -163,7 +163,7 @@ def _finish(draft: Draft, target: Path) -> None:
     """Hash, write the manifest last, flush, and let the folder appear."""
     flush_tree(draft.folder)
     write_synced(draft.folder / MANIFEST, json.dumps(_manifest_json(draft), indent=1, sort_keys=True) + "\n")
-    draft.folder.chmod(0o777 & ~_umask())
+    _open_to_all(draft.folder)
     if target.is_dir():
         exchange(draft.folder, target)
     else:
@@ -258,7 +258,9 @@ def _glob_escape(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _umask() -> int:
+def _open_to_all(folder: Path) -> None:
+    """The usual permissions instead of the private ones of temporary folders and of safetensors files."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

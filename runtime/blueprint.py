@@ -16,12 +16,13 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from secateur.runtime.classes import BUILD_FAILURES, build_on_meta, quiet
+from secateur.runtime.classes import BUILD_FAILURES, build_on_meta, innermost, quiet
 
 Field = tuple[str | int, ...]
 Value = int | tuple[int, ...]
 """A tuple is for a depth field: the indices of the layers that stay."""
 Settings = Mapping[Field, Value]
+Key = tuple[tuple[Field, Value], ...]
 Slot = tuple[str, int]
 Sizes = Mapping[Slot, int]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -72,14 +73,15 @@ class Blueprint:
         self.fields = [path for path, value in _numbers(config, self.data) if value is not None]
         self.unset = [path for path, value in _numbers(config, self.data) if value is None]
         self.unset += [path for path in _asked_for(cls, config) if path not in self.unset]
-        self._sizes: dict[tuple[tuple[Field, Value], ...], Sizes | None] = {}
+        self._words: dict[Key, str] = {}
+        self._sizes: dict[Key, Sizes | None] = {}
 
     def value(self, field: Field) -> int | None:
         """The value that a field has in the source configuration, or None."""
         found: Any = self.data
         for part in field:
-            found = found[0 if part == EVERY else part] if isinstance(found, list) else found.get(part)
-        return found
+            found = found.get(part) if isinstance(found, dict) else found[0 if part == EVERY else part]
+        return found if isinstance(found, int) else None
 
     def config(self, settings: Settings) -> PretrainedConfig:
         """The configuration with these values, as a reader of its JSON would see it."""
@@ -95,17 +97,22 @@ class Blueprint:
         """Shape of every unique parameter under these values, or None where the class refuses them."""
         try:
             model = build_on_meta(self.cls, self.config(settings))
-        except BUILD_FAILURES:
+        except BUILD_FAILURES as error:
+            self._words[_key(settings)] = innermost(error).strip().rstrip(".")
             return None
         return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     def sizes(self, settings: Settings) -> Sizes | None:
         """The same by slot."""
-        key = tuple(sorted(settings.items(), key=str))
+        key = _key(settings)
         if key not in self._sizes:
             shapes = self.shapes(settings)
             self._sizes[key] = None if shapes is None else slots(shapes)
         return self._sizes[key]
+
+    def words(self, settings: Settings) -> str:
+        """Why the class refused these settings."""
+        return self._words.get(_key(settings), "")
 
     @property
     def builds(self) -> int:
@@ -129,6 +136,10 @@ def slots(shapes: Shapes) -> Sizes:
     return {**found, COUNT: len(shapes)}
 
 
+def _key(settings: Settings) -> Key:
+    return tuple(sorted(settings.items(), key=str))
+
+
 def dotted(field: Field) -> str:
     """A field as a person writes it."""
     return ".".join(str(part) for part in field if part != EVERY)
@@ -138,7 +149,9 @@ def _others(now: int) -> list[int]:
     return [value for value in dict.fromkeys((2 * now, now + 1, now // 2)) if value > 0 and value != now]
 
 
-def _numbers(config: PretrainedConfig, data: Mapping[str, Any], prefix: Field = ()) -> Iterator[tuple[Field, int | None]]:
+def _numbers(
+    config: PretrainedConfig, data: Mapping[str, Any], prefix: Field = ()
+) -> Iterator[tuple[Field, int | None]]:
     """Integers, unset values and lists of integers of a configuration and of those nested in it."""
     for key, value in data.items():
         nested = getattr(config, key, None) if key in (config.sub_configs or {}) else None

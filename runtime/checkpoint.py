@@ -1,6 +1,6 @@
 """What a checkpoint folder says about its tensors, read from the headers alone and believed only after checking.
 
-A safetensors file is: 8 bytes little-endian header length, a JSON header (name -> dtype, shape, [begin, end)), the data.
+A safetensors file is 8 bytes of little-endian header length, a JSON header (name -> dtype, shape, [begin, end)), data.
 Source: https://github.com/huggingface/safetensors#format
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,13 +54,13 @@ def model_class(config: PretrainedConfig, architectures: Sequence[str] | None = 
 def build_on_meta(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """The class with every parameter and buffer on the meta device, in eval mode."""
     with _quiet_build(config), torch.device("meta"):
-        return cls(config).eval()
+        return _tied(cls(config))
 
 
 def build_with_buffers(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """The class with parameters on the meta device and the buffers that its constructor computes, in eval mode."""
     with _quiet_build(config), _parameters_on_meta():
-        return cls(config).eval()
+        return _tied(cls(config))
 
 
 @contextlib.contextmanager
@@ -67,7 +68,7 @@ def quiet() -> Iterator[None]:
     """Silence transformers' reports and progress bars while it is asked something."""
     verbosity = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     try:
         yield
@@ -75,6 +76,13 @@ def quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
         if bars:
             transformers.logging.enable_progress_bar()
+
+
+def innermost(error: BaseException) -> str:
+    """The first line of an exception's first cause."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
@@ -100,11 +108,18 @@ def _parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
         register(module, name, param)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _tied(model: PreTrainedModel) -> PreTrainedModel:
+    """Without initialisation the constructor does not tie either."""
+    model.tie_weights(recompute_mapping=False)
+    model.eval()
+    return model
 
 
 def _of_same_config(cls: type[PreTrainedModel], config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -1,17 +1,18 @@
 """From the shapes of a pruned model to the configuration of a stock one, without knowing any model.
 
 Which numbers of a configuration have to change, and to what, is found by building the class on the meta device with a
-number changed and looking which parameter dims move.  Every plan is proved in the end: each parameter of the stock class
-has its name and exactly its shape.  Needs shapes only, so it can be asked before any work is done."""
+number changed and looking which parameter dims move.  Every plan is proved in the end: each parameter of the stock
+class has its name and exactly its shape.  Needs shapes only, so it can be asked before any work is done."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import combinations, islice, product
+from itertools import combinations, product
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from secateur.graph.errors import SecateurError
@@ -33,12 +34,14 @@ class ConfigPlan:
 
     cls, config: the class and its new configuration.
     changes: dotted field -> (value before, value after).
-    names: name of each parameter in the program -> its name in the stock model (layers are renumbered)."""
+    names: first name of each parameter in the source model -> its name in the stock model (layers are renumbered).
+    refused: values that were needed otherwise, and why the class takes them not."""
 
     cls: type[PreTrainedModel]
     config: PretrainedConfig
     changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan_config(program: Program, shapes: Mapping[str, Sequence[int]] | None = None) -> ConfigPlan:
@@ -59,20 +62,22 @@ def plans(program: Program, shapes: Mapping[str, Sequence[int]] | None = None) -
             f"{type(source.model).__name__} is not a transformers model, so no stock class holds it: keep it with "
             "save_weights, or use the program itself"
         )
-    wanted = {name: tuple(shape) for name, shape in (shapes or _shapes(program)).items()}
+    first = first_names(source.model)
+    wanted = {first.get(name, name): tuple(shape) for name, shape in (shapes or _shapes(program)).items()}
     search = Search(Blueprint(type(source.model), source.config), wanted)
     found = False
     for settings in search.solutions():
         found = True
         yield search.plan(settings)
     if not found:
-        raise StockMisfit(explain(search.blueprint, search.wanted, search.nearest))
+        raise StockMisfit(explain(search.blueprint, search.wanted, search.nearest, search.refused))
 
 
 class Search:
     """Settings of a blueprint that give the wanted shapes.
 
-    wanted: shapes by the names of the stock class.   nearest: the settings with the fewest gaps so far."""
+    wanted: shapes by the names of the stock class.   nearest: the settings with the fewest gaps so far.
+    refused: values that would have closed a gap, and why the class takes them not."""
 
     def __init__(self, blueprint: Blueprint, shapes: Shapes) -> None:
         self.blueprint = blueprint
@@ -89,6 +94,7 @@ class Search:
         self.nearest: Settings = self.start
         before = self.blueprint.sizes(self.start) or {}
         self.ratios = self._ratios(before, self.gaps(before))
+        self.refused: dict[str, str] = {}
         self._seen: set[tuple[Any, ...]] = set()
 
     def solutions(self) -> Iterator[Settings]:
@@ -107,7 +113,7 @@ class Search:
         before = self.blueprint.value
         after = {path: len(v) if isinstance(v, tuple) else v for path, v in settings.items()}
         changes = {dotted(path): (before(path), value) for path, value in after.items() if before(path) != value}
-        return ConfigPlan(self.blueprint.cls, self.blueprint.config(settings), changes, self.names)
+        return ConfigPlan(self.blueprint.cls, self.blueprint.config(settings), changes, self.names, self.refused)
 
     def gaps(self, sizes: Sizes) -> list[Slot]:
         """Slots that these sizes and the target do not share."""
@@ -126,17 +132,29 @@ class Search:
         lines = [line for path in self.active if (line := self._line(settings, path))]
         movers = {slot: [line for line in lines if line.moves(slot)] for slot in sorted(gaps)}
         slot = min(movers, key=lambda s: (len(movers[s]), s == COUNT))
+        others = [line for line in lines if any(line.moves(gap) for gap in gaps)]
         for line in sorted(movers[slot], key=lambda li: li.values[0]):
-            for value, fields in product(self._candidates(line, slot, sizes, gaps), self._movers(line)):
-                closer = {**settings, **dict.fromkeys(fields, value)}
-                now = self.blueprint.sizes(closer)
-                if now is not None and len(self.gaps(now)) < len(gaps):
-                    yield from self._solve(closer)
+            for value in self._candidates(line, slot, sizes, gaps):
+                for change in self._changes(line, value, others):
+                    closer = {**settings, **change}
+                    now = self.blueprint.sizes(closer)
+                    if now is None and len(change) == 1:
+                        self.refused.setdefault(f"{dotted(line.field)} = {value}", self.blueprint.words(closer))
+                    if now is not None and len(self.gaps(now)) < len(gaps):
+                        yield from self._solve(closer)
+                        break
 
-    def _movers(self, line: Line) -> list[list[Field]]:
-        """The field alone, then with the others that had its value (widths that a class wants equal)."""
+    def _changes(self, line: Line, value: int, others: list[Line]) -> Iterator[dict[Field, int]]:
+        """The field alone; or else with all that had its value (widths that a class wants equal); or else with one
+        other in the same proportion (numbers of which a class wants one to divide the other)."""
+        yield {line.field: value}
         twins = [path for path in self.active if self.blueprint.value(path) == self.blueprint.value(line.field)]
-        return [[line.field]] if len(twins) < 2 else [[line.field], twins]
+        if len(twins) > 1:
+            yield dict.fromkeys(twins, value)
+        for other in others:
+            scaled = Fraction(other.values[0] * value, line.values[0])
+            if other.field != line.field and scaled.denominator == 1:
+                yield {line.field: value, other.field: int(scaled)}
 
     def _candidates(self, line: Line, slot: Slot, sizes: Sizes, gaps: list[Slot]) -> list[int]:
         exact = line.solve(slot, self.target[slot]) if slot in self.target else None
@@ -181,8 +199,8 @@ class Search:
         return settings
 
     def _silent_variants(self, settings: Settings) -> Iterator[Settings]:
-        """The same shapes with one more number, or two, or all of one value in proportion: a class that derives the head
-        size from the width can have fewer heads, or smaller ones."""
+        """The same shapes with one more number, or two, or all of one value in proportion: a class that derives the
+        head size from the width can have fewer heads, or smaller ones."""
         sizes = self.blueprint.sizes(settings)
         free = {path: self.blueprint.value(path) or 0 for path in self.blueprint.fields if path not in settings}
         order = sorted((path for path, value in free.items() if value > 1), key=lambda path: free[path])
@@ -199,6 +217,7 @@ def _shapes(program: Program) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in program.named_parameters()}
 
 
-def first_plans(program: Program, limit: int) -> list[ConfigPlan]:
-    """At most `limit` plans.  Raises StockMisfit if there is none."""
-    return list(islice(plans(program), limit))
+def first_names(model: nn.Module) -> dict[str, str]:
+    """For every name of every parameter, the first name of the same Parameter: ties have several."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}

@@ -65,9 +65,10 @@ RELOAD_SECONDS = 3600
 class SaveReport:
     """What was saved, and what was proved.
 
-    changes: configuration field -> (before, after).   difference: largest difference of the raised model's outputs to the
-    program's, relative where above one.   reload: figures of the fresh process (its own difference, seconds to load,
-    generated tokens); empty without a check.   seconds: of the whole save."""
+    changes: configuration field -> (before, after).
+    difference: largest difference of the raised model's outputs to the program's, relative where above one.
+    reload: figures of the fresh process (its own difference, seconds to load, generated tokens); empty if unchecked.
+    seconds: of the whole save."""
 
     path: Path
     num_bytes: int
@@ -141,7 +142,11 @@ def prove_reload(program: Program, raised: Raised, folder: Path) -> dict[str, An
     with tempfile.TemporaryDirectory(prefix="secateur-probe-") as probe:
         _write_probe(program, raised, Path(probe))
         command = [sys.executable, "-P", str(Path(reload.__file__)), str(folder), probe]
-        offline = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+        offline = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         ran = subprocess.run(command, capture_output=True, text=True, env=offline, timeout=RELOAD_SECONDS, check=False)
     if ran.returncode != 0:
         last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
@@ -153,7 +158,7 @@ def prove_reload(program: Program, raised: Raised, folder: Path) -> dict[str, An
 
 
 def _write_model(model: PreTrainedModel, folder: Path, source: Path | None) -> None:
-    generation = getattr(model, "generation_config", None)
+    generation: Any = getattr(model, "generation_config", None)
     with quiet():
         if generation is not None and not _is_valid(generation):
             # Some published generation files break rules that are checked on saving only: they are kept as they are.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 from secateur.runtime.blueprint import COUNT, Blueprint, Settings, Shapes, Slot, dotted, slots
 from secateur.runtime.layers import split
@@ -11,7 +12,7 @@ SHOWN = 3
 Pattern = tuple[str, ...]
 
 
-def explain(blueprint: Blueprint, wanted: Shapes, nearest: Settings) -> str:
+def explain(blueprint: Blueprint, wanted: Shapes, nearest: Settings, refused: Mapping[str, str]) -> str:
     """One message: the parameters that do not fit, and what would make them fit."""
     name = f"{blueprint.cls.__name__} cannot hold this model"
     if unequal := _layers_that_differ(wanted, blueprint.shapes({}) or {}):
@@ -23,7 +24,12 @@ def explain(blueprint: Blueprint, wanted: Shapes, nearest: Settings) -> str:
     said = [f"{p} needs {list(wanted[p])}, the nearest configuration gives {_shape(shapes, p)}" for p in shown]
     more = f" and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
     advice = _advice(blueprint, nearest, gaps[0]) if gaps else "Parameters were added or lost"
-    return f"{name}: {'; '.join(said[:SHOWN])}{more}. {advice}"
+    return f"{name}: {'; '.join(said[:SHOWN])}{more}. {said_no(refused)}{advice}"
+
+
+def said_no(refused: Mapping[str, str]) -> str:
+    """The class's own words on values that would have fitted, or nothing."""
+    return "".join(f"The class refuses {what}: {words}. " for what, words in list(refused.items())[:SHOWN] if words)
 
 
 def _shape(shapes: Shapes, name: str) -> str:

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.graph.program import Program
-from secateur.runtime.classes import build_on_meta, build_with_buffers
-from secateur.runtime.config_plan import ConfigPlan, StockMisfit, plans
+from secateur.runtime.classes import BUILD_FAILURES, build_on_meta, build_with_buffers
+from secateur.runtime.config_plan import ConfigPlan, StockMisfit, first_names, plans
+from secateur.runtime.misfit import said_no
 
 log = logging.getLogger(__name__)
 
@@ -58,20 +59,18 @@ def raise_with_plan(program: Program) -> Raised:
     inputs = probe_inputs(program)
     with torch.no_grad():
         expected = comparable(program(**inputs))
-    best: Raised | None = None
+    tried: list[tuple[float, ConfigPlan]] = []
     for plan in islice(plans(program), MAX_TRIED):
         model = _assemble(program, plan)
-        with torch.no_grad():
-            gap = difference(expected, comparable(model(**inputs)))
+        gap = _compared(model, inputs, expected)
         log.debug("configuration %s: outputs differ by %.3g", dict(plan.changes), gap)
-        if best is None or best.difference is None or gap < best.difference:
-            best = Raised(model, plan, gap)
         if gap <= SURE * tolerance(program):
-            break
-    assert best is not None and best.difference is not None  # plans() raises if there is none
-    if best.difference > tolerance(program):
-        raise StockMisfit(_differs(best))
-    return best
+            return Raised(model, plan, gap)
+        tried.append((gap, plan))
+    gap, plan = min(tried, key=lambda pair: pair[0])  # plans() raises if there is none
+    if not gap <= tolerance(program):
+        raise StockMisfit(_differs(*tried[0]))
+    return Raised(_assemble(program, plan), plan, gap)
 
 
 def probe_inputs(program: Program) -> dict[str, Any]:
@@ -107,22 +106,33 @@ def is_on_meta(program: Program) -> bool:
     return any(parameter.device.type == "meta" for _, parameter in program.named_parameters())
 
 
+def _compared(model: PreTrainedModel, inputs: Mapping[str, Any], expected: Mapping[str, torch.Tensor]) -> float:
+    """The difference of a model's outputs; infinite if it cannot run with these numbers."""
+    try:
+        with torch.no_grad():
+            return difference(expected, comparable(model(**inputs)))
+    except BUILD_FAILURES as error:
+        log.debug("the raised model does not run: %s", error)
+        return float("inf")
+
+
 def _assemble(program: Program, plan: ConfigPlan) -> PreTrainedModel:
     """The class built from the plan, with the program's parameters and persistent buffers put in."""
-    parameters = dict(program.named_parameters())
+    first_name = first_names(program.source.model)
+    parameters = {first_name.get(name, name): parameter for name, parameter in program.named_parameters()}
     first = next(iter(parameters.values()))
     config = plan.config
     config.dtype = first.dtype
     model = (build_on_meta if first.device.type == "meta" else build_with_buffers)(plan.cls, config)
-    aliases = _aliases(program.source.model)
     source_name = {new: old for old, new in plan.names.items()}
     for name, empty in list(model.named_parameters(remove_duplicate=False)):
         old = source_name.get(name, name)
-        found = next((parameters[a] for a in (old, *aliases.get(old, ())) if a in parameters), None)
+        found = parameters.get(first_name.get(old, old))
         _put(model, name, _checked(found, program.source.model, old, empty))
     _put_buffers(model, program, source_name, first.device)
-    if model.can_generate() and getattr(program.source.model, "generation_config", None) is not None:
-        model.generation_config = copy.deepcopy(program.source.model.generation_config)
+    generation: Any = getattr(program.source.model, "generation_config", None)
+    if model.can_generate() and generation is not None:
+        model.generation_config = copy.deepcopy(generation)
     return model
 
 
@@ -131,13 +141,15 @@ def _checked(found: nn.Parameter | None, source: nn.Module, name: str, empty: nn
     parameter = source.get_parameter(name) if found is None else found
     if parameter.shape != empty.shape:
         raise StockMisfit(
-            f"{name} has shape {list(parameter.shape)} and the pruned stock class wants {list(empty.shape)}: the captured "
-            "computation does not use it, so it was not pruned along. Capture with inputs that use it"
+            f"{name} has shape {list(parameter.shape)} and the pruned stock class wants {list(empty.shape)}: the "
+            "captured computation does not use it, so it was not pruned along. Capture with inputs that use it"
         )
     return parameter
 
 
-def _put_buffers(model: PreTrainedModel, program: Program, source_name: Mapping[str, str], device: torch.device) -> None:
+def _put_buffers(
+    model: PreTrainedModel, program: Program, source_name: Mapping[str, str], device: torch.device
+) -> None:
     """Persistent buffers from the program; the others are what the constructor computes."""
     persistent = model.state_dict().keys()
     held = dict(program.source.model.named_buffers()) | dict(program.gm.named_buffers())
@@ -156,14 +168,6 @@ def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
-
-
-def _aliases(source: nn.Module) -> dict[str, list[str]]:
-    """For each parameter name, all names of the same Parameter in the source model."""
-    by_id: dict[int, list[str]] = {}
-    for name, parameter in source.named_parameters(remove_duplicate=False):
-        by_id.setdefault(id(parameter), []).append(name)
-    return {name: names for names in by_id.values() for name in names}
 
 
 def _looked_up(program: Program) -> list[torch.Tensor]:
@@ -188,12 +192,13 @@ def _gap(expected: torch.Tensor, found: torch.Tensor) -> float:
     return (gap.max().item() / max(1.0, scale)) if gap.numel() else 0.0
 
 
-def _differs(best: Raised) -> str:
-    changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in best.plan.changes.items()) or "nothing"
+def _differs(gap: float, plan: ConfigPlan) -> str:
+    changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in plan.changes.items()) or "nothing changed"
     return (
-        f"{best.plan.cls.__name__} has room for these weights ({changes}), but computes something else from them: outputs "
-        f"differ by {best.difference:.3g}. The class derives a constant from one of these numbers (a scale of embeddings "
-        "or of attention, for example), and pruning does not change the trained one: leave that width as it is"
+        f"{plan.cls.__name__} has room for these weights ({changes}), but computes something else from them: outputs "
+        f"differ by {gap:.3g}. {said_no(plan.refused)}Otherwise the class derives a constant from one of these numbers "
+        "(a scale of embeddings or of attention, slopes of heads, rotary frequencies), and pruning keeps the trained "
+        "one: leave that width as it is, or prune the widths that belong to it in proportion"
     )
 
 

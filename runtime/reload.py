@@ -1,7 +1,8 @@
 """Run as a script in a fresh process: proves that plain transformers opens a folder and computes what was saved.
 
 It imports nothing of this package, so what it proves needs nothing of this package.  Arguments: the model folder, and a
-folder with ``probe.json`` and ``probe.safetensors``.  Prints one JSON object: ``faults`` (empty if all is well), figures."""
+folder with ``probe.json`` and ``probe.safetensors``.  Prints one JSON object: ``faults`` (empty if all is well) and
+figures."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.graph.errors import SourceError
 from secateur.runtime.checkpoint import TensorRecord, read_checkpoint, read_json
-from secateur.runtime.classes import BUILD_FAILURES, build_on_meta, model_class, quiet
+from secateur.runtime.classes import BUILD_FAILURES, build_on_meta, innermost, model_class, quiet
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ def open_model(
     dtype: str | torch.dtype = "auto",
     allow_unexpected: bool = False,
 ) -> PreTrainedModel:
-    """A stock transformers model from a folder or a Hugging Face id, in eval mode.  Never runs code of the folder, never
-    reads a pickle.
+    """A stock transformers model from a folder or a Hugging Face id, in eval mode.  Never runs code of the folder,
+    never reads a pickle.
 
     Args:  path_or_id: folder with config.json, or an id in the local cache or on the hub.
         weights: False builds the model on the meta device from its configuration; a lone config.json is enough.
@@ -54,7 +54,7 @@ def open_model(
         raise SourceError(f"{folder} holds a PEFT adapter: merge it into its model first (merge_and_unload), and save")
     check_weights(cls, config, read_checkpoint(folder), folder, allow_unexpected=allow_unexpected)
     with quiet():
-        model, info = cls.from_pretrained(
+        loaded: Any = cls.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -63,9 +63,10 @@ def open_model(
             local_files_only=True,
             output_loading_info=True,
         )
-    _check_info(info, {}, folder, allow_unexpected)
-    opened: PreTrainedModel = model.eval()
-    return opened
+    model: PreTrainedModel = loaded[0]
+    _check_info(loaded[1], folder, allow_unexpected)
+    model.eval()
+    return model
 
 
 def read_config(folder: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
@@ -106,14 +107,13 @@ def check_weights(
     ignored tensors, and refuse whatever it would re-initialise, drop or convert to another kind of number.
 
     Raises: SourceError: names the first few tensors with both shapes."""
-    model = _built(cls, config, where)
-    expected = model.state_dict()
-    ints = [n for n, r in stored.items() if n in expected and expected[n].is_floating_point() > r.dtype.is_floating_point]
-    if ints:
-        raise SourceError(f"{where}: {ints[0]} is stored as {stored[ints[0]].dtype}, expected floating point numbers")
+    expected = _built(cls, config, where).state_dict()
+    for name, record in stored.items():
+        if name in expected and expected[name].is_floating_point() and not record.dtype.is_floating_point:
+            raise SourceError(f"{where}: {name} is stored as {record.dtype}, expected floating point numbers")
     try:
         with quiet():
-            _, info = cls.from_pretrained(
+            loaded: Any = cls.from_pretrained(
                 None,
                 config=config,
                 state_dict={name: record.meta() for name, record in stored.items()},
@@ -124,15 +124,17 @@ def check_weights(
     except BUILD_FAILURES as error:
         raise SourceError(
             f"{where}: the stored tensors do not combine into the parameters of {cls.__name__} "
-            f"({_root(error)}): config.json and weights disagree"
+            f"({innermost(error)}): config.json and weights disagree"
         ) from error
-    _check_info(info, stored, where, allow_unexpected)
+    _check_info(loaded[1], where, allow_unexpected)
 
 
-def _check_info(info: Mapping[str, Any], stored: Mapping[str, TensorRecord], where: Path, allow_unexpected: bool) -> None:
+def _check_info(info: Mapping[str, Any], where: Path, allow_unexpected: bool) -> None:
     """Refuse a load that left parameters to chance."""
-    mismatched = [f"{name} is stored as {list(have)}, the configuration says {list(want)}"
-                  for name, have, want in info["mismatched_keys"]]  # fmt: skip
+    mismatched = [
+        f"{name} is stored as {list(have)}, the configuration says {list(want)}"
+        for name, have, want in info["mismatched_keys"]
+    ]
     for what, names in (
         ("weights disagree with config.json", mismatched),
         ("parameters without stored weights", info["missing_keys"]),
@@ -185,14 +187,14 @@ def _built(cls: type[PreTrainedModel], config: PretrainedConfig, where: Path) ->
     try:
         return build_on_meta(cls, config)
     except BUILD_FAILURES as error:
-        raise SourceError(f"{where}: {cls.__name__} cannot be built from {CONFIG}: {_root(error)}") from error
+        raise SourceError(f"{where}: {cls.__name__} cannot be built from {CONFIG}: {innermost(error)}") from error
 
 
 def _unknown_type(file: Path, kind: object, remote: bool) -> str:
     if remote:
         return (
-            f"{file} brings its own model code (auto_map), and transformers {transformers.__version__} has no class for "
-            f"model_type {kind!r}: remote code is never run. Use a checkpoint of a stock class"
+            f"{file} brings its own model code (auto_map), and transformers {transformers.__version__} has no class "
+            f"for model_type {kind!r}: remote code is never run. Use a checkpoint of a stock class"
         )
     return (
         f"{file} has model_type {kind!r}, which transformers {transformers.__version__} does not know: mend the file, "
@@ -204,10 +206,3 @@ def _few(names: Iterable[str]) -> str:
     listed = sorted(names)
     more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
     return "; ".join(listed[:SHOWN]) + more
-
-
-def _root(error: BaseException) -> str:
-    """The first line of the innermost cause."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return (str(error).splitlines() or [type(error).__name__])[0]
