@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secateur.graph import Program, SecateurError
@@ -92,7 +93,7 @@ def _rows(inputs: dict[str, Any], program: Program) -> list[Sample]:
         rows = [inputs]
     else:
         raise CalibrationError(f"the model was captured for batches of {fixed}, found {size}")
-    return [_sample(row, set(program.source.example_inputs)) for row in rows]
+    return [_sample(row, program) for row in rows]
 
 
 def fixed_batch(program: Program) -> int | None:
@@ -100,12 +101,21 @@ def fixed_batch(program: Program) -> int | None:
     for node in program.gm.graph.nodes:
         value = node.meta.get("val") if node.op == "placeholder" else None
         if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0] if type(value.shape[0]) is int and value.shape[0] != 1 else None
+            size = fixed_size(value.shape[0])
+            return None if size == 1 else size
     return None
 
 
-def _sample(row: dict[str, Any], accepted: set[str]) -> Sample:
-    row = _trim(row)
+def fixed_size(size: Any) -> int | None:
+    """A size that the graph fixes, or None where it is open."""
+    if isinstance(size, torch.SymInt):
+        return int(size) if size.node.expr.is_number else None
+    return int(size)
+
+
+def _sample(row: dict[str, Any], program: Program) -> Sample:
+    accepted = set(program.source.example_inputs)
+    row = _trim(row, bool(getattr(program.source.config, "is_encoder_decoder", False)))
     labels = row.pop("labels") if "labels" in row and "labels" not in accepted else row.get("labels")
     mask = row.get("attention_mask")
     if mask is not None and "attention_mask" not in accepted:
@@ -118,18 +128,27 @@ def _sample(row: dict[str, Any], accepted: set[str]) -> Sample:
     return Sample(row, labels)
 
 
-def _trim(row: dict[str, Any]) -> dict[str, Any]:
-    """Cut padding off both ends (by the mask), or ignored labels off the tail."""
-    mask, labels = row.get("attention_mask"), row.get("labels")
+def _trim(row: dict[str, Any], encoder_decoder: bool) -> dict[str, Any]:
+    """Cut padding off both ends (by the mask), or ignored labels off the tail; each side of an encoder-decoder alone."""
+    decoder = {name for name in row if name == "labels" or name.startswith("decoder_")}
+    late = decoder if encoder_decoder else set[str]()
+    sides = [[name for name in row if name not in late], sorted(late)]
+    trimmed = [_trim_side({name: row[name] for name in side}) for side in sides]
+    return {**trimmed[0], **trimmed[1]}
+
+
+def _trim_side(side: dict[str, Any]) -> dict[str, Any]:
+    mask = next((side[name] for name in ("attention_mask", "decoder_attention_mask") if name in side), None)
+    labels = side.get("labels")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         real = mask.bool().any(0)
     elif isinstance(labels, Tensor) and labels.dim() == 2:
         real = (labels != IGNORED).any(0).flip(0).cumsum(0).flip(0) > 0
     else:
-        return row
+        return side
     if not bool(real.any()):
         raise CalibrationError("a sequence of the calibration data is padding alone")
     where = real.nonzero().flatten()
     start, stop, seq = int(where[0]), int(where[-1]) + 1, real.numel()
-    fits = {n for n, v in row.items() if isinstance(v, Tensor) and v.dim() == 2 and v.shape[1] == seq}
-    return {n: v[:, start:stop] if n in fits else v for n, v in row.items()}
+    fits = {name for name, v in side.items() if isinstance(v, Tensor) and v.dim() == 2 and v.shape[1] == seq}
+    return {name: v[:, start:stop] if name in fits else v for name, v in side.items()}

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from secateur.graph import Program
+from secateur.passes.data import fixed_size
 from secateur.passes.importance.observe import op_name
 
 JSON = dict[str, Any]
@@ -112,13 +113,6 @@ def footprint(program: Program, *, batch: int = BATCH, sequence: int = SEQUENCE)
         sequence=shape[1],
         uncounted=dict(counter.uncounted),
     )
-
-
-def fixed_size(size: Any) -> int | None:
-    """A size that the graph fixes, or None where it is open."""
-    if isinstance(size, torch.SymInt):
-        return int(size) if size.node.expr.is_number else None
-    return int(size)
 
 
 class _Counter(fx.Interpreter):

@@ -78,6 +78,24 @@ def test_a_mask_with_holes_goes_to_a_model_that_takes_one() -> None:
     assert found.inputs["attention_mask"].tolist() == [[1, 0, 1]]
 
 
+def test_each_side_of_an_encoder_decoder_has_its_own_padding() -> None:
+    program = capture(tiny_model("t5"))
+    ids = torch.arange(3, 7).view(1, 4)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.tensor([[1, 1, 0, 0]]),
+        "decoder_input_ids": ids,
+        "labels": torch.tensor([[3, 4, 5, -100]]),
+    }
+    (found,) = samples([batch], program)
+    assert {name: v.tolist() for name, v in found.inputs.items()} == {
+        "input_ids": [[3, 4]],
+        "decoder_input_ids": [[3, 4, 5]],
+    }
+    assert found.labels is not None
+    assert found.labels.tolist() == [[3, 4, 5]]
+
+
 class FixedBatch(nn.Module):
     """Folds its batch into the features, so that no other batch size will do."""
 

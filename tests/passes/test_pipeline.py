@@ -90,7 +90,9 @@ def test_missing_data_is_told_before_any_work(llama: Program) -> None:
         Score(Activation())(llama)
 
 
-@pytest.mark.parametrize("text", ["prune-width{mlp=0.5}", "score{metric=random},prune-width{mlp=0.5},prune-width{mlp=1}"])
+@pytest.mark.parametrize(
+    "text", ["prune-width{mlp=0.5}", "score{metric=random},prune-width{mlp=0.5},prune-width{mlp=1}"]
+)
 def test_missing_scores_are_told_before_any_work(llama: Program, text: str) -> None:
     with pytest.raises(PipelineError, match=r"prune-width: .* put score\{metric=...\} before it"):
         Pipeline.parse(text).run(llama)

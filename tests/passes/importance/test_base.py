@@ -35,11 +35,11 @@ def test_aggregations(how: Any, expected: list[float]) -> None:
         ("sum", [1 / 6, 1 / 3, 1 / 2]),
         ("mean", [0.5, 1, 1.5]),
         ("max", [1 / 3, 2 / 3, 1]),
-        ("standard", [-1.5**0.5, 0, 1.5**0.5]),
+        ("standard", [-(1.5**0.5), 0, 1.5**0.5]),
     ],
 )
 def test_normalizations(how: Any, expected: list[float]) -> None:
-    torch.testing.assert_close(normalize(SCORES[0], how), torch.tensor(expected))
+    torch.testing.assert_close(normalize(SCORES[0], how), torch.tensor(expected, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("how", list(NORMALIZATIONS))

@@ -1,0 +1,53 @@
+"""The score pass: what it gives, what it leaves alone, what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from zoo.models import tiny_model
+
+from secateur.graph import CoupledGroup, Program, capture, coupled_groups
+from secateur.graph.errors import PipelineError
+from secateur.passes import Context, Score, samples
+from secateur.passes.importance import Activation, Importance, Magnitude, Random, Taylor
+
+
+@pytest.mark.parametrize("metric", [Random(), Magnitude(), Taylor(), Activation()], ids=lambda m: m.name)
+def test_one_finite_score_a_unit_of_every_free_group(llama: Program, ids: Tensor, metric: Importance) -> None:
+    scored = Score(metric)(llama, Context(data=samples([ids], llama)))
+    free = {g.name: g.units for g in coupled_groups(llama) if g.locked is None}
+    unseen = set(scored.history[-1].figures["unscored"])
+    assert {name: len(score) for name, score in scored.scores.items()} == {
+        name: units for name, units in free.items() if name not in unseen
+    }
+    assert all(s.dtype == torch.float32 and bool(s.isfinite().all()) for s in scored.scores.values())
+    assert unseen == set() or isinstance(metric, Activation)
+    assert scored.gm is llama.gm
+
+
+def test_aggregation_and_normalization_are_applied(llama: Program) -> None:
+    name = "mlp@model.layers.0.mlp"
+    by_sum, by_mean = (Score(Magnitude(), how)(llama).scores[name] for how in ("sum", "mean"))
+    torch.testing.assert_close(by_sum, 3 * by_mean)
+    scaled = Score(Magnitude(), normalize="mean")(llama).scores[name]
+    torch.testing.assert_close(scaled, by_sum / by_sum.mean())
+
+
+def test_weights_are_needed() -> None:
+    with torch.device("meta"):
+        program = capture(tiny_model("llama"))
+    with pytest.raises(PipelineError, match="meta device"):
+        Score(Random())(program)
+
+
+class Broken(Random):
+    """Gives no numbers."""
+
+    def members(self, program: Program, groups: list[CoupledGroup], context: Context) -> dict[str, list[Tensor]]:  # type: ignore[override]
+        return {group.name: [torch.full((group.units,), float("nan"))] for group in groups}
+
+
+def test_scores_that_are_not_finite_are_refused(llama: Program) -> None:
+    with pytest.raises(PipelineError, match="not finite"):
+        Score(Broken())(llama)
