@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,12 +97,26 @@ def _export(model: nn.Module, inputs: dict[str, Any]) -> torch.export.ExportedPr
     first: Exception | None = None
     for dim in (Dim.DYNAMIC, Dim.AUTO, None):
         try:
-            with torch.no_grad(), _whole_experts(model):
+            with torch.no_grad(), _whole_experts(model), _quiet():
                 return torch.export.export(model, (), dict(inputs), dynamic_shapes=_dynamic(inputs, dim), strict=False)
         except Exception as error:  # noqa: BLE001 - torch.export raises anything; the first reason is kept and told
             first = first or error
             log.debug("export with %s dims failed: %s", dim, error)
     raise CaptureError(_why(model, first)) from first
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch prints a traceback for each trial that fails; the reason is in the exception."""
+    loggers = [logging.getLogger(n) for n in ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _dynamic(inputs: Mapping[str, Any], dim: Any) -> dict[str, Any] | None:
@@ -119,7 +133,7 @@ def _dynamic(inputs: Mapping[str, Any], dim: Any) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _whole_experts(model: nn.Module) -> Any:
+def _whole_experts(model: nn.Module) -> Iterator[None]:
     """Experts as one grouped product: a Python loop over the experts hit depends on data and cannot be traced."""
     config = getattr(model, "config", None)
     name = "_experts_implementation"
@@ -207,9 +221,15 @@ def _accept_any_call(gm: fx.GraphModule, model: nn.Module, inputs: Mapping[str, 
     sizes = {}
     for node in gm.graph.nodes:
         if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor):
-            sizes[str(node.target)] = [s if isinstance(s, int) else None for s in node.meta["val"].shape]
+            sizes[str(node.target)] = [_fixed(s) for s in node.meta["val"].shape]
     gm.meta["call"] = {"order": order, "inputs": dict(inputs), "sizes": sizes}
     gm.register_forward_pre_hook(_bind, with_kwargs=True)
+
+
+def _fixed(size: Any) -> int | None:
+    if isinstance(size, torch.SymInt):
+        return int(size.node.expr) if size.node.expr.is_number else None
+    return int(size)
 
 
 def _check_sizes(name: str, value: Any, fixed: list[int | None] | None) -> None:

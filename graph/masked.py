@@ -21,6 +21,7 @@ from secateur.graph.errors import UnsupportedOp
 from secateur.graph.program import Program
 from secateur.graph.rewrite import Edit, resolve_edit
 from secateur.graph.rules import get_arg
+from secateur.graph.rules.factory import SILENT
 from secateur.graph.rules.pointwise import POINTWISE_NAMES
 
 Tensor = torch.Tensor
@@ -143,6 +144,16 @@ def _move(call: _Call) -> Any:
     replaced = {"value": 0} if "value" in call.bound and not isinstance(call["value"], Masked) else {}
     masks = call.run(lambda m: m.absent if _is_values(m, operands[0]) else m.value, **replaced)
     return _wrap(result, masks, clean=True)
+
+
+def _pad(call: _Call) -> Any:
+    """A new entry is absent where the whole line that it prolongs is."""
+    m, widths = call.operands()[0], call["pad"]
+    dims = [m.value.dim() - 1 - i for i in range(len(widths) // 2) if widths[2 * i] or widths[2 * i + 1]]
+    result = call.plain()
+    line = m.absent.all(dim=tuple(dims), keepdim=True) if dims else m.absent
+    inside = torch.nn.functional.pad(m.absent, list(widths), value=False)
+    return Masked(result, inside | line.expand(result.shape))
 
 
 def _is_values(m: Masked, first: Masked) -> bool:
@@ -342,9 +353,9 @@ def _names(text: str) -> list[str]:
 
 MEANINGS: dict[str, Handler] = {
     **dict.fromkeys(
-        _names("""view reshape _unsafe_view view_copy _reshape_alias flatten unflatten squeeze unsqueeze permute t numpy_T
+        _names("""view reshape view_as reshape_as _unsafe_view view_copy _reshape_alias flatten unflatten squeeze unsqueeze permute t numpy_T
         transpose swapaxes swapdims mT movedim expand broadcast_to repeat tile repeat_interleave slice narrow select split
-        split_with_sizes chunk tensor_split unsafe_split unsafe_chunk unbind cat concat stack constant_pad_nd pad roll flip
+        split_with_sizes chunk tensor_split unsafe_split unsafe_chunk unbind cat concat concatenate stack roll flip
         embedding index _unsafe_index index_select gather take_along_dim index_put scatter slice_scatter select_scatter
         index_copy index_add scatter_add unfold as_strided diagonal"""),
         _move,
@@ -364,6 +375,8 @@ MEANINGS: dict[str, Handler] = {
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(_names("grouped_mm_fallback _grouped_mm grouped_mm"), _grouped_mm),
     **dict.fromkeys(_names("layer_norm rms_norm"), _norm),
+    **dict.fromkeys(_names("constant_pad_nd pad"), _pad),
+    **dict.fromkeys(SILENT, _plain),
     "type_as": lambda call: Masked(call.plain(), call["self"].absent, clean=True),
     "group_norm": _group_norm,
     "batch_norm": _by_channel,

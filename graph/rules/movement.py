@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 # ---------------------------------------------------------------------- views
 @axis_rule(
-    *(f"aten::{n}" for n in "view reshape _unsafe_view view_copy _reshape_alias flatten".split())
+    *(f"aten::{n}" for n in "view reshape _unsafe_view view_copy _reshape_alias flatten view_as reshape_as".split())
 )
 def view(op: Op) -> Axes:
     out = _regroup(op)

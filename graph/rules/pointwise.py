@@ -4,14 +4,16 @@ from secateur.graph.rules.base import Axes, Op, axis_rule
 
 # The identity on values, whatever it does to dtype, layout or autograd: an index tensor still counts along its axis.
 IDENTITY = tuple("""to _to_copy contiguous clone alias detach dropout feature_dropout alpha_dropout copy lift_fresh
- lift_fresh_copy float half bool view_as requires_grad positive conj resolve_conj resolve_neg type long int""".split())
+ lift_fresh_copy float half bool requires_grad positive conj resolve_conj resolve_neg type long int""".split())
 
 # Pointwise in fact, but without the tag in at least one of the supported torch versions.
 UNTAGGED = """where masked_fill clamp clamp_min clamp_max clip lerp addcmul addcdiv softplus log_sigmoid relu6
  leaky_relu celu selu elu hardtanh hardswish hardsigmoid mish threshold zeros_like ones_like empty_like full_like
  rand_like randn_like fill zero bernoulli uniform normal nan_to_num __and__ __or__ __xor__ __rshift__ __lshift__
  isnan isinf rsub true_divide floor_divide remainder fmod polar complex real imag view_as_real_copy square logit
- float_power xlogy logical_and logical_or logical_not logical_xor silu gelu atan2 rrelu prelu_kernel native_dropout"""
+ float_power xlogy logical_and logical_or logical_not logical_xor silu gelu atan2 rrelu prelu_kernel native_dropout
+ multiply subtract divide negative absolute greater greater_equal less less_equal not_equal fix clamp_ arccos arctan
+ erfc erfinv sinh cosh heaviside threshold_backward hardshrink softshrink tanhshrink softsign"""
 
 POINTWISE_NAMES = (*IDENTITY, *UNTAGGED.split())
 _ADDS = {"add", "sub", "rsub"}
