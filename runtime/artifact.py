@@ -77,7 +77,7 @@ def writing(path: str | Path, *, needed_bytes: int = 0, force: bool = False) -> 
     target = Path(path).expanduser().absolute()
     check_target(target, force=force)
     with _disk_failures(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(target)
         remove_leftovers(target)
         if needed_bytes > (free := free_bytes(target.parent)):
             raise ArtifactError(
@@ -157,6 +157,13 @@ def remove_leftovers(target: Path) -> list[Path]:
             os.close(lock)
             removed.append(draft)
     return removed
+
+
+def _make_parent(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"cannot write {target}: no folder can be made there; choose another place") from error
 
 
 def _finish(draft: Draft, target: Path) -> None:
