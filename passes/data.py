@@ -129,7 +129,7 @@ def _sample(row: dict[str, Any], program: Program) -> Sample:
 
 
 def _trim(row: dict[str, Any], encoder_decoder: bool) -> dict[str, Any]:
-    """Cut padding off both ends (by the mask), or ignored labels off the tail; each side of an encoder-decoder alone."""
+    """Cut padding off both ends (by the mask), or ignored labels off the tail; encoder and decoder each alone."""
     decoder = {name for name in row if name == "labels" or name.startswith("decoder_")}
     late = decoder if encoder_decoder else set[str]()
     sides = [[name for name in row if name not in late], sorted(late)]

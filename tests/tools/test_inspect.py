@@ -1,0 +1,46 @@
+"""What inspection tells of a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from zoo.models import tiny_model
+
+from secateur.graph import Program, SecateurError, capture
+from secateur.tools.inspect import groups_of_block, inspect
+
+
+def test_families_locks_and_blocks(llama: Program) -> None:
+    found = inspect(llama)
+    families = {family.family: family for family in found.families}
+    assert families["mlp"].groups == 2
+    assert families["mlp"].units == {96: 2}
+    assert families["mlp"].locked == {}
+    assert families["mlp"].parameters == 2 * 3 * 64 * 96
+    assert families["hidden"].parameters == llama.num_parameters
+    assert sum(families["vocabulary"].locked.values()) == 1
+    assert found.blocks == ("model.layers.0", "model.layers.1")
+    assert found.dtypes == {"float32": llama.num_parameters}
+    assert found.model == "LlamaForCausalLM"
+    assert json.loads(json.dumps(found.to_json()))["families"]
+
+
+def test_weights_are_not_needed() -> None:
+    with torch.device("meta"):
+        light = inspect(capture(tiny_model("mixtral").to(torch.bfloat16)))
+    heavy = inspect(capture(tiny_model("mixtral").to(torch.bfloat16)))
+    assert replace(light, nodes=0) == replace(heavy, nodes=0)
+    assert set(light.dtypes) == {"bfloat16"}
+
+
+def test_the_groups_of_one_block(llama: Program) -> None:
+    path, groups = groups_of_block(llama, -1)
+    assert path == "model.layers.1"
+    assert [group.block for group in groups[:2]] == [path, path]
+    assert {"mlp", "kv_heads", "hidden"} <= {group.family for group in groups}
+    assert "mlp@model.layers.0.mlp" not in {group.name for group in groups}
+    with pytest.raises(SecateurError, match=r"no block 2: the model has blocks 0\.\.1"):
+        groups_of_block(llama, 2)
