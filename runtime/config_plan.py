@@ -17,7 +17,19 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from secateur.graph.errors import SecateurError
 from secateur.graph.program import Program
-from secateur.runtime.blueprint import COUNT, Blueprint, Field, Line, Settings, Shapes, Sizes, Slot, dotted, slots
+from secateur.runtime.blueprint import (
+    COUNT,
+    Blueprint,
+    Field,
+    Line,
+    Settings,
+    Shapes,
+    Sizes,
+    Slot,
+    Value,
+    dotted,
+    slots,
+)
 from secateur.runtime.layers import depth_settings, renumber
 from secateur.runtime.misfit import explain
 
@@ -90,7 +102,8 @@ class Search:
         self.target = slots({name: self.wanted.get(name, shape) for name, shape in base.items()} | self.wanted)
         self.passengers = base.keys() - self.wanted.keys()
         self.start = start | self._explicit(start)
-        self.active = [path for path in self._all_fields() if path not in start and self._line(self.start, path)]
+        lines = {path: blueprint.line(self.start, path) for path in self._all_fields() if path not in start}
+        self.lines = {path: line for path, line in lines.items() if line is not None}
         self.nearest: Settings = self.start
         before = self.blueprint.sizes(self.start) or {}
         self.ratios = self._ratios(before, self.gaps(before))
@@ -120,7 +133,8 @@ class Search:
         return [slot for slot in self.target.keys() | sizes.keys() if self.target.get(slot) != sizes.get(slot)]
 
     def _solve(self, settings: Settings) -> Iterator[Settings]:
-        """Depth first: close the gap that the fewest fields can close, by the field of the smallest value."""
+        """Depth first: close the gap that the fewest fields can close, by the field of the smallest value.  Which field
+        can close which gap is known from the start; how far, is asked again at every step."""
         sizes = self.blueprint.sizes(settings)
         if sizes is None or self.blueprint.builds > MAX_BUILDS:
             return
@@ -129,13 +143,13 @@ class Search:
         if not gaps:
             yield settings
             return
-        lines = [line for path in self.active if (line := self._line(settings, path))]
-        movers = {slot: [line for line in lines if line.moves(slot)] for slot in sorted(gaps)}
+        movers = {slot: [path for path, line in self.lines.items() if line.moves(slot)] for slot in sorted(gaps)}
         slot = min(movers, key=lambda s: (len(movers[s]), s == COUNT))
-        others = [line for line in lines if any(line.moves(gap) for gap in gaps)]
-        for line in sorted(movers[slot], key=lambda li: li.values[0]):
+        lines = [line for path in movers[slot] if (line := self.blueprint.line(settings, path))]
+        others = list(dict.fromkeys(path for paths in movers.values() for path in paths))
+        for line in sorted(lines, key=lambda li: li.values[0]):
             for value in self._candidates(line, slot, sizes, gaps):
-                for change in self._changes(line, value, others):
+                for change in self._changes(line, value, settings, others):
                     closer = {**settings, **change}
                     now = self.blueprint.sizes(closer)
                     if now is None and len(change) == 1:
@@ -144,17 +158,18 @@ class Search:
                         yield from self._solve(closer)
                         break
 
-    def _changes(self, line: Line, value: int, others: list[Line]) -> Iterator[dict[Field, int]]:
+    def _changes(self, line: Line, value: int, settings: Settings, others: list[Field]) -> Iterator[dict[Field, Value]]:
         """The field alone; or else with all that had its value (widths that a class wants equal); or else with one
         other in the same proportion (numbers of which a class wants one to divide the other)."""
         yield {line.field: value}
-        twins = [path for path in self.active if self.blueprint.value(path) == self.blueprint.value(line.field)]
+        twins = [path for path in self.lines if self.blueprint.value(path) == self.blueprint.value(line.field)]
         if len(twins) > 1:
             yield dict.fromkeys(twins, value)
         for other in others:
-            scaled = Fraction(other.values[0] * value, line.values[0])
-            if other.field != line.field and scaled.denominator == 1:
-                yield {line.field: value, other.field: int(scaled)}
+            now = settings.get(other, self.blueprint.value(other))
+            scaled = Fraction(now * value, line.values[0]) if isinstance(now, int) else Fraction(1, 2)
+            if other != line.field and scaled.denominator == 1:
+                yield {line.field: value, other: int(scaled)}
 
     def _candidates(self, line: Line, slot: Slot, sizes: Sizes, gaps: list[Slot]) -> list[int]:
         exact = line.solve(slot, self.target[slot]) if slot in self.target else None
@@ -180,9 +195,6 @@ class Search:
 
     def _all_fields(self) -> list[Field]:
         return [*self.blueprint.fields, *(path for path in self.start if path in self.blueprint.unset)]
-
-    def _line(self, settings: Settings, path: Field) -> Line | None:
-        return self.blueprint.line(settings, path)
 
     def _remember(self, settings: Settings, gaps: int) -> None:
         best = self.blueprint.sizes(self.nearest)

@@ -46,8 +46,9 @@ def prove(folder: Path, probe: Path) -> dict[str, Any]:
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     data = tensor.detach().cpu().contiguous()
-    head = f"{data.dtype} {list(data.shape)} ".encode()
-    return hashlib.sha256(head + data.view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    found = hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode())
+    found.update(data.view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _keys(info: dict[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+HUB_PATTERNS = ["*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt"]
 REFUSED_FIELDS: Mapping[str, str] = {
     "quantization_config": "its weights are quantized: save a float copy with the tool that quantized it",
     "per_layer_config": "its layers differ, which the stock class does not honour",

@@ -8,8 +8,7 @@ import json
 import multiprocessing
 import os
 import resource
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -17,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from secateur.graph.errors import ArtifactError
 from secateur.runtime import artifact, disk
@@ -147,23 +148,21 @@ def test_disk_full_while_writing(tmp_path: Path, error: Exception) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def write_beyond_the_limit(path: Path, result: Connection) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    try:
+        with writing(path) as draft:
+            save_file({"a": torch.zeros(1 << 18)}, draft.folder / "a.safetensors")
+    except ArtifactError as error:
+        result.send(str(error))
+
+
 def test_real_size_limit_while_writing(tmp_path: Path) -> None:
     """The kernel itself refuses (ulimit -f), inside safetensors' writer."""
-    code = (
-        "import signal, sys, torch\n"
-        "from safetensors.torch import save_file\n"
-        "from secateur.runtime.artifact import writing\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "with writing(sys.argv[1]) as draft:\n"
-        "    save_file({'a': torch.zeros(1 << 18)}, draft.folder / 'a.safetensors')\n"
-    )
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-
-    command = [sys.executable, "-c", code, str(tmp_path / "out")]
-    ran = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
-    assert "ArtifactError" in ran.stderr and "largest size allowed" in ran.stderr
+    ours, theirs = multiprocessing.Pipe()
+    multiprocessing.get_context("fork").Process(target=write_beyond_the_limit, args=(tmp_path / "out", theirs)).start()
+    assert ours.poll(60) and "largest size allowed" in ours.recv()
     assert os.listdir(tmp_path) == []
 
 

@@ -64,7 +64,11 @@ CASES = [
     ("T5Config", T5, {"d_model": 48, "num_heads": 6, "d_ff": 64}),
     ("ViTConfig", MHA | {"image_size": 32, "patch_size": 8}, {"hidden_size": 48, "intermediate_size": 80}),
 ]  # fmt: skip
-CLASSES = {"T5Config": "T5ForConditionalGeneration", "ViTConfig": "ViTForImageClassification", "BertConfig": "BertModel"}
+CLASSES = {
+    "T5Config": "T5ForConditionalGeneration",
+    "ViTConfig": "ViTForImageClassification",
+    "BertConfig": "BertModel",
+}
 
 
 @pytest.mark.parametrize(("config", "fields", "change"), CASES)

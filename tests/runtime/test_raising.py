@@ -28,7 +28,7 @@ WIDTHS = {"mlp": 0.75, "kv_heads": 0.75, "hidden": 0.75}
         ("MixtralConfig", None, SMALL | {"num_local_experts": 4}, WIDTHS | {"experts": 0.75}),
         ("GPT2Config", None, GPT2, WIDTHS),
         ("Gemma2Config", None, SMALL | {"head_dim": 8}, {"mlp": 0.75, "kv_heads": 0.5}),
-        ("BertConfig", "BertModel", MHA, WIDTHS),
+        ("BertConfig", "BertForMaskedLM", MHA, WIDTHS),
     ],
 )
 def test_raised_model_computes_the_program(
