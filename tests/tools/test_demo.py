@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from secateur.tools import machine
 from secateur.tools.demo import assets, report
-from secateur.tools.demo.compare import FULL, SHORT, Comparison, Measured
+from secateur.tools.demo.compare import FULL, SHORT, Comparison, Measured, Size, compare
 from secateur.tools.evaluate import Perplexity, Speed
 
 
@@ -185,3 +187,39 @@ def test_the_machine_is_described_in_json() -> None:
     told = machine.describe_machine()
     assert json.loads(json.dumps(told)) == told and told["cores"] >= 1 and told["processor"]
     assert machine.peak_memory_bytes() > 50e6
+
+
+# ---------------------------------------------------------------------- the work, on a tiny model
+CHAT = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of one byte a token, with a chat template, as a stock folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    letters = {chr(i): i for i in range(32, 127)} | {"<s>": 0, "</s>": 1, "?": 2}
+    inner = Tokenizer(models.WordLevel(letters | {"<unk>": 3}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>", chat_template=CHAT)
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=128, num_hidden_layers=2, bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_the_whole_comparison_on_a_tiny_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text = assets.Text(["calibrate on this. " * 20] * 3, ["measure on that? " * 20] * 3)
+    size = Size("score{metric=activation},prune-width{mlp=0.25}", 256, 64, 512, 128, 32, 4, 2)
+    found = compare(size, tiny_checkpoint, text, tmp_path)
+    removed = 2 * 3 * 32 * 16
+    assert found.before.parameters - found.after.parameters == removed
+    assert 4 * removed <= found.before.bytes_on_disk - found.after.bytes_on_disk < 4 * removed + 64
+    assert found.before.perplexity.tokens == found.after.perplexity.tokens > 400
+    assert found.before.perplexity.value != found.after.perplexity.value
+    assert (found.calibration["windows"], found.before.decode.new_tokens, found.after.prefill.runs) == (4, 4, 2)
+    assert [step["name"] for step in found.history] == ["score", "prune-width"]
+    assert found.proof["difference"] < 1e-4 and found.proof["changes"] == {"intermediate_size": (64, 48)}
+    assert {p.name for p in (tmp_path / "model").iterdir()} >= {"model.safetensors", "secateur.json", "tokenizer.json"}
+    for path in report.write(found, tmp_path / "report"):
+        assert path.stat().st_size > 500
