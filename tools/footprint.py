@@ -34,12 +34,13 @@ def _added(out: Tensor, args: tuple[Any, ...]) -> int:
 
 def _attention(out: Tensor, args: tuple[Any, ...]) -> int:
     query, key, value = args[:3]
-    pairs = math.prod(query.shape[:-1]) * key.shape[-2]
+    pairs: int = math.prod(query.shape[:-1]) * key.shape[-2]
     return 2 * pairs * (int(query.shape[-1]) + int(value.shape[-1]))
 
 
 def _convolution(out: Tensor, args: tuple[Any, ...]) -> int:
-    return 2 * out.numel() * math.prod(args[1].shape[1:])
+    depth: int = math.prod(args[1].shape[1:])
+    return 2 * out.numel() * depth
 
 
 # FLOPs (multiply-adds times two) of an op, from its result and its arguments.  Attention counts all pairs of positions.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,9 +37,15 @@ def two_layers() -> Program:
 
 
 @pytest.fixture(scope="session")
-def llama() -> Program:
+def program_of() -> Callable[[str], Program]:
+    """Tiny models of named architectures, each captured once."""
+    return functools.cache(lambda kind: capture(tiny_model(kind)))
+
+
+@pytest.fixture(scope="session")
+def llama(program_of: Callable[[str], Program]) -> Program:
     """Two layers, hidden 64, 96 neurons, 4 heads over 2 key/value heads."""
-    return capture(tiny_model("llama"))
+    return program_of("llama")
 
 
 @pytest.fixture(scope="session")

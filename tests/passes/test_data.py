@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -78,8 +79,8 @@ def test_a_mask_with_holes_goes_to_a_model_that_takes_one() -> None:
     assert found.inputs["attention_mask"].tolist() == [[1, 0, 1]]
 
 
-def test_each_side_of_an_encoder_decoder_has_its_own_padding() -> None:
-    program = capture(tiny_model("t5"))
+def test_each_side_of_an_encoder_decoder_has_its_own_padding(program_of: Callable[[str], Program]) -> None:
+    program = program_of("t5")
     ids = torch.arange(3, 7).view(1, 4)
     batch = {
         "input_ids": ids,

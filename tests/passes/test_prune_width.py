@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from zoo.models import NanoGPT, perturb, tiny_model
+from zoo.models import NanoGPT, perturb
 
 from secateur.graph import Program, capture, coupled_groups, keep, masked_call
 from secateur.graph.errors import EditError
@@ -148,8 +149,8 @@ def test_edits_that_cannot_be(llama: Program, options: dict[str, Any], says: str
         PruneWidth(**options).plan(llama)
 
 
-def test_a_router_keeps_as_many_experts_as_it_chooses() -> None:
-    program = capture(tiny_model("mixtral"))
+def test_a_router_keeps_as_many_experts_as_it_chooses(program_of: Callable[[str], Program]) -> None:
+    program = program_of("mixtral")
     assert set(planned(program, experts=0.25).values()) == {(4, 3)}
     with pytest.raises(EditError, match="at least 2"):
         PruneWidth(experts=1).plan(program)
@@ -171,9 +172,9 @@ def test_locked_groups_of_a_family_are_left_alone_and_logged(caplog: pytest.LogC
     assert locked[0].name in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "bert", "t5", "vit", "phi3", "falcon", "bloom"])
-def test_every_architecture_by_family_alone(kind: str) -> None:
-    program = Score(Random())(capture(tiny_model(kind)))
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "t5", "vit", "phi3"])
+def test_architectures_by_family_alone(kind: str, program_of: Callable[[str], Program]) -> None:
+    program = Score(Random())(program_of(kind))
     inputs = {n: v for n, v in program.source.example_inputs.items() if isinstance(v, Tensor)}
     smaller = PruneWidth(ratio=0.25, families=("mlp", "hidden"))(program)
     pruned = {name: (widths(program)[name], units) for name, units in widths(smaller).items()}

@@ -14,13 +14,32 @@ import pytest
 import torch
 
 import secateur
-from secateur.graph import SecateurError
+from secateur.graph import Program, SecateurError
 from secateur.graph.errors import ArtifactError
 from secateur.tools import cli
 from secateur.tools.cli import run
+from secateur.tools.report.console import Voice
 
 Output = pytest.CaptureFixture[str]
 PRUNE = "score{metric=random},prune-width{mlp=0.25}"
+
+
+@pytest.fixture(autouse=True)
+def opened_once(monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> None:
+    """The good model is opened and captured once; Programs do not change."""
+    real = cli.open_program
+
+    def open_program(model: str, voice: Voice, *, weights: bool) -> Program:
+        if model != str(model_folder):
+            return real(model, voice, weights=weights)
+        if weights not in OPENED:
+            OPENED[weights] = real(model, voice, weights=weights)
+        return OPENED[weights]
+
+    monkeypatch.setattr(cli, "open_program", open_program)
+
+
+OPENED: dict[bool, Program] = {}
 
 
 def files(folder: Path) -> list[str]:
@@ -216,7 +235,7 @@ def test_no_such_model_exits_2(tmp_path: Path, capsys: Output, command: str) -> 
 def test_an_output_that_cannot_be_written_exits_2_before_any_work(
     model_folder: Path, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "open_model", lambda *a, **k: pytest.fail("the model was opened"))
+    monkeypatch.setattr(cli, "open_program", lambda *a, **k: pytest.fail("the model was opened"))
     file = tmp_path / "file"
     file.write_text("mine")
     full = tmp_path / "full"

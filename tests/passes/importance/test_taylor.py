@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from secateur.graph import Program, capture
 from secateur.passes import CalibrationError, Context, Score, samples
 from secateur.passes.importance import Taylor
 from secateur.passes.importance.taylor import mean_gradients
+
+ByKind = Callable[[str], Program]
 
 
 def scores(program: Program, data: Any, **options: Any) -> dict[str, Tensor]:
@@ -32,13 +35,13 @@ def test_closed_form(two_layers: Program, ids: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
-def test_the_loss_is_that_of_the_model(kind: str) -> None:
-    model = tiny_model(kind)
+def test_the_loss_is_that_of_the_model(kind: str, program_of: ByKind) -> None:
+    program = program_of(kind)
+    model = program.source.model
     ids = torch.randint(0, 128, (3, 9))
     name = next(n for n, p in model.named_parameters() if p.dim() > 1 and ("down" in n or "mlp.c_proj" in n))
     parameter = dict(model.named_parameters())[name]
     (gradient,) = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, [parameter])
-    program = capture(model)
     found = mean_gradients(program, {name}, Context(data=samples([ids], program)), "next-token")
     torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
 
@@ -79,8 +82,8 @@ def test_ignored_labels_do_not_count(two_layers: Program, ids: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("kind", "targets"), [("bert", "tokens"), ("vit", "classes"), ("t5", "tokens")])
-def test_labels_as_the_target(kind: str, targets: str) -> None:
-    program = capture(tiny_model(kind))
+def test_labels_as_the_target(kind: str, targets: str, program_of: ByKind) -> None:
+    program = program_of(kind)
     inputs = {n: v for n, v in program.source.example_inputs.items() if isinstance(v, Tensor)}
     labels = torch.zeros(2, dtype=torch.int64) if targets == "classes" else list(inputs.values())[-1]
     found = scores(program, [{**inputs, "labels": labels}], loss="labels")
