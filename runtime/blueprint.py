@@ -16,7 +16,8 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from secateur.runtime.classes import BUILD_FAILURES, build_on_meta, innermost, quiet
+from secateur.runtime.classes import BUILD_FAILURES, build_on_meta, build_with_buffers, innermost, quiet
+from secateur.runtime.constants import Constant, constants_of
 
 Field = tuple[str | int, ...]
 Value = int | tuple[int, ...]
@@ -109,6 +110,10 @@ class Blueprint:
             shapes = self.shapes(settings)
             self._sizes[key] = None if shapes is None else slots(shapes)
         return self._sizes[key]
+
+    def constants(self, settings: Settings) -> dict[str, Constant]:
+        """What the class derives from these values besides the shapes."""
+        return constants_of(build_with_buffers(self.cls, self.config(settings)))
 
     def words(self, settings: Settings) -> str:
         """Why the class refused these settings."""

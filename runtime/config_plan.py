@@ -30,10 +30,12 @@ from secateur.runtime.blueprint import (
     dotted,
     slots,
 )
+from secateur.runtime.constants import changed
 from secateur.runtime.layers import depth_settings, renumber
 from secateur.runtime.misfit import explain
 
 MAX_BUILDS = 2000
+MAX_DOUBTFUL = 8
 
 
 class StockMisfit(SecateurError):
@@ -47,27 +49,32 @@ class ConfigPlan:
     cls, config: the class and its new configuration.
     changes: dotted field -> (value before, value after).
     names: first name of each parameter in the source model -> its name in the stock model (layers are renumbered).
-    refused: values that were needed otherwise, and why the class takes them not."""
+    refused: values that were needed otherwise, and why the class takes them not.
+    constants: numbers that the class derives from the configuration and that would change (dotted name -> old and new):
+        a plan that has any is doubtful, and only the outputs can tell."""
 
     cls: type[PreTrainedModel]
     config: PretrainedConfig
     changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan_config(program: Program, shapes: Mapping[str, Sequence[int]] | None = None) -> ConfigPlan:
     """The configuration of the stock model that holds a program, or a planned edit of it.
 
     Several configurations can give the same shapes (half of the heads, or heads of half the size): the first is the one
-    that changes small counts before large ones, and `raise_model` decides by the outputs.
+    that changes no constant that the class derives (a scale of attention, for example), then the one that changes small
+    counts before large ones; `raise_model` decides by the outputs.
     Args:  shapes: parameter name -> target shape; None takes the program's own.
     Raises: StockMisfit: no configuration fits; says what would make one fit."""
     return next(plans(program, shapes))
 
 
 def plans(program: Program, shapes: Mapping[str, Sequence[int]] | None = None) -> Iterator[ConfigPlan]:
-    """All configurations that fit, the most likely first.  Raises StockMisfit if there is none."""
+    """All configurations that fit, those that change no derived constant before those that do, the most likely first.
+    Raises StockMisfit if there is none."""
     source = program.source
     if source.config is None or not isinstance(source.model, PreTrainedModel):
         raise StockMisfit(
@@ -77,10 +84,19 @@ def plans(program: Program, shapes: Mapping[str, Sequence[int]] | None = None) -
     first = first_names(source.model)
     wanted = {first.get(name, name): tuple(shape) for name, shape in (shapes or _shapes(program)).items()}
     search = Search(Blueprint(type(source.model), source.config), wanted)
+    doubtful: list[ConfigPlan] = []
     found = False
     for settings in search.solutions():
         found = True
-        yield search.plan(settings)
+        plan = search.plan(settings)
+        if not plan.constants:
+            yield plan
+            continue
+        doubtful.append(plan)
+        if len(doubtful) == MAX_DOUBTFUL:
+            yield from doubtful
+            doubtful.clear()
+    yield from doubtful
     if not found:
         raise StockMisfit(explain(search.blueprint, search.wanted, search.nearest, search.refused))
 
@@ -108,6 +124,7 @@ class Search:
         before = self.blueprint.sizes(self.start) or {}
         self.ratios = self._ratios(before, self.gaps(before))
         self.refused: dict[str, str] = {}
+        self.constants = blueprint.constants({})
         self._seen: set[tuple[Any, ...]] = set()
 
     def solutions(self) -> Iterator[Settings]:
@@ -126,7 +143,9 @@ class Search:
         before = self.blueprint.value
         after = {path: len(v) if isinstance(v, tuple) else v for path, v in settings.items()}
         changes = {dotted(path): (before(path), value) for path, value in after.items() if before(path) != value}
-        return ConfigPlan(self.blueprint.cls, self.blueprint.config(settings), changes, self.names, self.refused)
+        constants = changed(self.constants, self.blueprint.constants(settings)) if changes else {}
+        config = self.blueprint.config(settings)
+        return ConfigPlan(self.blueprint.cls, config, changes, self.names, self.refused, constants)
 
     def gaps(self, sizes: Sizes) -> list[Slot]:
         """Slots that these sizes and the target do not share."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from secateur.graph.program import Program
 from secateur.runtime.classes import BUILD_FAILURES, build_on_meta, build_with_buffers
 from secateur.runtime.config_plan import ConfigPlan, StockMisfit, first_names, plans
+from secateur.runtime.constants import said
 from secateur.runtime.misfit import said_no
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def raise_with_plan(program: Program) -> Raised:
     """The same with the plan and the difference; where several plans fit, the one whose outputs agree."""
     if is_on_meta(program):
         plan = next(plans(program))
-        log.warning("on the meta device: the outputs of the raised model were not compared")
+        log.warning("on the meta device: the outputs of the raised model were not compared. %s", said(plan.constants))
         return Raised(_assemble(program, plan), plan, None)
     inputs = probe_inputs(program)
     with torch.no_grad():
@@ -194,11 +195,13 @@ def _gap(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 def _differs(gap: float, plan: ConfigPlan) -> str:
     changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in plan.changes.items()) or "nothing changed"
+    reason = said_no(plan.refused) + said(plan.constants) or (
+        "The class derives a constant from one of these numbers (a scale, slopes of heads, rotary frequencies). "
+    )
     return (
         f"{plan.cls.__name__} has room for these weights ({changes}), but computes something else from them: outputs "
-        f"differ by {gap:.3g}. {said_no(plan.refused)}Otherwise the class derives a constant from one of these numbers "
-        "(a scale of embeddings or of attention, slopes of heads, rotary frequencies), and pruning keeps the trained "
-        "one: leave that width as it is, or prune the widths that belong to it in proportion"
+        f"differ by {gap:.3g}. {reason}Pruning keeps what was trained: leave that width as it is, or prune the widths "
+        "that belong to it in proportion"
     )
 
 

@@ -47,7 +47,7 @@ def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     data = tensor.detach().cpu().contiguous()
     found = hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode())
-    found.update(data.view(-1).view(torch.uint8).numpy())
+    found.update(data.view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
