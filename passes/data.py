@@ -50,7 +50,9 @@ def samples(data: Iterable[Batch], program: Program) -> tuple[Sample, ...]:
     A single tensor [batch, seq] will do, too.
     Raises: CalibrationError: no sequence at all, wrong shape or dtype, an input that the captured model does not take.
     """
-    found = [sample for batch in _batches(data) for sample in _rows(_as_inputs(batch, program), program)]
+    device = next((p.device for _, p in program.named_parameters()), torch.device("cpu"))
+    batches = [_on(device, _as_inputs(batch, program)) for batch in _batches(data)]
+    found = [sample for inputs in batches for sample in _rows(inputs, program)]
     if not found:
         raise CalibrationError("the calibration data is empty: give at least one batch of input_ids [batch, seq]")
     return tuple(found)
@@ -79,6 +81,13 @@ def _as_inputs(batch: Batch, program: Program) -> dict[str, Any]:
     if name == "input_ids" and (batch.dim() != 2 or batch.is_floating_point()):
         raise CalibrationError(f"expected input_ids [batch, seq] int64, found {list(batch.shape)} {batch.dtype}")
     return {name: batch}
+
+
+def _on(device: torch.device, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs where the weights are; on the CPU when those are nowhere yet."""
+    if device.type == "meta":
+        return inputs
+    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
 
 
 def _rows(inputs: dict[str, Any], program: Program) -> list[Sample]:

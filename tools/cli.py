@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from secateur.tools.inspect import groups_of_block, inspect
 from secateur.tools.plan import Plan, make_plan
 from secateur.tools.report import draw_groups, inspection_tables, pass_tables, plan_tables, run_tables
 from secateur.tools.report.console import BadInput, Voice, before_work, log_to_stderr, report_error
+from secateur.tools.report.units import size
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command("demo")(demo_command)
@@ -99,6 +102,8 @@ def compress_command(
         passes = read_pipeline(pipeline, recipe)
         spec = data_spec(passes.data, recipe, data, tokens, window)
         check_request(passes, spec, output, dry_run=dry_run, force=force)
+    if data is not None and not passes.needs_data:
+        voice.note(f"{data} is not used: no pass of this pipeline needs data")
     began = time.perf_counter()
     program = open_program(model, voice, weights=not dry_run)
     with before_work():
@@ -111,8 +116,9 @@ def compress_command(
             voice.result(plan.to_json(), plan_tables(plan))
             return
         refuse([plan.misfit] if plan.misfit else [])
+        assert output is not None
+        check_space(output, plan)
         windows = read_windows(program, spec, passes.seed) if passes.needs_data else None
-    assert output is not None
     smaller = passes.run(program, windows, voice.progress)
     with voice.waiting("saving, and opening the result in a fresh process"):
         saved = save(smaller, output, force=force)
@@ -184,10 +190,36 @@ def check_request(passes: Pipeline, spec: DataSpec, output: Path | None, *, dry_
     if output is None:
         raise BadInput("say where the result goes: -o DIR (or --dry-run to only look)")
     check_target(output, force=force)
+    check_writable(output)
     if passes.needs_data and spec.file is None:
         raise BadInput(f"{passes.to_text()} needs calibration text: --data FILE (.txt or .jsonl)")
     if passes.needs_data and spec.file is not None and not Path(spec.file).is_file():
         raise BadInput(f"the calibration text {spec.file} is no file")
+
+
+def check_writable(output: Path) -> None:
+    """Whether a folder can be made where the output will stand; leaves nothing behind."""
+    parent = standing(output)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".secateur-", dir=parent):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise BadInput(f"{output} cannot be written: {reason} in {parent}; choose another -o") from error
+            f"{output} cannot be written: {error.strerror or error} in {parent}; choose another -o"
+        ) from error
+
+
+def check_space(output: Path, plan: Plan) -> None:
+    """Whether the result fits on the disk, as far as can be known before it is there."""
+    free = shutil.disk_usage(standing(output)).free
+    if free < plan.after.bytes:
+        raise BadInput(f"the result needs {size(plan.after.bytes)}, and {standing(output)} has {size(free)} free")
+
+
+def standing(output: Path) -> Path:
+    """The nearest folder above an output that exists."""
+    return next(parent for parent in output.expanduser().absolute().parents if parent.exists())
 
 
 def refuse(reasons: list[str]) -> None:
@@ -203,7 +235,7 @@ def read_windows(program: Program, spec: DataSpec, seed: int) -> TokenWindows:
     documents = read_documents([spec.file or ""])
     try:
         tokenizer = AutoTokenizer.from_pretrained(program.source.folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise BadInput(f"{program.source.folder} has no tokenizer that opens: {error}") from error
     return calibration_windows(documents, tokenizer, tokens=spec.tokens, window=spec.window, seed=seed)
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,6 +246,27 @@ def test_an_output_that_cannot_be_written_exits_2_before_any_work(
         assert run(["compress", str(model_folder), "-p", PRUNE, "-o", str(target)]) == 2
         assert says in capsys.readouterr().err
     assert (full / "notes.txt").read_text() == file.read_text() == "mine"
+    assert run(["compress", str(model_folder), "-p", PRUNE, "-o", "/proc/smaller"]) == 2
+    assert "/proc/smaller cannot be written" in capsys.readouterr().err
+    assert run(["compress", str(model_folder), "-p", PRUNE, "-o", str(file / "deeper")]) == 2
+    assert "cannot be written: Not a directory" in capsys.readouterr().err
+
+
+def test_a_full_disk_exits_2_before_any_work(
+    model_folder: Path, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    assert run(["compress", str(model_folder), "-p", PRUNE, "-o", str(tmp_path / "a" / "b")]) == 2
+    assert f"and {tmp_path} has 1000 B free" in capsys.readouterr().err
+
+
+def test_a_damaged_tokenizer_exits_2(model_folder: Path, text_file: Path, tmp_path: Path, capsys: Output) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    broken_folder("none", model_folder, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert run(["compress", str(folder), "-p", "score", "-o", str(tmp_path / "out"), "--data", str(text_file)]) == 2
+    assert "has no tokenizer that opens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [SecateurError("it broke"), ArtifactError("disk full"), OSError(28, "No space left")])
