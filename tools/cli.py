@@ -206,8 +206,6 @@ def check_writable(output: Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise BadInput(f"{output} cannot be written: {reason} in {parent}; choose another -o") from error
-            f"{output} cannot be written: {error.strerror or error} in {parent}; choose another -o"
-        ) from error
 
 
 def check_space(output: Path, plan: Plan) -> None:
