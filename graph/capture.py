@@ -16,6 +16,7 @@ from torch.export import Dim
 
 from secateur.graph.errors import CaptureError
 from secateur.graph.program import Program, Source
+from secateur.graph.repeat import NotRepeated, extend, find_stack, shortened
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +41,33 @@ def capture(model: nn.Module, example_inputs: Any = None, *, folder: Path | None
     model.eval()
     try:
         inputs = _named_inputs(model, example_inputs)
-        exported = _export(model, inputs)
-        gm = exported.module(check_guards=False)
-        _name_parameters(gm, model)
-        gm = _flatten(gm)
+        gm = _repeated(model, inputs) or _whole(model, inputs)
         _accept_any_call(gm, model, inputs)
     finally:
         model.train(was_training)
     source = Source(model=model, example_inputs=inputs, folder=folder, config=getattr(model, "config", None))
     return Program(gm=gm, source=source)
+
+
+def _whole(model: nn.Module, inputs: dict[str, Any]) -> fx.GraphModule:
+    gm = _export(model, inputs).module(check_guards=False)
+    _name_parameters(gm, model)
+    return _flatten(gm)
+
+
+def _repeated(model: nn.Module, inputs: dict[str, Any]) -> fx.GraphModule | None:
+    """The graph of a deep stack, from a few of its layers; None when its layers are not copies of each other."""
+    stack = find_stack(model)
+    if stack is None:
+        return None
+    try:
+        with shortened(model, stack):
+            gm = _whole(model, inputs)
+        extend(gm, model, stack)
+    except (NotRepeated, CaptureError) as reason:
+        log.info("%s is exported whole: %s", stack.path, reason)
+        return None
+    return gm
 
 
 # ---------------------------------------------------------------------- inputs
