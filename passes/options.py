@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar, cast, get_type_hints
@@ -11,7 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from secateur.graph.errors import PipelineError
-from secateur.passes.text import Spec
+from secateur.passes.text import Spec, format_specs
 
 
 class OptionError(PipelineError):
@@ -202,15 +204,34 @@ class Table(Generic[O_co]):
 
 
 def options_table(cls: type[Options]) -> list[tuple[str, str, str]]:
-    """(option, type, default) of each option of a class, for help texts."""
-    hints = get_type_hints(cls)
-    return [
-        (f.name, _type_text(hints[f.name]), str(spec_to_json(_plain(_default(f), False))))
-        for f in dataclasses.fields(cls)
-        if f.init
-    ]
+    """(option, default, meaning) of each option of a class.
+
+    The meaning is the docstring's line ``option: meaning``; an option without one shares that of the option before.
+    """
+    found, told = [], _told(cls)
+    meaning = ""
+    for field in (f for f in dataclasses.fields(cls) if f.init):
+        meaning = told.get(field.name, meaning)
+        found.append((field.name, _default_text(field), meaning))
+    return found
 
 
-def _type_text(hint: Any) -> str:
-    text = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
-    return text.replace("typing.", "").replace("Optional", "").replace("secateur.passes.", "")
+def _told(cls: type[Options]) -> dict[str, str]:
+    """Meanings by option, from docstring lines ``a, b: meaning`` and the indented lines after them."""
+    told: dict[str, str] = {}
+    names: list[str] = []
+    for line in inspect.cleandoc(cls.__doc__ or "").splitlines()[1:]:
+        match = re.match(r"(\w+(?:, [\w.]+)*): (.+)", line)
+        if match:
+            names = match[1].split(", ")
+            told |= dict.fromkeys(names, match[2])
+        elif line.startswith(" "):
+            told |= {name: f"{told[name]} {line.strip()}" for name in names}
+        else:
+            names = []
+    return told
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    value = _plain(_default(field), False)
+    return "" if value is None else format_specs([value])

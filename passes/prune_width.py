@@ -36,13 +36,14 @@ WHOLE = ("kv_heads", "query_heads", "experts")
 class PruneWidth(Pass):
     """Keep the best-scored units of coupled groups.  Numerics: lossy.
 
-    ratio: fraction of units removed from every group of ``families``, 0 <= ratio < 1.
+    ratio: fraction of units removed from every group of the families, 0 <= ratio < 1.
+    families: what ratio applies to.
     mlp, kv_heads, ...: the same for one family: a fraction removed (0.25) or a number of units kept (1152).
     groups: the same for single groups by name; needs uniform=false unless all groups of a kind get one count.
     round_to: units kept are rounded to the nearest multiple; one number (heads and experts always stay whole) or a map
         by family, for example {mlp=256,hidden=64}.
     skip: indices of residual layers to leave alone, negative from the end; needs uniform=false.
-    uniform: one shape for all layers, which stock model classes need.  With false, layers may differ:
+    uniform: one shape for all layers, which stock model classes need; with false, layers may differ.
     ranking: global (all groups of a family compete in one ranking) or local (each keeps its share); uniform=false only.
     normalize: scale on which groups compete in a global ranking: none, sum, mean, max or standard.
     """

@@ -1,6 +1,6 @@
 """Pipeline text: ``score{metric=taylor},prune-width{mlp=0.25,skip=[0,-1]}``.
 
-A text is a list of specs; a spec is a name with options; a value is a number, ``true``, ``false``, ``none``, a word, a
+A text is a list of specs; a spec is a name with options; a value is a number, ``true``, ``false``, ``null``, a word, a
 quoted string, a list ``[a,b]``, a map ``{a=1}`` or another spec ``name{a=1}``.  Blanks and line ends mean nothing.
 """
 
@@ -17,7 +17,7 @@ from secateur.graph.errors import PipelineError
 TOKEN = re.compile(
     r"""\s*(?:(?P<string>"(?:[^"\\]|\\.)*")|(?P<word>[^\s"{}\[\],=]+)|(?P<mark>[{}\[\],=])|(?P<end>$))""", re.VERBOSE
 )
-WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
+WORDS: dict[str, Any] = {"true": True, "false": False, "null": None}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def format_specs(specs: Iterable[Spec]) -> str:
 
 
 def read_word(word: str) -> Any:
-    """The value a bare word stands for: a number, true, false, none, or the word itself."""
+    """The value a bare word stands for: a number, true, false, null, or the word itself."""
     if word in WORDS:
         return WORDS[word]
     for number in (int, float):

@@ -136,7 +136,7 @@ def passes_command(as_json: Json = False) -> None:
             {
                 "name": cls.name,
                 "summary": cls.summary(),
-                "options": [dict(zip(("name", "type", "default"), row, strict=True)) for row in options_table(cls)],
+                "options": [dict(zip(("name", "default", "meaning"), row, strict=True)) for row in options_table(cls)],
             }
             for cls in table
         ]

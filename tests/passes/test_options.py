@@ -25,7 +25,15 @@ INNER = Table("an inner thing", Inner)
 
 @dataclass(frozen=True)
 class Outer(Options):
-    """An outer thing.  More."""
+    """An outer thing.  More.
+
+    ratio: how much, as a fraction
+    tokens: how many
+    layers: which ones,
+        from the end if negative
+    Source: nowhere.
+    weights: how heavy
+    """
 
     name: ClassVar[str] = "outer-thing"
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
@@ -102,12 +110,12 @@ def test_spec_leaves_defaults_out_and_json_does_not() -> None:
 
 def test_help_names_every_option() -> None:
     assert Outer.summary() == "An outer thing.  More."
-    assert [row[0] for row in options_table(Outer)] == [
-        "ratio",
-        "mode",
-        "tokens",
-        "flag",
-        "layers",
-        "weights",
-        "inner",
+    assert options_table(Outer) == [
+        ("ratio", "0.5", "how much, as a fraction"),
+        ("mode", "fast", "how much, as a fraction"),
+        ("tokens", "10", "how many"),
+        ("flag", "false", "how many"),
+        ("layers", "[]", "which ones, from the end if negative"),
+        ("weights", "{}", "how heavy"),
+        ("inner", "inner", "how heavy"),
     ]

@@ -15,6 +15,7 @@ from secateur.graph import Program
 from secateur.graph.errors import EditError, PipelineError, VerificationError
 from secateur.passes import PASSES, Context, Hooks, Pass, PassResult, Pipeline, PruneWidth, Score
 from secateur.passes.importance import IMPORTANCES, Activation, Magnitude, Random, Taylor
+from secateur.passes.options import options_table
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def test_text_and_recipe_read_back(passes: list[Pass], seed: int) -> None:
 def test_every_pass_is_documented_and_named_in_kebab_case(cls: type[Any]) -> None:
     assert cls.name == cls.name.lower().replace("_", "-")
     assert len(cls.summary()) > 10
+    assert all(meaning for _, _, meaning in options_table(cls))
     if issubclass(cls, Pass):
         assert cls.numerics in ("exact", "close", "lossy")
 

@@ -9,8 +9,9 @@ from zoo.models import tiny_model
 
 from secateur.graph import CoupledGroup, Program, capture, coupled_groups
 from secateur.graph.errors import PipelineError
-from secateur.passes import Context, Score, samples
+from secateur.passes import Context, Pipeline, Score, samples
 from secateur.passes.importance import Activation, Importance, Magnitude, Random, Taylor
+from secateur.passes.importance.base import NORMALIZATIONS
 
 
 @pytest.mark.parametrize("metric", [Random(), Magnitude(), Taylor(), Activation()], ids=lambda m: m.name)
@@ -51,3 +52,9 @@ class Broken(Random):
 def test_scores_that_are_not_finite_are_refused(llama: Program) -> None:
     with pytest.raises(PipelineError, match="not finite"):
         Score(Broken())(llama)
+
+
+def test_every_choice_can_be_written_in_a_pipeline() -> None:
+    for how in NORMALIZATIONS:
+        (score,) = Pipeline.parse(f"score{{normalize={how}}}").passes
+        assert score == Score(normalize=how)  # type: ignore[arg-type]

@@ -137,7 +137,8 @@ def test_passes_are_listed(capsys: Output) -> None:
     assert [entry["name"] for entry in listed["passes"]] == ["score", "prune-width"]
     assert {"random", "magnitude", "taylor", "activation"} == {entry["name"] for entry in listed["importances"]}
     ratio = next(o for entry in listed["passes"] for o in entry["options"] if o["name"] == "ratio")
-    assert ratio["default"] == "None"
+    assert ratio["default"] == ""
+    assert "fraction of units removed" in ratio["meaning"]
     assert run(["passes"]) == 0
     assert "prune-width" in capsys.readouterr().out
 

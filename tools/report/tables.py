@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from rich.markup import escape
 from rich.table import Table
 
 from secateur.graph import Program
@@ -81,20 +82,20 @@ def run_tables(before: Program, after: Program, old: Footprint, new: Footprint) 
     return [table, footprint_table(old, new, "what came out")]
 
 
-def pass_tables() -> list[Table]:
+def pass_tables() -> list[Table | str]:
     """All passes and importances with their options."""
-    return [*map(_options_table, PASSES), *map(_options_table, IMPORTANCES)]
+    return [piece for table in (PASSES, IMPORTANCES) for cls in table for piece in _options_of(cls)]
 
 
-def _options_table(cls: type[Options]) -> Table:
-    table = _table(f"{cls.name}: {cls.summary()}", "option", "type", "default")
+def _options_of(cls: type[Options]) -> list[Table | str]:
+    table = _table("", "option", "default", "meaning")
     for row in options_table(cls):
         table.add_row(*row)
-    return table
+    return [f"[bold]{cls.name}[/bold]: {escape(cls.summary())}", *([table] if table.row_count else []), ""]
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", show_header=any(columns))
+    table = Table(title=title or None, title_justify="left", show_header=any(columns))
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
