@@ -64,10 +64,22 @@ def _repeated(model: nn.Module, inputs: dict[str, Any]) -> fx.GraphModule | None
         with shortened(model, stack):
             gm = _whole(model, inputs)
         extend(gm, model, stack)
+        _check_equal(gm, model, inputs)
     except (NotRepeated, CaptureError) as reason:
         log.info("%s is exported whole: %s", stack.path, reason)
         return None
     return gm
+
+
+def _check_equal(gm: fx.GraphModule, model: nn.Module, inputs: dict[str, Any]) -> None:
+    """The laid layers compute what the model computes, bit for bit, where it has weights."""
+    if any(p.is_meta for p in model.parameters()):
+        return
+    with torch.no_grad():
+        pairs = zip(pytree.tree_leaves(gm(**inputs)), pytree.tree_leaves(model(**inputs)), strict=True)
+        for ours, theirs in pairs:
+            if isinstance(ours, torch.Tensor) and not torch.equal(ours, theirs):
+                raise NotRepeated("the laid layers do not compute what the model computes")
 
 
 # ---------------------------------------------------------------------- inputs
