@@ -23,7 +23,7 @@ def _seeded() -> None:
 @pytest.fixture(scope="session")
 def real_model() -> Path:
     """The demo's model as a stock fp32 checkpoint folder (`make assets` prepares it; `make test` does so by itself)."""
-    folder = ROOT / ".cache" / "secateur" / "smollm2-135m-instruct"
+    folder = Path(os.environ.get("SECATEUR_CACHE", ROOT / ".cache" / "secateur")) / "smollm2-135m-instruct"
     if not (folder / "config.json").is_file():
         pytest.skip("the real model is not prepared: run `make assets`")
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -68,6 +69,12 @@ def test_constraints_pin_exact_versions_and_no_local_builds() -> None:
     lines = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if x and not x.startswith("#")]
     assert "torch==2.13.0" in lines
     assert all("==" in line and "+" not in line and "@" not in line for line in lines)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_links_of_the_pages_lead_somewhere(page: str) -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
+    assert [t for t in targets if "://" not in t and not ((ROOT / page).parent / t).exists()] == []
 
 
 @pytest.fixture(scope="module")

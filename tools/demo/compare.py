@@ -36,7 +36,7 @@ class Size:
     evaluation_window: int = 1024
     prompt_tokens: int = 256
     new_tokens: int = 64
-    runs: int = 5
+    runs: int = 7
 
 
 FULL = Size()
