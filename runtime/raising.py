@@ -172,11 +172,15 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _looked_up(program: Program) -> list[torch.Tensor]:
-    """Tables that token numbers are looked up in."""
-    embedding = torch.ops.aten.embedding.default
-    nodes = [node.args[0] for node in program.gm.graph.nodes if node.target is embedding]
+    """Tables that inputs are looked up in (not those of positions or of kinds, which the graph computes)."""
     names = dict(program.named_parameters())
-    return [names[str(n.target)] for n in nodes if isinstance(n, torch.fx.Node) and str(n.target) in names]
+    found: list[torch.Tensor] = []
+    for node in program.gm.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default:
+            table, indices = node.args[:2]
+            if indices.op == "placeholder" and str(table.target) in names:
+                found.append(names[str(table.target)])
+    return found
 
 
 def _folded(value: Any, vocabulary: int) -> Any:

@@ -108,8 +108,16 @@ def _greedy(model: Any, ids: torch.Tensor, use_cache: bool) -> tuple[torch.Tenso
         return_dict_in_generate=True,
         output_logits=True,
         pad_token_id=0,
+        **_decoder_start(model),
     )
     return found.sequences[:, -NEW_TOKENS:], found.logits
+
+
+def _decoder_start(model: Any) -> dict[str, int]:
+    """A first token for decoders whose settings name none."""
+    settings = model.generation_config
+    named = settings.decoder_start_token_id is not None or settings.bos_token_id is not None
+    return {"decoder_start_token_id": 0} if model.config.is_encoder_decoder and not named else {}
 
 
 if __name__ == "__main__":

@@ -80,6 +80,20 @@ def test_finds_a_configuration_from_shapes(config: str, fields: dict[str, Any], 
     assert plan.changes
 
 
+def test_prefers_the_configuration_that_changes_no_derived_constant() -> None:
+    """The shapes of fewer heads and of smaller heads are the same; the scale of attention tells them apart."""
+    target = shapes_of(tiny("GPT2Config", meta=True, **GPT2 | {"n_embd": 48, "n_inner": 256}))
+    plan = plan_config(program_of(tiny("GPT2Config", meta=True, **GPT2)), target)
+    assert plan.changes == {"n_inner": (None, 256), "n_embd": (64, 48), "n_head": (8, 6)} and not plan.constants
+
+
+def test_names_constants_that_would_change() -> None:
+    fields = SMALL | {"head_dim": 8}
+    target = shapes_of(tiny("Gemma2Config", meta=True, **fields | {"hidden_size": 48}))
+    plan = plan_config(program_of(tiny("Gemma2Config", meta=True, **fields)), target)
+    assert plan.constants["model.embed_tokens.scalar_embed_scale"] == "8 -> 6.9282"
+
+
 def test_says_what_changes(llama: PreTrainedModel) -> None:
     target = shapes_of(tiny("LlamaConfig", meta=True, **SMALL | {"num_attention_heads": 4, "head_dim": 8}))
     plan = plan_config(program_of(llama), target)

@@ -80,7 +80,9 @@ def test_unedited_program(llama: PreTrainedModel) -> None:
 def test_constant_of_the_configuration_is_refused() -> None:
     """The class scales embeddings by the square root of the width: a narrower one computes something else."""
     program = pruned(tiny("Gemma2Config", **SMALL | {"head_dim": 8}), hidden=0.75)
-    with pytest.raises(StockMisfit, match=r"hidden_size 64 -> 48.*computes something else.*scale of embeddings"):
+    with pytest.raises(
+        StockMisfit, match=r"hidden_size 64 -> 48.*computes something else.*embed_scale \(8 -> 6\.9282\)"
+    ):
         raise_model(program)
 
 
@@ -115,6 +117,14 @@ def test_buffers_are_the_stock_ones(llama: PreTrainedModel) -> None:
 def test_difference_sees_what_it_should(found: torch.Tensor) -> None:
     gap = raising.difference({"logits": torch.ones(2, 2)}, {"logits": found})
     assert gap > 1.0
+
+
+def test_probe_tokens_fit_the_vocabulary_and_nothing_smaller() -> None:
+    """Tables of positions and of kinds have fewer rows; token numbers must not be folded into those."""
+    fields = MHA | {"type_vocab_size": 2, "max_position_embeddings": 64}
+    program = capture(tiny("BertConfig", "BertForMaskedLM", **fields))
+    ids = program.source.example_inputs["input_ids"]
+    assert torch.equal(raising.probe_inputs(program)["input_ids"], ids) and ids.max() > 2
 
 
 def test_no_shared_output_is_no_agreement() -> None:
