@@ -1,4 +1,4 @@
-"""Run the axis rules over a Program's graph: the atoms of every value, the constants that follow them, who uses what."""
+"""Run the axis rules over a graph: the atoms of every value, the constants that follow them, who uses what."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from secateur.graph.atoms import Atom, Space
-from secateur.graph.capture import attribute
+from secateur.graph.calls import attribute
 from secateur.graph.errors import UnsupportedOp
 from secateur.graph.program import Program
 from secateur.graph.rules import DATA, Axes, Op, Value, find_rule
@@ -148,13 +148,14 @@ class Analysis:
                 raise UnsupportedOp(refusal(node))
 
     def _getitem(self, node: fx.Node) -> None:
-        source, at = node.args
-        values = self.values.get(source)  # type: ignore[arg-type]
-        self.values[node] = values[at] if values is not None else None  # type: ignore[call-overload,index]
+        source: Any = node.args[0]
+        at: Any = node.args[1]
+        values: Any = self.values.get(source)
+        self.values[node] = values[at] if values is not None else None
         if (source, at) in self.domains:
             self.domains[node] = self.domains[source, at]
         if source in self._origins:
-            self._origins[node] = self._origins[source]  # type: ignore[index]
+            self._origins[node] = self._origins[source]
 
     def _output(self, node: fx.Node) -> None:
         for source in self._frozen_outputs(node):
@@ -163,7 +164,7 @@ class Analysis:
                     self.space.lock(atom, OUTPUT)
 
     def _frozen_outputs(self, node: fx.Node) -> list[fx.Node]:
-        """The outputs whose shape is the model's face: all of a plain tuple, the first of a record such as ModelOutput."""
+        """The outputs whose shape is the model's face: all of a tuple, the first of a record such as ModelOutput."""
         info = getattr(self.gm.graph._codegen, "pytree_info", None)
         plain = info is None or info.out_spec.type in (tuple, list, dict, None)
         outputs = [x for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor)]
@@ -189,11 +190,13 @@ def flat_axes(value: Value) -> Iterator[Axes]:
     """The axes of a value, one list a result."""
     if value is None:
         return
-    if all(isinstance(item, Atom) for item in value):
-        yield value  # type: ignore[misc]
+    atoms = [item for item in value if isinstance(item, Atom)]
+    if len(atoms) == len(value):
+        yield atoms
         return
     for item in value:
-        yield from flat_axes(item)  # type: ignore[arg-type]
+        assert not isinstance(item, Atom)
+        yield from flat_axes(item)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -213,8 +216,9 @@ def refusal(node: fx.Node) -> str:
     """What to tell about an op without a rule."""
     name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
     return (
-        f"no axis rule for {node.target} (node {node.name}, module {module_path(node) or 'the model itself'}): which of its "
-        f"axes are tied is not known, and it is not guessed.  Register one with @axis_rule({name!r}), see graph/rules/."
+        f"no axis rule for {node.target} (node {node.name}, module {module_path(node) or 'the model itself'}): "
+        "which of its axes are tied is not known, and it is not guessed.  "
+        f"Register one with @axis_rule({name!r}), see graph/rules/."
     )
 
 

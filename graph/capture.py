@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim
 
+from secateur.graph.calls import OFF, accept_any_call, attribute
 from secateur.graph.errors import CaptureError
 from secateur.graph.program import Program, Source
 from secateur.graph.repeat import NotRepeated, extend, find_stack, shortened
@@ -22,7 +23,6 @@ log = logging.getLogger(__name__)
 
 # Two distinct primes: even where a model fixes a size at trace time, no product of other sizes equals it by accident.
 BATCH, SEQUENCE, DECODER_SEQUENCE = 2, 11, 7
-_OFF = ("use_cache", "output_attentions", "output_hidden_states")
 
 
 def capture(model: nn.Module, example_inputs: Any = None, *, folder: Path | None = None) -> Program:
@@ -42,7 +42,7 @@ def capture(model: nn.Module, example_inputs: Any = None, *, folder: Path | None
     try:
         inputs = _named_inputs(model, example_inputs)
         gm = _repeated(model, inputs) or _whole(model, inputs)
-        _accept_any_call(gm, model, inputs)
+        accept_any_call(gm, model, inputs)
     finally:
         model.train(was_training)
     source = Source(model=model, example_inputs=inputs, folder=folder, config=getattr(model, "config", None))
@@ -94,8 +94,10 @@ def _named_inputs(model: nn.Module, given: Any) -> dict[str, Any]:
         inputs = dict(zip(parameters, values, strict=False))
     unknown = [n for n in inputs if n not in parameters and not _takes_anything(parameters)]
     if unknown:
-        raise CaptureError(f"example_inputs name {unknown}, but {type(model).__name__}.forward takes {list(parameters)}")
-    return inputs | {n: False for n in _OFF[:1] if n in parameters and n not in inputs}
+        raise CaptureError(
+            f"example_inputs name {unknown}, but {type(model).__name__}.forward takes {list(parameters)}"
+        )
+    return inputs | {n: False for n in OFF[:1] if n in parameters and n not in inputs}
 
 
 def _takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:
@@ -130,7 +132,7 @@ def _export(model: nn.Module, inputs: dict[str, Any]) -> torch.export.ExportedPr
         try:
             with torch.no_grad(), _whole_experts(model), _quiet():
                 return torch.export.export(model, (), dict(inputs), dynamic_shapes=_dynamic(inputs, dim), strict=False)
-        except Exception as error:  # noqa: BLE001 - torch.export raises anything; the first reason is kept and told
+        except Exception as error:
             first = first or error
             log.debug("export with %s dims failed: %s", dim, error)
     raise CaptureError(_why(model, first)) from first
@@ -209,9 +211,8 @@ def _flatten(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
-    at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
-    target = str(node.args[at].target)  # type: ignore[union-attr]
-    inner = gm.get_submodule(target)
+    at, body = next((i, a) for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+    inner = gm.get_submodule(str(body.target))
     assert isinstance(inner, fx.GraphModule)
     inner = _flatten(inner)
     for name, tensor in inner.named_buffers():
@@ -222,11 +223,13 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
     with gm.graph.inserting_before(node):
         result = gm.graph.graph_copy(inner.graph, copies)
     if isinstance(result, (tuple, list)):
-        for user in list(node.users):
-            user.replace_all_uses_with(result[user.args[1]])
+        for user in list(node.users):  # operator.getitem(node, i)
+            picked: Any = result[user.args[1]]  # type: ignore[index]
+            user.replace_all_uses_with(picked)
             gm.graph.erase_node(user)
     else:
-        node.replace_all_uses_with(result)  # type: ignore[arg-type]
+        assert isinstance(result, fx.Node)
+        node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
 
 
@@ -236,76 +239,3 @@ def _name_parameters(gm: fx.GraphModule, model: nn.Module) -> None:
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             node.target = first.get(id(attribute(gm, node.target)), node.target)
-
-
-def attribute(gm: nn.Module, path: str) -> Any:
-    """What a dotted path names in a module tree."""
-    owner: Any = gm
-    for part in path.split("."):
-        owner = getattr(owner, part)
-    return owner
-
-
-def _accept_any_call(gm: fx.GraphModule, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Call the graph like the model: positional or by name; what was fixed at capture may be left out or repeated."""
-    order = list(inspect.signature(model.forward).parameters)
-    sizes = {}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor):
-            sizes[str(node.target)] = [_fixed(s) for s in node.meta["val"].shape]
-    gm.meta["call"] = {"order": order, "inputs": dict(inputs), "sizes": sizes}
-    gm.register_forward_pre_hook(_bind, with_kwargs=True)
-
-
-def _fixed(size: Any) -> int | None:
-    if isinstance(size, torch.SymInt):
-        return int(size.node.expr) if size.node.expr.is_number else None
-    return int(size)
-
-
-def _check_sizes(name: str, value: Any, fixed: list[int | None] | None) -> None:
-    """Sizes that the model's own code fixed while it was captured hold for every call."""
-    if fixed is not None and isinstance(value, torch.Tensor):
-        wrong = [d for d, (size, want) in enumerate(zip(value.shape, fixed, strict=False)) if want not in (None, size)]
-        if wrong or value.dim() != len(fixed):
-            raise CaptureError(
-                f"{name} has shape {tuple(value.shape)}, but this model's code fixed {fixed} when it was captured "
-                f"(None: free): capture it again with example_inputs of the shape to run"
-            )
-
-
-def accept_calls_of(gm: fx.GraphModule, other: fx.GraphModule) -> None:
-    """Give a rewritten graph module the call convention of the one that it came from."""
-    gm.meta["call"] = other.meta["call"]
-    for name in ("_in_spec", "_out_spec"):
-        if hasattr(other, name):
-            setattr(gm, name, getattr(other, name))
-    gm.register_forward_pre_hook(_bind, with_kwargs=True)
-    gm.eval()
-
-
-def bound_inputs(gm: fx.GraphModule) -> list[Any]:
-    """The inputs that the graph was captured with, one a placeholder."""
-    call = gm.meta["call"]
-    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
-    values = dict(zip(names, pytree.tree_leaves(call["inputs"], is_leaf=lambda x: x is None), strict=True))
-    return [values[n] for n in names]
-
-
-def _bind(gm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    call = gm.meta["call"]  # type: ignore[index]
-    captured = call["inputs"]
-    given = dict(zip(call["order"], args, strict=False)) | kwargs
-    bound = {}
-    for name, example in captured.items():
-        if name in given:
-            bound[name] = given.pop(name)
-            _check_sizes(name, bound[name], call["sizes"].get(name))
-        elif isinstance(example, torch.Tensor):
-            raise CaptureError(f"the captured call takes {name}; it was captured with {list(captured)}")
-        else:
-            bound[name] = example
-    fixed = {n: v for n, v in given.items() if v is not None and n not in _OFF and n not in ("return_dict", "labels")}
-    if fixed:
-        raise CaptureError(f"captured without {list(fixed)}: capture again with example_inputs that hold them")
-    return (), bound

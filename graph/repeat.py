@@ -1,9 +1,9 @@
 """Capture a deep stack from a few of its layers.
 
-Exporting costs about a quarter of a CPU-second a layer, and the layers of a language model differ only in their weights.
+Exporting costs about a quarter of a CPU-second a layer, and most layers of a language model differ in weights alone.
 So: export the model with its stack cut to a prefix in which every kind of layer stands at least twice, check that equal
-kinds gave the same subgraph (same ops, literals, shapes, wiring; only parameter names differ), and lay the missing layers
-as copies.  Anything that does not fit this picture is exported whole.
+kinds gave the same subgraph (ops, literals, shapes, wiring; only parameter names differ), and lay the missing layers as
+copies.  Anything that does not fit this picture is exported whole.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class NotRepeated(Exception):
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of layers: its path, the layers, their kinds (equal kinds are equal but for weights), and the prefix to export."""
+    """A list of layers: its path, the layers, their kinds (alike but for weights), and how many are exported."""
 
     path: str
     layers: nn.ModuleList
@@ -40,7 +40,6 @@ class Stack:
         head, _, rest = path.partition(self.path + ".")
         index = rest.split(".")[0]
         return int(index) if head == "" and index.isdigit() else None
-
 
     def owns(self, node: fx.Node, layer: int) -> bool:
         """Whether a node reads a tensor of a layer itself, not a constant that the export put beside it."""
@@ -75,7 +74,7 @@ def _prefix(kinds: list[int]) -> int | None:
 
 
 def _signatures(layers: nn.ModuleList) -> list[Any]:
-    """For each layer all that could make it compute differently, but for the values of its tensors and its own number."""
+    """For each layer all that could make it compute differently, but for its tensors' values and its own number."""
     facts = [_facts(layer) for layer in layers]
     shared = set.intersection(*(set(f) for f in facts))
     numbers = {key for key in shared if [f[key] for f in facts] == [repr(i) for i in range(len(layers))]}
@@ -95,7 +94,9 @@ def _facts(layer: nn.Module) -> dict[tuple[str, str], str]:
 def _fact(value: Any) -> str:
     if value is None or isinstance(value, (bool, int, float, str, tuple, list, torch.dtype)):
         return repr(value)
-    return f"{type(value).__qualname__} {getattr(value, '__qualname__', '')}" + ("" if callable(value) else f" {id(value)}")
+    return f"{type(value).__qualname__} {getattr(value, '__qualname__', '')}" + (
+        "" if callable(value) else f" {id(value)}"
+    )
 
 
 @contextmanager
@@ -159,6 +160,7 @@ def _regions(gm: fx.GraphModule, stack: Stack) -> list[_Region]:
     order = [home[n] for n in gm.graph.nodes if n in home]
     if order != sorted(order) or not all(by_layer):
         raise NotRepeated("the layers' ops are interleaved")
+
     def reach(node: fx.Node) -> int:
         """The last layer that uses a value; past the prefix for the rest of the model."""
         return max((home.get(user, stack.prefix) for user in node.users), default=home[node])
@@ -211,8 +213,10 @@ def _described(node: fx.Node, region: _Region, place: dict[fx.Node, int], stack:
         return f"global {_constant(x)}"
 
     arguments = fx.map_arg((node.args, node.kwargs), operand)
-    value = node.meta.get("val")
-    shapes = [str(tuple(v.shape)) for v in (value if isinstance(value, (tuple, list)) else [value]) if hasattr(v, "shape")]
+    value: Any = node.meta.get("val")
+    shapes = [
+        str(tuple(v.shape)) for v in (value if isinstance(value, (tuple, list)) else [value]) if hasattr(v, "shape")
+    ]
     return f"{node.target} {arguments} {shapes}"
 
 
@@ -265,7 +269,9 @@ def _own_tensor(gm: fx.GraphModule, model: nn.Module, like: fx.Node, target: str
         if part not in owner._modules:
             owner.add_module(part, nn.Module())
         owner = owner._modules[part]  # type: ignore[assignment]
-    register: Callable[..., None] = owner.register_parameter if isinstance(tensor, nn.Parameter) else owner.register_buffer
+    register: Callable[..., None] = (
+        owner.register_parameter if isinstance(tensor, nn.Parameter) else owner.register_buffer
+    )
     register(leaf, tensor)
     with gm.graph.inserting_after(like):
         node = gm.graph.get_attr(target)

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from secateur.graph.analysis import Analysis, analyse, flat_axes
 from secateur.graph.atoms import Atom, BoolArray, Keep
-from secateur.graph.capture import accept_calls_of
+from secateur.graph.calls import accept_calls_of
 from secateur.graph.coupling import CoupledGroup, coupled_groups
 from secateur.graph.errors import EditError
 from secateur.graph.program import Program
@@ -72,14 +72,17 @@ def _mask(group: CoupledGroup, units: Units) -> BoolArray:
     if group.locked and not mask.all():
         raise EditError(f"{group.name} is locked: {group.locked}")
     if mask.sum() < group.min_units:
-        raise EditError(f"{group.name}: {int(mask.sum())} of {group.units} units kept, at least {group.min_units} must stay")
+        raise EditError(
+            f"{group.name}: {int(mask.sum())} of {group.units} units kept, at least {group.min_units} must stay"
+        )
     return mask
 
 
 # ---------------------------------------------------------------------- the new graph module
 def _rewritten(analysis: Analysis, keeping: Keep) -> fx.GraphModule:
     old = analysis.gm
-    graph, copies = fx.Graph(), {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(old.graph, copies))
     graph.set_codegen(old.graph._codegen)
     out, old_out = next(iter(reversed(graph.nodes))), next(iter(reversed(old.graph.nodes)))

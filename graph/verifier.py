@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from secateur.graph.analysis import analyse, module_path
-from secateur.graph.capture import attribute, bound_inputs
+from secateur.graph.calls import attribute, bound_inputs
 from secateur.graph.errors import SecateurError, VerificationError
 from secateur.graph.program import Program
 
@@ -66,7 +66,10 @@ def _shapes_propagate(program: Program) -> Iterator[str]:
     runner = _Propagate(program.gm, mode)
     try:
         with mode, torch.no_grad():
-            inputs = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in bound_inputs(program.gm)]
+            inputs = [
+                mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x
+                for x in bound_inputs(program.gm)
+            ]
             runner.run(*inputs)
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
         where = f"{runner.at.name} ({runner.at.target}, module {module_path(runner.at)})" if runner.at else "start"
@@ -78,7 +81,8 @@ class _Propagate(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(gm)
         self.extra_traceback = False
-        self.mode, self.faults, self.at = mode, list[str](), None
+        self.mode, self.faults = mode, list[str]()
+        self.at: fx.Node | None = None
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from secateur.graph import Program
-from secateur.graph.capture import accept_calls_of
+from secateur.graph.calls import accept_calls_of
 from secateur.passes import Pipeline, PlannedEdit
 from secateur.tools.footprint import Footprint, footprint
 

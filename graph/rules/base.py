@@ -16,7 +16,7 @@ from torch import fx
 from secateur.graph.atoms import Atom, Keep, Space
 
 Axes = list[Atom]
-Value = Axes | list["Value"] | None
+Value = Sequence[Atom] | Sequence["Value"] | None
 Rule = Callable[["Op"], Value]
 Rewrite = Callable[[fx.Node, Keep], None]
 
@@ -25,7 +25,7 @@ RULES: dict[str, Rule] = {}
 
 
 def axis_rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register one rule for ops or overloads, named as in their schema (``aten::linear``).  A second row is an error."""
+    """Register one rule for ops or overloads, named as in their schema (``aten::linear``); a second row is an error."""
 
     def add(rule: Rule) -> Rule:
         for name in names:
@@ -72,7 +72,7 @@ class Op:
         assert isinstance(node.target, torch._ops.OpOverload)
         self.node, self.state, self.space = node, state, state.space
         self.name = node.target._schema.name.split("::")[1].rstrip("_") or node.target._schema.name.split("::")[1]
-        self.value = node.meta.get("val")
+        self.value: Any = node.meta.get("val")
         self.args: dict[str, Any] = {
             a.name: a.default_value if a.has_default_value() else None for a in node.target._schema.arguments
         }
@@ -85,7 +85,7 @@ class Op:
         """The argument under the first of several names that the schema knows."""
         return next((self.args[n] for n in names if n in self.args), None)
 
-    def int(self, value: Any) -> int:
+    def number(self, value: Any) -> int:
         return self.state.int_of(value)
 
     # ------------------------------------------------------------------ axes
@@ -103,7 +103,7 @@ class Op:
 
     def sizes(self, value: Any = None) -> list[int]:
         """Integer sizes of the result (or of one of several); input sizes are stood for by distinct primes."""
-        return [self.int(d) for d in (self.value if value is None else value).shape]
+        return [self.number(d) for d in (self.value if value is None else value).shape]
 
     def dim(self, rank: int, *names: str) -> int:
         """The argument ``dim``, counted from the front."""
@@ -115,7 +115,7 @@ class Op:
         value = self.value if value is None else value
         out = []
         for size in value.shape:
-            atom = Atom(self.int(size))
+            atom = Atom(self.number(size))
             reasons = [r for r in (lock, DATA if self.state.is_pure_data(size) else None) if r]
             atom.locks.update(reasons)
             out.append(atom)

@@ -230,5 +230,3 @@ def cdist(op: Op) -> Axes:
     a, b = op.axes(op["x1"]), op.axes(op["x2"])
     op.lock([a[-1], b[-1]], "a distance runs over it")
     return op.fresh(lock="a distance")
-
-

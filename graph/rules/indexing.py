@@ -1,6 +1,6 @@
 """Ops that read or write by index, and ops that make indices.
 
-An index tensor may have a *domain*: the axis whose positions are its values (top-k over a router's axis counts experts).
+An index tensor may have a *domain*: the axis whose positions are its values (top-k over a router counts experts).
 Reading an axis by an index of its own domain ties the two; any other index locks the axis.
 """
 
@@ -182,7 +182,7 @@ def masked_scatter(op: Op) -> Axes:
 @axis_rule("aten::topk")
 def topk(op: Op) -> Value:
     axes = op.axes(op["self"])
-    dim, count = op.dim(len(axes)), op.int(op["k"])
+    dim, count = op.dim(len(axes)), op.number(op["k"])
     source = axes[dim]
     if not op.is_data(source):
         lock_unless_softmax(op, source)

@@ -44,7 +44,9 @@ def unflatten(op: Op) -> Axes:
     return out
 
 
-@axis_rule("aten::view.dtype", "aten::as_strided", "aten::unfold", "aten::diagonal", "aten::im2col", "aten::unfold_copy")
+@axis_rule(
+    "aten::view.dtype", "aten::as_strided", "aten::unfold", "aten::diagonal", "aten::im2col", "aten::unfold_copy"
+)
 def strided(op: Op) -> Axes:
     op.lock(op.axes(op["self"]), "read by strides or as another dtype")
     return op.fresh(lock="read by strides or as another dtype")
@@ -52,18 +54,23 @@ def strided(op: Op) -> Axes:
 
 def _regroup(op: Op) -> Axes:
     axes, sizes = op.axes(op["self"]), op.sizes()
-    if 0 in sizes:  # no entries: only the trailing axes can be told apart
-        out = op.fresh()
-        for i in range(1, min(len(out), len(axes)) + 1):
-            if out[-i].size != axes[-i].size or out[-i].size == 0:
-                break
-            op.space.unify(out[-i], axes[-i])
-        return out
+    if 0 in sizes:
+        return _view_of_nothing(op, axes)
     out = op.space.regroup([f for axis in axes for f in axis.factors()], sizes)
     if out is None:
         op.space.conflicts.append(f"{op.node.name}: cannot view {axes} as {sizes}")
         op.lock(axes, "viewed across the bounds of its units")
         return op.fresh(lock=f"viewed across the bounds of its units ({op.node.name})")
+    return out
+
+
+def _view_of_nothing(op: Op, axes: Axes) -> Axes:
+    """Without entries only the trailing axes can be told apart."""
+    out = op.fresh()
+    for i in range(1, min(len(out), len(axes)) + 1):
+        if out[-i].size != axes[-i].size or out[-i].size == 0:
+            break
+        op.space.unify(out[-i], axes[-i])
     return out
 
 
@@ -153,7 +160,7 @@ def repeat_by_tensor(op: Op) -> Axes:
 
 
 def _copies(op: Op, times: object) -> Atom:
-    atom = Atom(op.int(times))
+    atom = Atom(op.number(times))
     op.space.mark(atom, "broadcast")
     if op.state.is_symbolic(times):
         atom.locks.add(DATA)
@@ -241,7 +248,7 @@ def select(op: Op) -> Axes:
 def split(op: Op) -> Value:
     axes = op.axes(op["self"])
     dim = op.dim(len(axes))
-    parts = _split(op, axes[dim], [op.int(piece.shape[dim]) for piece in op.value])
+    parts = _split(op, axes[dim], [op.number(piece.shape[dim]) for piece in op.value])
     source = axes[dim]
 
     def apply(node: fx.Node, keep: Keep) -> None:

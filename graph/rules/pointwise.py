@@ -3,8 +3,10 @@
 from secateur.graph.rules.base import Axes, Op, axis_rule
 
 # The identity on values, whatever it does to dtype, layout or autograd: an index tensor still counts along its axis.
-IDENTITY = tuple("""to _to_copy contiguous clone alias detach dropout feature_dropout alpha_dropout copy lift_fresh
- lift_fresh_copy float half bool requires_grad positive conj resolve_conj resolve_neg type long int""".split())
+IDENTITY = tuple(
+    """to _to_copy contiguous clone alias detach dropout feature_dropout alpha_dropout copy lift_fresh
+ lift_fresh_copy float half bool requires_grad positive conj resolve_conj resolve_neg type long int""".split()
+)
 
 # Pointwise in fact, but without the tag in at least one of the supported torch versions.
 UNTAGGED = """where masked_fill clamp clamp_min clamp_max clip lerp addcmul addcdiv softplus log_sigmoid relu6

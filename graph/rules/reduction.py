@@ -105,7 +105,9 @@ def diff(op: Op) -> Axes:
     return axes
 
 
-@axis_rule(*(f"aten::{n}" for n in "fft_fft fft_ifft fft_fft2 fft_fftn fft_rfft fft_irfft fft_rfft2 fft_irfft2".split()))
+@axis_rule(
+    *(f"aten::{n}" for n in "fft_fft fft_ifft fft_fft2 fft_fftn fft_rfft fft_irfft fft_rfft2 fft_irfft2".split())
+)
 def fourier(op: Op) -> Axes:
     op.lock(op.axes(op["self"]), "a Fourier transform runs over it")
     return op.fresh(lock="a Fourier transform runs over it")

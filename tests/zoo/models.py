@@ -69,9 +69,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mpt": {"n_heads": 4, "n_layers": 2, "d_model": 64, "expansion_ratio": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0, "laurel_rank": 8},
     "t5": {"decoder_start_token_id": 0},
-    **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v3", "deepseek_v32", "axk1", "axk2"), {"head_dim": 8, "num_key_value_heads": 4}
-    ),
+    "deepseek_v3": {"head_dim": 8, "num_key_value_heads": 4},
+    "deepseek_v32": {"head_dim": 8, "num_key_value_heads": 4},
+    "axk1": {"head_dim": 8, "num_key_value_heads": 4},
+    "glm4_moe_lite": {"head_dim": 8, "num_key_value_heads": 4},
+    "glm_moe_dsa": {"head_dim": 8, "num_key_value_heads": 4},
+    "youtu": {"head_dim": 8, "num_key_value_heads": 4},
 }
 CLASSES: dict[str, Any] = {
     "bert": AutoModelForMaskedLM,
@@ -79,8 +82,10 @@ CLASSES: dict[str, Any] = {
     "t5": AutoModelForSeq2SeqLM,
     "vit": AutoModelForImageClassification,
 }
-NAMED = """llama mistral mixtral qwen2 qwen3 qwen3_moe gemma2 gemma3_text gpt2 gpt_neox gptj opt bloom falcon phi phi3
+NAMED = tuple(
+    """llama mistral mixtral qwen2 qwen3 qwen3_moe gemma2 gemma3_text gpt2 gpt_neox gptj opt bloom falcon phi phi3
  stablelm olmo2 cohere starcoder2 granite smollm3 deepseek_v3 bert t5 vit""".split()
+)
 
 
 def tiny_config(kind: str, **overrides: Any) -> Any:
@@ -182,7 +187,9 @@ class ResidualUnit(nn.Module):
         self.conv_1, self.norm_1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
         self.conv_2, self.norm_2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
         same = stride == 1 and inputs == outputs
-        self.skip = nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+        self.skip = (
+            nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm_1(self.conv_1(x)))

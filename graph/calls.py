@@ -1,0 +1,94 @@
+"""How a captured graph is called: like its model, by position or by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+
+from secateur.graph.errors import CaptureError
+
+OFF = ("use_cache", "output_attentions", "output_hidden_states")
+
+
+def attribute(gm: nn.Module, path: str) -> Any:
+    """What a dotted path names in a module tree."""
+    owner: Any = gm
+    for part in path.split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def _call(gm: nn.Module) -> dict[str, Any]:
+    meta: dict[str, Any] = gm.meta  # type: ignore[assignment]
+    found: dict[str, Any] = meta["call"]
+    return found
+
+
+def accept_any_call(gm: fx.GraphModule, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Call the graph like the model: positional or by name; what was fixed at capture may be left out or repeated."""
+    order = list(inspect.signature(model.forward).parameters)
+    sizes = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor):
+            sizes[str(node.target)] = [_fixed(s) for s in node.meta["val"].shape]
+    gm.meta["call"] = {"order": order, "inputs": dict(inputs), "sizes": sizes}
+    gm.register_forward_pre_hook(_bind, with_kwargs=True)
+
+
+def _fixed(size: Any) -> int | None:
+    if isinstance(size, torch.SymInt):
+        return int(size.node.expr) if size.node.expr.is_number else None
+    return int(size)
+
+
+def _check_sizes(name: str, value: Any, fixed: list[int | None] | None) -> None:
+    """Sizes that the model's own code fixed while it was captured hold for every call."""
+    if fixed is not None and isinstance(value, torch.Tensor):
+        wrong = [d for d, (size, want) in enumerate(zip(value.shape, fixed, strict=False)) if want not in (None, size)]
+        if wrong or value.dim() != len(fixed):
+            raise CaptureError(
+                f"{name} has shape {tuple(value.shape)}, but this model's code fixed {fixed} when it was captured "
+                f"(None: free): capture it again with example_inputs of the shape to run"
+            )
+
+
+def accept_calls_of(gm: fx.GraphModule, other: fx.GraphModule) -> None:
+    """Give a rewritten graph module the call convention of the one that it came from."""
+    gm.meta["call"] = other.meta["call"]
+    for name in ("_in_spec", "_out_spec"):
+        if hasattr(other, name):
+            setattr(gm, name, getattr(other, name))
+    gm.register_forward_pre_hook(_bind, with_kwargs=True)
+    gm.eval()
+
+
+def bound_inputs(gm: fx.GraphModule) -> list[Any]:
+    """The inputs that the graph was captured with, one a placeholder."""
+    call = _call(gm)
+    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+    values = dict(zip(names, pytree.tree_leaves(call["inputs"], is_leaf=lambda x: x is None), strict=True))
+    return [values[n] for n in names]
+
+
+def _bind(gm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    call = _call(gm)
+    captured = call["inputs"]
+    given = dict(zip(call["order"], args, strict=False)) | kwargs
+    bound = {}
+    for name, example in captured.items():
+        if name in given:
+            bound[name] = given.pop(name)
+            _check_sizes(name, bound[name], call["sizes"].get(name))
+        elif isinstance(example, torch.Tensor):
+            raise CaptureError(f"the captured call takes {name}; it was captured with {list(captured)}")
+        else:
+            bound[name] = example
+    fixed = {n: v for n, v in given.items() if v is not None and n not in OFF and n not in ("return_dict", "labels")}
+    if fixed:
+        raise CaptureError(f"captured without {list(fixed)}: capture again with example_inputs that hold them")
+    return (), bound
