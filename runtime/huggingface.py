@@ -89,6 +89,7 @@ def save(program: Program, path: str | Path, *, force: bool = False, check: bool
     Raises: StockMisfit: no stock class holds the program.   ArtifactError: cannot be written, or the proof failed;
         nothing is left behind."""
     started = time.perf_counter()
+    path = Path(path).expanduser()
     check_target(path, force=force)
     if is_on_meta(program):
         raise ArtifactError("the program is on the meta device and has no weights: capture the model with its weights")
@@ -99,7 +100,7 @@ def save(program: Program, path: str | Path, *, force: bool = False, check: bool
         figures = prove_reload(program, raised, draft.folder) if check else {}
         _describe(draft, program, raised, figures)
     return SaveReport(
-        path=Path(path),
+        path=path,
         num_bytes=read_manifest(path).num_bytes,
         num_parameters=program.num_parameters,
         changes=raised.plan.changes,
@@ -114,9 +115,10 @@ def load(path: str | Path, *, verify: bool | None = None) -> PreTrainedModel:
 
     Args:  verify: re-hash every file; None does so below 4 GiB.  Sizes are always compared.
     Raises: ArtifactError: not a finished artifact, or changed since.   SourceError: its checkpoint is not sound."""
-    manifest = read_manifest(path)
-    verify_artifact(path, hashes=manifest.num_bytes <= HASHED_BYTES if verify is None else verify)
-    return open_model(Path(path))
+    folder = Path(path).expanduser()
+    manifest = read_manifest(folder)
+    verify_artifact(folder, hashes=manifest.num_bytes <= HASHED_BYTES if verify is None else verify)
+    return open_model(folder)
 
 
 def save_weights(program: Program, path: str | Path, *, force: bool = False) -> None:
@@ -147,7 +149,7 @@ def prove_reload(program: Program, raised: Raised, folder: Path) -> dict[str, An
             "TRANSFORMERS_VERBOSITY": "error",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        ran = subprocess.run(command, capture_output=True, text=True, env=offline, timeout=RELOAD_SECONDS, check=False)
+        ran = _run(command, offline)
     if ran.returncode != 0:
         last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
         raise ArtifactError(f"a fresh process could not open the saved model, so it was removed: {last}")
@@ -155,6 +157,18 @@ def prove_reload(program: Program, raised: Raised, folder: Path) -> dict[str, An
     if faults := figures.pop("faults"):
         raise ArtifactError(f"the saved model is not the program, so it was removed: {'; '.join(faults)}")
     return figures
+
+
+def _run(command: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=RELOAD_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ArtifactError(
+            f"the proof in a fresh process took more than {RELOAD_SECONDS} s, so the saved model was removed: save with "
+            "check=False, and compare it yourself"
+        ) from None
 
 
 def _write_model(model: PreTrainedModel, folder: Path, source: Path | None) -> None:

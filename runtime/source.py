@@ -83,6 +83,8 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
     for name, reason in REFUSED_FIELDS.items():
         if data.get(name):
             raise SourceError(f"{file} has {name}: {reason}")
+    if kernels := _hub_kernels(data):
+        raise SourceError(f"{file} names code to be fetched from the hub ({', '.join(kernels)}): drop those fields")
     if data.get("transformers_weights"):
         raise SourceError(f"{file} names another weights file (transformers_weights): rename that file, drop the field")
     try:
@@ -188,6 +190,13 @@ def _built(cls: type[PreTrainedModel], config: PretrainedConfig, where: Path) ->
         return build_on_meta(cls, config)
     except BUILD_FAILURES as error:
         raise SourceError(f"{where}: {cls.__name__} cannot be built from {CONFIG}: {innermost(error)}") from error
+
+
+def _hub_kernels(data: Mapping[str, Any]) -> list[str]:
+    """Implementations that a configuration, or one nested in it, wants from a hub repository."""
+    nested = [found for value in data.values() if isinstance(value, dict) for found in _hub_kernels(value)]
+    named = {key: value for key, value in data.items() if key.endswith("_implementation") and isinstance(value, str)}
+    return [f"{key}: {value}" for key, value in named.items() if "/" in value] + nested
 
 
 def _unknown_type(file: Path, kind: object, remote: bool) -> str:

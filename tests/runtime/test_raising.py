@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +10,25 @@ from runtime_models import GPT2, SMALL, pruned, tiny
 from transformers import PreTrainedModel
 
 from secateur.graph import capture, coupled_groups, keep
-from secateur.graph.errors import SecateurError
+from secateur.graph.program import Program
 from secateur.runtime import raising
 from secateur.runtime.config_plan import StockMisfit
 from secateur.runtime.raising import raise_model, raise_with_plan
 
 MHA = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
+
+
+@pytest.fixture(scope="module")
+def captured() -> Program:
+    return capture(tiny("LlamaConfig", **SMALL))
+
+
+@pytest.fixture(scope="module")
+def narrower(captured: Program) -> Program:
+    groups = coupled_groups(captured)
+    return keep(captured, {group: range(72) for group in groups if group.family == "mlp"})
+
+
 WIDTHS = {"mlp": 0.75, "kv_heads": 0.75, "hidden": 0.75}
 
 
@@ -66,15 +78,16 @@ def test_ties_stay_ties() -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_generation_settings_are_kept(llama: PreTrainedModel) -> None:
-    llama.generation_config.max_new_tokens = 17
-    assert raise_model(pruned(llama, mlp=0.75)).generation_config.max_new_tokens == 17
+def test_generation_settings_are_kept(narrower: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: Any = narrower.source.model.generation_config
+    monkeypatch.setattr(settings, "max_new_tokens", 17)
+    assert raise_model(narrower).generation_config.max_new_tokens == 17
 
 
-def test_unedited_program(llama: PreTrainedModel) -> None:
-    raised = raise_with_plan(capture(llama))
+def test_unedited_program(captured: Program) -> None:
+    raised = raise_with_plan(captured)
     assert raised.plan.changes == {} and raised.difference == 0.0
-    assert {id(p) for p in raised.model.parameters()} == {id(p) for p in llama.parameters()}
+    assert {id(p) for p in raised.model.parameters()} == {id(p) for p in captured.source.model.parameters()}
 
 
 def test_constant_of_the_configuration_is_refused() -> None:
@@ -86,11 +99,10 @@ def test_constant_of_the_configuration_is_refused() -> None:
         raise_model(program)
 
 
-def test_layers_that_differ_are_refused(llama: PreTrainedModel) -> None:
-    program = capture(llama)
-    first = next(group for group in coupled_groups(program) if group.family == "mlp")
+def test_layers_that_differ_are_refused(captured: Program) -> None:
+    first = next(group for group in coupled_groups(captured) if group.family == "mlp")
     with pytest.raises(StockMisfit, match="layers differ"):
-        raise_model(keep(program, {first: range(48)}))
+        raise_model(keep(captured, {first: range(48)}))
 
 
 def test_meta_device_says_that_it_compares_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -108,9 +120,9 @@ def test_bfloat16(llama: PreTrainedModel) -> None:
     assert raised.model.dtype == raised.model.config.dtype == torch.bfloat16
 
 
-def test_buffers_are_the_stock_ones(llama: PreTrainedModel) -> None:
-    raised = raise_model(pruned(llama, mlp=0.75))
-    assert torch.equal(raised.model.rotary_emb.inv_freq, llama.model.rotary_emb.inv_freq)
+def test_buffers_are_the_stock_ones(narrower: Program) -> None:
+    source: Any = narrower.source.model
+    assert torch.equal(raise_model(narrower).model.rotary_emb.inv_freq, source.model.rotary_emb.inv_freq)
 
 
 @pytest.mark.parametrize("found", [torch.full((2, 2), float("nan")), torch.zeros(2, 3), torch.full((2, 2), 9.0)])
@@ -129,7 +141,3 @@ def test_probe_tokens_fit_the_vocabulary_and_nothing_smaller() -> None:
 
 def test_no_shared_output_is_no_agreement() -> None:
     assert raising.difference({"logits": torch.ones(1)}, {"other": torch.ones(1)}) == float("inf")
-
-
-def test_all_refusals_are_of_one_root(tmp_path: Path) -> None:
-    assert issubclass(StockMisfit, SecateurError)

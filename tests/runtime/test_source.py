@@ -134,6 +134,8 @@ def test_config_that_is_no_config(checkpoint: Write, llama: PreTrainedModel, tex
         ({"hidden_size": "many"}, "refused by LlamaConfig"),
         ({"vocab_size": -1}, "cannot be built"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
+        ({"attn_implementation": "somebody/kernels"}, "names code to be fetched"),
+        ({"text_config": {"_attn_implementation": "somebody/kernels:v1"}}, "names code to be fetched"),
         ({"transformers_weights": "other.safetensors"}, "another weights file"),
         ({"per_layer_config": {"1": {"intermediate_size": 8}}}, "layers differ"),
         ({"hidden_size": 128}, r"embed_tokens.weight is stored as \[96, 64\], the configuration says \[96, 128\]"),
@@ -202,7 +204,7 @@ def test_surplus_bytes(checkpoint: Write, llama: PreTrainedModel) -> None:
         open_model(folder)
 
 
-def test_every_flipped_byte_of_the_header_is_seen(checkpoint: Write, llama: PreTrainedModel) -> None:
+def test_flipped_bytes_of_the_header_are_seen(checkpoint: Write, llama: PreTrainedModel) -> None:
     """Whatever the flip hits, a name, a shape, an offset, a dtype or the syntax.  (Descriptive metadata may change.)"""
     folder = checkpoint(llama)
     good = (folder / SINGLE).read_bytes()
