@@ -28,6 +28,9 @@ from secateur.tools.report.units import size
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command("demo")(demo_command)
 
+MISFIT_HINT = (
+    "Nothing was done. round_to={hidden=8} rounds the units kept of a family to a multiple, such as of the heads"
+)
 ModelArgument = Annotated[str, typer.Argument(help="A model folder (config.json, safetensors) or a Hugging Face id.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell choices and refusals.")]
@@ -115,7 +118,7 @@ def compress_command(
         if dry_run:
             voice.result(plan.to_json(), plan_tables(plan))
             return
-        refuse([plan.misfit] if plan.misfit else [])
+        refuse([f"{plan.misfit}. {MISFIT_HINT}"] if plan.misfit else [])
         assert output is not None
         check_space(output, plan)
         windows = read_windows(program, spec, passes.seed) if passes.needs_data else None

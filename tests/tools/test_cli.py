@@ -122,6 +122,15 @@ def test_a_recipe_names_its_data_beside_itself(model_folder: Path, text_file: Pa
 
 
 @pytest.mark.usefixtures("unproved")
+def test_a_misfit_says_how_to_round(model_folder: Path, tmp_path: Path, capsys: Output) -> None:
+    arguments = ["compress", str(model_folder), "-o", str(tmp_path / "out"), "-p"]
+    assert run([*arguments, "score{metric=random},prune-width{hidden=47}"]) == 2
+    assert "round_to={hidden=8} rounds" in capsys.readouterr().err
+    assert run([*arguments, "score{metric=random},prune-width{hidden=0.25,round_to={hidden=4}}"]) == 0
+    assert secateur.load(tmp_path / "out").config.hidden_size == 48
+
+
+@pytest.mark.usefixtures("unproved")
 def test_stop_after(model_folder: Path, tmp_path: Path, capsys: Output) -> None:
     target = tmp_path / "scored"
     arguments = ["compress", str(model_folder), "-p", PRUNE, "-o", str(target), "--stop-after", "score", "--json"]
