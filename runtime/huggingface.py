@@ -166,7 +166,7 @@ def _run(command: list[str], environment: Mapping[str, str]) -> subprocess.Compl
         )
     except subprocess.TimeoutExpired:
         raise ArtifactError(
-            f"the proof in a fresh process took more than {RELOAD_SECONDS} s, so the saved model was removed: save with "
+            f"the proof in a fresh process took over {RELOAD_SECONDS} s, so the saved model was removed: save with "
             "check=False, and compare it yourself"
         ) from None
 
