@@ -1,5 +1,8 @@
 """Ops that act position by position, broadcasting."""
 
+import torch
+from torch import fx
+
 from secateur.graph.rules.base import Axes, Op, axis_rule
 
 # The identity on values, whatever it does to dtype, layout or autograd: an index tensor still counts along its axis.
@@ -33,7 +36,23 @@ def pointwise(op: Op) -> list[Axes] | Axes:
         for operand, own in zip(operands, axes, strict=True):
             for axis in own:
                 op.state.role(operand, axis, "produces" if op.name in _ADDS else "scales")
+            if op.name in _ADDS and len(operands) > 1 and _is_fixed_table(op, operand):
+                op.lock([axis for axis in own if axis.size > 1], "a fixed table is added to it")
     return [out, list(out)] if isinstance(op.value, (tuple, list)) else out
+
+
+_LOOKUPS = (*IDENTITY, *"index index_select embedding slice select unsqueeze squeeze expand view reshape".split())
+
+
+def _is_fixed_table(op: Op, node: fx.Node) -> bool:
+    """Whether a value is read from a table that is no parameter, such as sinusoidal positions: zeroing the weights of a
+    unit would leave it there, and a smaller model of the same class would compute another table."""
+    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        if node.target._schema.name.split("::")[1].rstrip("_") not in _LOOKUPS:
+            return False
+        node = node.args[0]  # type: ignore[assignment]
+    table = op.state.constant(node)
+    return table is not None and table.is_floating_point() and table.dim() > 1
 
 
 @axis_rule("aten::type_as")
