@@ -96,7 +96,7 @@ def save(program: Program, path: str | Path, *, force: bool = False, check: bool
     raised = raise_with_plan(program)
     assert raised.difference is not None
     with writing(path, needed_bytes=program.num_bytes + SPARE_BYTES, force=force) as draft:
-        _write_model(raised.model, draft.folder, program.source.folder)
+        _write_model(raised.model, draft.folder, _source_folder(program))
         figures = prove_reload(program, raised, draft.folder) if check else {}
         _describe(draft, program, raised, figures)
     return SaveReport(
@@ -183,6 +183,13 @@ def _write_model(model: PreTrainedModel, folder: Path, source: Path | None) -> N
         (folder / "generation_config.json").write_text(generation.to_json_string(), "utf-8")
     if source is not None:
         _copy_inert(source, folder)
+
+
+def _source_folder(program: Program) -> Path | None:
+    """Where tokenizer files are: the folder of the capture, or the one that the model says it was read from."""
+    named = getattr(program.source.model, "name_or_path", None) or None
+    folder = program.source.folder or (Path(named) if isinstance(named, str) else None)
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def _is_valid(generation: GenerationConfig) -> bool:

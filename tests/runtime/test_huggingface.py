@@ -81,16 +81,20 @@ def test_encoder_and_decoder(tmp_path: Path) -> None:
     assert found["faults"] == [] and found["loader"] == "AutoModelForSeq2SeqLM"
 
 
-def test_inert_files_are_copied_and_others_are_not(program: Program, tmp_path: Path) -> None:
+def test_inert_files_are_copied_and_others_are_not(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tmp_path / "source"
     source.mkdir()
     inert = ["tokenizer.json", "tokenizer_config.json", "merges.txt", "chat_template.jinja", "tokenizer.model"]
     for name in [*inert, "modeling.py", "pytorch_model.bin", "tokenizer.pkl", "secrets.txt"]:
         (source / name).write_text("{}")
-    program = program.replace(source=dataclasses.replace(program.source, folder=source))
-    save(program, tmp_path / "out", check=False)
+    save(program.replace(source=dataclasses.replace(program.source, folder=source)), tmp_path / "out", check=False)
     made = {"config.json", "generation_config.json", "model.safetensors", "secateur.json"}
     assert set(os.listdir(tmp_path / "out")) == made | set(inert)
+    monkeypatch.setattr(program.source.model, "name_or_path", str(source))  # what from_pretrained sets
+    save(program, tmp_path / "again", check=False)
+    assert set(os.listdir(tmp_path / "again")) == made | set(inert)
 
 
 def test_invalid_published_generation_file_is_kept(
