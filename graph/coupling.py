@@ -108,7 +108,7 @@ _cache: WeakKeyDictionary[Program, list[CoupledGroup]] = WeakKeyDictionary()
 
 
 def coupled_groups(program: Program) -> list[CoupledGroup]:
-    """All groups of more than one unit that own a parameter, in the order of the graph's parameters.
+    """All groups of more than one unit that own a parameter, in the order of the source model's parameters.
 
     Raises: UnsupportedOp: an op of the graph has no axis rule.
     """
@@ -162,7 +162,8 @@ def _groups(program: Program) -> list[CoupledGroup]:
     roles = _roles(analysis)
     members: dict[Atom, list[Member]] = defaultdict(list)
     buffers: dict[Atom, list[Member]] = defaultdict(list)
-    for name, (axes, _) in analysis.tensors.items():
+    rank = {name: i for i, (name, _) in enumerate(program.source.model.named_parameters())}
+    for name, (axes, _) in sorted(analysis.tensors.items(), key=lambda item: rank.get(item[0], len(rank))):
         for dim, axis in enumerate(axes):
             for leaf in dict.fromkeys(axis.leaves()):
                 if leaf.size > 1:

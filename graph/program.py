@@ -41,6 +41,18 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
+class Cut:
+    """What edits removed so far.
+
+    dense: the Program before the first edit.
+    kept: by name of each group that lost units, those that stayed: [kept] int64, ascending, numbered as in ``dense``.
+    """
+
+    dense: Program
+    kept: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Program:
     """A model as an FX graph of ATen ops over named Parameters.
 
@@ -49,12 +61,14 @@ class Program:
     history: the passes applied so far, oldest first.
     scores: importance of each unit, by group name, [units] float32, higher is more important; empty until a ``score``
         pass ran.  An edit clears it.
+    cut: what edits removed since the model was captured, or None; it is not kept in an artifact.
     """
 
     gm: fx.GraphModule
     source: Source
     history: tuple[Step, ...] = ()
     scores: Mapping[str, torch.Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    cut: Cut | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.gm(*args, **kwargs)

@@ -13,10 +13,10 @@ from torch import fx, nn
 
 from secateur.graph.analysis import Analysis, analyse, flat_axes
 from secateur.graph.atoms import Atom, BoolArray, Keep
-from secateur.graph.calls import accept_calls_of
+from secateur.graph.calls import accept_calls_of, attribute
 from secateur.graph.coupling import CoupledGroup, coupled_groups
 from secateur.graph.errors import EditError
-from secateur.graph.program import Program
+from secateur.graph.program import Cut, Program
 
 Units = Sequence[int] | torch.Tensor
 Edit = Mapping[CoupledGroup | str, Units]
@@ -38,7 +38,44 @@ def keep(program: Program, edit: Edit) -> Program:
     analysis = analyse(program)
     keeping = Keep({group.leaf: mask for group, mask in masks.items()})
     gm = _rewritten(analysis, keeping)
-    return program.replace(gm=gm, scores=MappingProxyType({}))
+    return program.replace(gm=gm, scores=MappingProxyType({}), cut=_cut(program, masks))
+
+
+def with_parameters(program: Program, values: Mapping[str, torch.Tensor]) -> Program:
+    """A new Program over the same graph in which some parameters have other values; the given one stays usable.
+
+    Args:
+        values: by name in the source model; shape, dtype and device of the parameter.
+    Raises:
+        EditError: no parameter has that name, or the shape differs.
+    """
+    old = program.gm
+    owned = dict(old.named_parameters())
+    new: dict[int, nn.Parameter] = {}
+    for name, value in values.items():
+        if name not in owned or owned[name].shape != value.shape:
+            found = tuple(owned[name].shape) if name in owned else "no such parameter"
+            raise EditError(f"{name}: a value of shape {tuple(value.shape)} is given, the program has {found}")
+        like = owned[name]
+        new[id(like)] = nn.Parameter(value.detach().to(like), requires_grad=like.requires_grad)
+    named = [*old.named_parameters(remove_duplicate=False), *old.named_buffers(remove_duplicate=False)]
+    read = {str(node.target) for node in old.graph.nodes if node.op == "get_attr"}
+    tensors: dict[str, Any] = {target: attribute(old, target) for target in read}
+    tensors |= {name: new.get(id(tensor), tensor) for name, tensor in named}
+    gm = fx.GraphModule(tensors, _copied(old)[0], class_name=old._get_name())
+    gm.meta = dict(old.meta)
+    accept_calls_of(gm, old)
+    return program.replace(gm=gm)
+
+
+def _cut(program: Program, masks: Mapping[CoupledGroup, BoolArray]) -> Cut:
+    """What was removed before and now, in the numbering of the first Program."""
+    before = program.cut or Cut(program, {})
+    kept = dict(before.kept)
+    for group, mask in masks.items():
+        stays = torch.from_numpy(mask).nonzero()[:, 0]
+        kept[group.name] = kept[group.name][stays] if group.name in kept else stays
+    return Cut(before.dense, MappingProxyType(kept))
 
 
 def resolve_edit(program: Program, edit: Edit) -> dict[CoupledGroup, BoolArray]:
@@ -81,12 +118,7 @@ def _mask(group: CoupledGroup, units: Units) -> BoolArray:
 # ---------------------------------------------------------------------- the new graph module
 def _rewritten(analysis: Analysis, keeping: Keep) -> fx.GraphModule:
     old = analysis.gm
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(old.graph, copies))
-    graph.set_codegen(old.graph._codegen)
-    out, old_out = next(iter(reversed(graph.nodes))), next(iter(reversed(old.graph.nodes)))
-    out.meta = dict(old_out.meta)
+    graph, copies = _copied(old)
     tensors = _sliced(analysis, keeping)
     for node, copy in copies.items():
         if node.op == "get_attr" and node in analysis.tensor_of:
@@ -105,6 +137,17 @@ def _rewritten(analysis: Analysis, keeping: Keep) -> fx.GraphModule:
     accept_calls_of(gm, old)
     gm.graph.lint()
     return gm
+
+
+def _copied(gm: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of a module's graph, node names included, and the copy of each node."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    graph.set_codegen(gm.graph._codegen)
+    out, old_out = next(iter(reversed(graph.nodes))), next(iter(reversed(gm.graph.nodes)))
+    out.meta = dict(old_out.meta)
+    return graph, copies
 
 
 def _sliced(analysis: Analysis, keeping: Keep) -> dict[str, torch.Tensor]:

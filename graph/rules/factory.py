@@ -5,8 +5,8 @@ from __future__ import annotations
 from secateur.graph.rules.base import Axes, Op, axis_rule
 
 _FILLED = "zeros ones full empty new_zeros new_ones new_full new_empty rand randn".split()
-_COUNTED = "arange linspace logspace eye tril_indices triu_indices scalar_tensor tensor _tensor_constant".split()
-SILENT = """_assert_tensor_metadata _assert_scalar _assert_async _assert_msg sym_constrain_range sym_size sym_numel
+_COUNTED = "arange linspace logspace eye tril_indices triu_indices scalar_tensor tensor".split()
+SILENT = """_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range sym_size sym_numel
  sym_stride sym_constrain_range_for_size item _local_scalar_dense numel is_nonzero manual_seed""".split()
 
 

@@ -159,7 +159,7 @@ def group_norm(op: Op) -> Axes:
     return axes
 
 
-@axis_rule("aten::instance_norm", "aten::lp_pool2d", "aten::local_response_norm")
+@axis_rule("aten::instance_norm")
 def by_channel(op: Op) -> Axes:
     axes = op.axes(op.first("input", "self"))
     op.lock(axes, f"{op.name} runs over it")

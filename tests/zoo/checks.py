@@ -63,7 +63,7 @@ def other_inputs(program: Program, seed: int = 1) -> dict[str, Any]:
     for name, value in program.source.example_inputs.items():
         if isinstance(value, Tensor):
             shape = [fixed or free for fixed, free in zip(sizes[name], (3, 9), strict=False)]
-            shape += [s for s in sizes[name][2:]]
+            shape += sizes[name][2:]
             whole = not value.is_floating_point()
             inputs[name] = torch.randint(3, 100, shape, generator=generator) if whole else torch.randn(shape)
         else:

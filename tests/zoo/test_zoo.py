@@ -15,5 +15,3 @@ def test_every_unlocked_group_prunes(kind: str) -> None:
     assert figures.moved > 1e-2, "the edit must change the output, or the comparison says nothing"
     assert expected_families(kind) <= figures.families, "a family that should be free is locked or missing"
     assert not figures.conflicts
-
-
