@@ -1,5 +1,7 @@
 """Secateur: a pruning compiler for language models.
 
+::
+
     program = secateur.capture("path/to/model")
     groups = secateur.coupled_groups(program)
     program = secateur.Pipeline.parse("score{metric=taylor},prune-width{ratio=0.25}").run(program, data=windows)
@@ -27,7 +29,7 @@ from secateur.graph import (
     verify,
 )
 from secateur.passes import Pipeline
-from secateur.runtime import load, open_model, save
+from secateur.runtime import load, open_model, plan_config, save, save_weights
 
 __version__ = "0.1.0.dev0"
 
@@ -61,6 +63,8 @@ __all__ = [
     "load",
     "masked_call",
     "open_model",
+    "plan_config",
     "save",
+    "save_weights",
     "verify",
 ]
