@@ -10,6 +10,8 @@ READY := $(VENV)/.ready
 # Keeps the working folder off sys.path: the folder kernels/ would shadow the PyPI package of that name.
 export PYTHONSAFEPATH = 1
 export TOKENIZERS_PARALLELISM = false
+# Threads that wait do not spin: beside another busy program, spinning makes this machine's work many times slower.
+export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: setup assets test lint pytest slow demo demo-short dist clean
 .DEFAULT_GOAL := help
