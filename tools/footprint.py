@@ -67,6 +67,8 @@ MOVES = {
     *("aten.transpose", "aten.permute", "aten.slice", "aten.clone", "aten.contiguous", "aten.alias", "aten.to"),
     *("aten.repeat_interleave", "aten.detach"),
 }
+# Ops whose result mostly shares its operand's memory.
+VIEWS = (MOVES - {"aten.clone", "aten.repeat_interleave"}) | {"aten.select", "aten.split", "aten.chunk", "aten.unbind"}
 SKIPPED = {"aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_constrain_range_for_size"}
 
 
@@ -79,6 +81,8 @@ class Footprint:
         batch and sequence; a sample where the input is no text.
     kv_bytes_per_token: keys and values that generation keeps for each token, full attention assumed; None where the
         model does not generate, has an encoder (two lengths decide), or its attention is not seen.
+    activation_bytes_per_token: all results of the forward pass that own their memory: what a backward pass keeps.
+    largest_bytes_per_token: the largest single one (the logits, mostly).
     uncounted: ops that multiply but are not counted, with how often they stand in the graph.
     """
 
@@ -88,6 +92,8 @@ class Footprint:
     kv_bytes_per_token: int | None
     batch: int
     sequence: int
+    activation_bytes_per_token: float
+    largest_bytes_per_token: float
     uncounted: Mapping[str, int]
 
     def to_json(self) -> JSON:
@@ -112,6 +118,8 @@ def footprint(program: Program, *, batch: int = BATCH, sequence: int = SEQUENCE)
         kv_bytes_per_token=round(counter.cache_bytes / tokens) if generates and counter.cache_bytes else None,
         batch=shape[0],
         sequence=shape[1],
+        activation_bytes_per_token=counter.activation_bytes / tokens,
+        largest_bytes_per_token=counter.largest_bytes / tokens,
         uncounted=dict(counter.uncounted),
     )
 
@@ -123,6 +131,7 @@ class _Counter(fx.Interpreter):
         super().__init__(program.gm, garbage_collect_values=True)
         self.program, self.mode = program, FakeTensorMode(allow_non_fake_inputs=True)
         self.flops, self.cache_bytes, self.uncounted = 0, 0, Counter[str]()
+        self.activation_bytes, self.largest_bytes = 0, 0
         self.sizes: dict[fx.Node, tuple[int, int]] = {}
         inputs = [n for n in program.gm.graph.nodes if n.op == "placeholder"]
         devices = [n.meta["val"].device for n in inputs if isinstance(n.meta.get("val"), Tensor)]
@@ -167,6 +176,9 @@ class _Counter(fx.Interpreter):
         value = super().run_node(n)
         if isinstance(value, Tensor):
             self.sizes[n] = (value.numel(), value.element_size())
+            if n.op == "call_function" and name not in VIEWS:
+                self.activation_bytes += value.numel() * value.element_size()
+                self.largest_bytes = max(self.largest_bytes, value.numel() * value.element_size())
         if name in FLOPS:
             self.flops += int(FLOPS[name](value, self.fetch_args_kwargs_from_env(n)[0]))
         elif name in UNCOUNTED:

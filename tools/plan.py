@@ -14,6 +14,7 @@ from secateur.graph import Program
 from secateur.graph.calls import accept_calls_of
 from secateur.passes import Pipeline, PlannedEdit
 from secateur.tools.footprint import Footprint, footprint
+from secateur.tools.machine import resident_bytes
 
 JSON = dict[str, Any]
 PROBE = 768
@@ -25,7 +26,8 @@ Stock = Callable[[Program], Any]
 class Job:
     """Rough needs of the job itself.
 
-    peak_bytes: weights, what the passes hold beside them, the smaller copy, and the activations of one sequence.
+    peak_bytes: this process and its libraries, weights, what the passes hold beside them, and either the activations of
+        one sequence (kept for the backward pass where there is one) or the smaller copy.
     seconds: from the counted FLOPs and the speed of a short matrix product on this machine, half of which is taken to
         be reached; plus capture and disk.  Rough: expect a factor of two either way.
     gflops: the measured speed of that product, 1e9 a second, float32.
@@ -76,19 +78,39 @@ def make_plan(
     edits = pipeline.plan(light)
     smaller = pipeline.preview(light)
     before, after = footprint(light), footprint(smaller)
-    job = estimate(pipeline, before, after, tokens=tokens, window=window, capture_seconds=capture_seconds)
+    loaded = 0 if any(p.is_meta for _, p in program.named_parameters()) else program.num_bytes
+    job = estimate(
+        pipeline,
+        before,
+        after,
+        tokens=tokens,
+        window=window,
+        capture_seconds=capture_seconds,
+        process_bytes=max(0, resident_bytes() - loaded),
+    )
     return Plan(pipeline.to_text(), before, after, tuple(edits), job, _misfit(smaller, stock))
 
 
 def estimate(
-    pipeline: Pipeline, before: Footprint, after: Footprint, *, tokens: int, window: int, capture_seconds: float = 0.0
+    pipeline: Pipeline,
+    before: Footprint,
+    after: Footprint,
+    *,
+    tokens: int,
+    window: int,
+    capture_seconds: float = 0.0,
+    process_bytes: int = 0,
 ) -> Job:
-    """Rough memory and time of running a pipeline."""
+    """Rough memory and time of running a pipeline; process_bytes: what this process holds without the weights."""
     cost, speed = pipeline.cost, probe_gflops()
     if not pipeline.needs_data:
         tokens = 0
-    activations = 40 * window * (before.parameters / 12) ** 0.5 * (8 if cost.flops > 1 else 1)
-    peak = before.bytes + max(cost.bytes_per_parameter * before.parameters + activations, after.bytes)
+    backward = cost.bytes_per_parameter > 0
+    activations = (
+        window * (before.activation_bytes_per_token if backward else 0) + 3 * window * before.largest_bytes_per_token
+    )
+    held = cost.bytes_per_parameter * before.parameters + (activations if pipeline.needs_data else 0)
+    peak = process_bytes + before.bytes + max(held, after.bytes)
     working = cost.flops * before.flops_per_token * tokens / (0.5e9 * speed)
     disk = (before.bytes + 3 * after.bytes) / DISK_BYTES_PER_SECOND
     return Job(tokens, round(peak), round(working + disk + capture_seconds, 1), round(speed, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -57,14 +57,23 @@ def mean_gradients(program: Program, wanted: set[str], context: Context, loss: L
         raise CalibrationError("the calibration data holds no token to predict: sequences need at least two tokens")
     leaves = {name: p.detach().requires_grad_() for name, p in program.named_parameters() if name in wanted}
     found = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
+    for name, leaf in leaves.items():
+        leaf.register_post_accumulate_grad_hook(_move_into(found[name]))
     with torch.enable_grad():
         for sample in context.progress(data, "gradients", len(data)):
-            value = summed_loss(program, leaves, sample, loss) / total
-            gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-            for name, gradient in zip(leaves, gradients, strict=True):
-                if gradient is not None:
-                    found[name] += gradient
+            (summed_loss(program, leaves, sample, loss) / total).backward(inputs=list(leaves.values()))
     return found
+
+
+def _move_into(total: Tensor) -> Callable[[Tensor], None]:
+    """Add a gradient to a running sum as soon as it is there and free it, so that no second set of gradients stands."""
+
+    def add(leaf: Tensor) -> None:
+        if leaf.grad is not None:
+            total.add_(leaf.grad)
+            leaf.grad = None
+
+    return add
 
 
 def targets(sample: Sample, program: Program, loss: LossKind) -> Tensor:
