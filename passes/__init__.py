@@ -7,6 +7,7 @@ from secateur.passes.pipeline import Hooks, Pipeline
 from secateur.passes.prune_width import PruneWidth
 from secateur.passes.recipe import DataSpec
 from secateur.passes.registry import PASSES
+from secateur.passes.repair import Repair
 from secateur.passes.score import Score
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "PlannedEdit",
     "Progress",
     "PruneWidth",
+    "Repair",
     "Sample",
     "Score",
     "samples",

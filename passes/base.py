@@ -85,7 +85,7 @@ class Pass(Options):
     """A transformation of Programs; its dataclass fields are its options.
 
     numerics: exact (bit-equal), close (floating-point reorder) or lossy (needs a quality number).
-    uses: facts about a Program that must hold before ("scores"); gives: that hold after; ends: that an edit ends.
+    uses: facts about a Program that must hold before ("scores", "cut"); gives: that hold after; ends: that it ends.
     """
 
     numerics: ClassVar[Literal["exact", "close", "lossy"]]
@@ -144,10 +144,16 @@ class Pass(Options):
         return result.program.replace(history=(*result.program.history, step))
 
 
-MISSING = {"scores": "the units have no scores: put score{metric=...} before it"}
+MISSING = {
+    "scores": "the units have no scores: put score{metric=...} before it",
+    "cut": "nothing was pruned since the model was opened: put prune-width{...} before it",
+}
 
 
 def facts(program: Program) -> frozenset[str]:
     """The facts that hold for a Program."""
-    tests: dict[str, Callable[[Program], bool]] = {"scores": lambda p: bool(p.scores)}
+    tests: dict[str, Callable[[Program], bool]] = {
+        "scores": lambda p: bool(p.scores),
+        "cut": lambda p: p.cut is not None,
+    }
     return frozenset(name for name, holds in tests.items() if holds(program))

@@ -51,6 +51,7 @@ class PruneWidth(Pass):
     name: ClassVar[str] = "prune-width"
     numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
     uses: ClassVar[frozenset[str]] = frozenset({"scores"})
+    gives: ClassVar[frozenset[str]] = frozenset({"cut"})
     ends: ClassVar[frozenset[str]] = frozenset({"scores"})
 
     ratio: Fraction | None = None

@@ -3,6 +3,7 @@
 from secateur.passes.base import Pass
 from secateur.passes.options import Table
 from secateur.passes.prune_width import PruneWidth
+from secateur.passes.repair import Repair
 from secateur.passes.score import Score
 
-PASSES: Table[Pass] = Table("a pass", Score, PruneWidth)
+PASSES: Table[Pass] = Table("a pass", Score, PruneWidth, Repair)

@@ -2,11 +2,24 @@
 
 from secateur.passes.importance.activation import Activation
 from secateur.passes.importance.base import Importance, aggregate, normalize
+from secateur.passes.importance.flap import Flap
 from secateur.passes.importance.magnitude import Magnitude
 from secateur.passes.importance.random import Random
 from secateur.passes.importance.taylor import Taylor
+from secateur.passes.importance.wanda import Wanda
 from secateur.passes.options import Table
 
-IMPORTANCES: Table[Importance] = Table("an importance", Random, Magnitude, Taylor, Activation)
+IMPORTANCES: Table[Importance] = Table("an importance", Random, Magnitude, Taylor, Activation, Wanda, Flap)
 
-__all__ = ["IMPORTANCES", "Activation", "Importance", "Magnitude", "Random", "Taylor", "aggregate", "normalize"]
+__all__ = [
+    "IMPORTANCES",
+    "Activation",
+    "Flap",
+    "Importance",
+    "Magnitude",
+    "Random",
+    "Taylor",
+    "Wanda",
+    "aggregate",
+    "normalize",
+]

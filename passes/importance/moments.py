@@ -1,0 +1,82 @@
+"""Moments of what consumers read, weighted by the columns that read it: the ground of Wanda and FLAP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.graph import CoupledGroup, Member, Program
+from secateur.passes.base import Context
+from secateur.passes.importance.base import MemberScores, distinct_members
+from secateur.passes.importance.observe import Reader, consumers, observe
+
+
+@dataclass
+class Moments:
+    """Sums over all calibration tokens of one activation, by channel: [channels] float64."""
+
+    count: int
+    total: Tensor
+    squares: Tensor
+
+    @property
+    def mean_square(self) -> Tensor:
+        return self.squares / max(self.count, 1)
+
+    @property
+    def variance(self) -> Tensor:
+        """Mean of the squared distance from the mean."""
+        return (self.mean_square - (self.total / max(self.count, 1)).square()).clamp_min(0)
+
+
+def weighted_columns(
+    program: Program, groups: Sequence[CoupledGroup], context: Context, statistic: Callable[[Moments], Tensor]
+) -> MemberScores:
+    """For each consumer of a group: sum over a unit's channels j of ``statistic(x_j) * |W[:, j]|^2``.
+
+    Returns: by group name, one tensor [units] float32 for each weight that consumes the group and each of its inputs.
+    """
+    pairs = {group.name: found for group in groups if (found := _pairs(program, group))}
+    seen: dict[tuple[object, int], Moments] = {}
+
+    def see(reader: Reader, value: Tensor, batch: int) -> None:
+        rows = value.movedim(reader.dim, -1).double().flatten(0, -2)
+        new = Moments(len(rows), rows.sum(0), rows.square().sum(0))
+        old = seen.get((reader.node, reader.dim))
+        if old is not None:
+            new = Moments(old.count + new.count, old.total + new.total, old.squares + new.squares)
+        seen[reader.node, reader.dim] = new
+
+    inputs = {(reader.node, reader.dim): reader for found in pairs.values() for _, reader in found}
+    observe(program, context, list(inputs.values()), see)
+    named = dict(program.named_parameters())
+    norms: dict[tuple[str, int], Tensor] = {}
+    scores: dict[str, list[Tensor]] = {}
+    for name, found in pairs.items():
+        for member, reader in found:
+            weight = named[member.parameter].detach()
+            key = (member.parameter, member.dim)
+            norm = norms.setdefault(key, _column_squares(weight, member.dim))
+            by_channel = norm * statistic(seen[reader.node, reader.dim]).to(norm.device)
+            units = by_channel[member.positions.to(norm.device)].sum(1)
+            scores.setdefault(name, []).append(units.float().cpu())
+    return scores
+
+
+def _pairs(program: Program, group: CoupledGroup) -> list[tuple[Member, Reader]]:
+    """Each weight that consumes the group, with each activation that it meets."""
+    return [
+        (member, Reader(node, dim, member.positions))
+        for member in distinct_members(group)
+        if member.role == "consumes"
+        for node, dim in consumers(program.gm, member.parameter, member.dim)
+    ]
+
+
+def _column_squares(weight: Tensor, dim: int) -> Tensor:
+    """|W[:, j]|^2 of every position along ``dim``: [positions] float64."""
+    others = [d for d in range(weight.dim()) if d != dim]
+    return weight.float().square().sum(others, dtype=torch.float64)

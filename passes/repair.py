@@ -1,0 +1,125 @@
+"""Refit what consumes pruned groups, so that the smaller model gives what the dense one gave."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from secateur.graph import Program, with_parameters
+from secateur.passes.base import Context, Cost, Pass, PassResult
+from secateur.passes.data import CalibrationError
+from secateur.passes.repair_fit import Fit, Products, fit
+from secateur.passes.repair_run import Lockstep
+from secateur.passes.repair_sites import Site, Target, sites
+
+HELD_BACK = 5  # one sequence in so many chooses the damping
+
+
+@dataclass(frozen=True)
+class Repair(Pass):
+    """Ridge least squares for every linear op that consumes a pruned group.  Numerics: lossy.
+
+    In the order of the graph, on the inputs that the already pruned and repaired model produces, the weight becomes
+    W + D, where D minimises |T - X (W + D)^T|^2 + damping |D|^2.  One calibration sequence in five chooses the damping
+    and must gain by the fit, or the weight stays as it is.  Tied weights and fused experts are left alone, by name.
+
+    target: T: own (what the op gave in the dense model) or stream (what makes the sum that the op's result is added to
+        that of the dense model, so that earlier errors are corrected too; where there is no such sum, own).
+    bias: refit biases along with the weights, where the op has one.
+    Source: Meng et al. 2024 (OSSCAR), arXiv:2403.12983, section 3; the damped form and the centre are ours.
+    """
+
+    name: ClassVar[str] = "repair"
+    numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
+    uses: ClassVar[frozenset[str]] = frozenset({"cut"})
+    ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    target: Target = "stream"
+    bias: bool = True
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(3.0, 1.0)
+
+    def call(self, program: Program, context: Context) -> PassResult:
+        data = context.data or ()
+        if len(data) < 2:
+            raise CalibrationError("repair needs two calibration sequences or more: one is held back to check the fit")
+        assert program.cut is not None
+        found, refused = sites(program, self.target, self.bias)
+        for name, reason in refused.items():
+            context.log.info("repair leaves %s alone: %s", name, reason)
+        dense, pruned = Lockstep(program.cut.dense, data), Lockstep(program, data)
+        parameters = dict(program.named_parameters())
+        values: dict[str, Tensor] = {}
+        figures: dict[str, Any] = {}
+        for site in context.progress(found, "repair", len(found)):
+            made = fit(*_products(site, dense, pruned, parameters, len(data)))
+            figures[site.parameter] = _figures(made)
+            if made.delta_NK is None:
+                context.log.info("repair leaves %s alone: no fit lowers the error on held-back tokens", site.parameter)
+            for name, value in _changed(site, made, parameters).items():
+                values[name] = value
+                pruned.replace(name, value, site.chain if name == site.parameter else site.bias_chain)
+        repaired = with_parameters(program, values).replace(scores={}) if values else program
+        summary = {"tokens": sum(s.tokens for s in data), "sequences": len(data), "left_alone": refused}
+        return PassResult(repaired, bool(values), {**summary, "consumers": figures})
+
+
+def _products(
+    site: Site, dense: Lockstep, pruned: Lockstep, parameters: dict[str, torch.nn.Parameter], count: int
+) -> tuple[Products, Products]:
+    """The sums for one site: over the sequences to fit on, and over those held back."""
+    dense.advance(site.target)
+    pruned.advance(site.node.name)
+    device = parameters[site.parameter].device
+    shape = (len(site.keep_in), len(site.keep_out), site.bias is not None, device)
+    seen, held = Products(*shape), Products(*shape)
+    back = held_back(count)
+    for sample in range(count):
+        x, wanted = pruned.value(sample, site.x.name), dense.value(sample, site.target)
+        got = pruned.value(sample, site.node.name)
+        others = [_rows(pruned.value(sample, other.name)) for other in site.others]
+        residual = _rows(wanted).index_select(-1, site.keep_out.to(device)) - sum(others, start=_rows(got))
+        (held if sample in back else seen).add(_rows(x), residual)
+    return seen, held
+
+
+def held_back(count: int) -> set[int]:
+    """Which of ``count`` sequences are held back: one in five, at least one, spread evenly."""
+    wanted = max(1, count // HELD_BACK)
+    return {(2 * i + 1) * count // (2 * wanted) for i in range(wanted)}
+
+
+def _rows(value: Tensor) -> Tensor:
+    """[..., channels] as [tokens, channels] in float32 or better."""
+    return value.reshape(-1, value.shape[-1]).to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _changed(site: Site, made: Fit, parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    """The new values of the site's weight and bias, in their dtypes."""
+    if made.delta_NK is None:
+        return {}
+    delta_NK, weight = made.delta_NK[:, : len(site.keep_in)], parameters[site.parameter].detach()
+    changed = {site.parameter: _sum(weight, delta_NK.T if site.turned else delta_NK)}
+    if site.bias is not None:
+        changed[site.bias] = _sum(parameters[site.bias].detach(), made.delta_NK[:, -1])
+    return changed
+
+
+def _sum(value: Tensor, delta: Tensor) -> Tensor:
+    return (value.double() + delta).to(value.dtype).contiguous()
+
+
+def _figures(made: Fit) -> dict[str, Any]:
+    """Root of the held-back error that is left, relative to the one before, and the damping; None: left alone."""
+    left = math.sqrt(max(made.after, 0.0) / made.before) if made.before > 0 else 1.0
+    return {"error": round(left, 4), "damping": made.damping if made.delta_NK is not None else None}

@@ -1,0 +1,93 @@
+"""Ridge least squares on accumulated products, with the damping chosen on rows that were held back.
+
+Dims: T rows (tokens), K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DAMPINGS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
+
+
+class Products:
+    """Sums over rows of what a least-squares fit of residuals ``r_TN`` on inputs ``x_TK`` needs.
+
+    Products of one call are taken in float32 or better and summed in float64.  ``ones`` adds an input that is always 1,
+    whose coefficient is a bias and is not damped.
+    """
+
+    def __init__(self, inputs: int, outputs: int, ones: bool, device: torch.device) -> None:
+        width = inputs + ones
+        self.inputs, self.ones, self.rows = inputs, ones, 0
+        self.gram_KK = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.cross_NK = torch.zeros(outputs, width, dtype=torch.float64, device=device)
+        self.energy = 0.0
+
+    def add(self, x_TK: Tensor, r_TN: Tensor) -> None:
+        """Count some rows."""
+        wide = torch.promote_types(x_TK.dtype, torch.float32)
+        x_TK, r_TN = x_TK.to(wide), r_TN.to(wide)
+        if self.ones:
+            x_TK = torch.cat([x_TK, x_TK.new_ones(len(x_TK), 1)], 1)
+        self.gram_KK += x_TK.T @ x_TK
+        self.cross_NK += r_TN.T @ x_TK
+        self.energy += float(r_TN.double().square().sum())
+        self.rows += len(x_TK)
+
+    def merged(self, other: Products) -> Products:
+        """The products over the rows of both."""
+        both = Products(self.inputs, len(self.cross_NK), self.ones, self.gram_KK.device)
+        both.gram_KK = self.gram_KK + other.gram_KK
+        both.cross_NK = self.cross_NK + other.cross_NK
+        both.energy, both.rows = self.energy + other.energy, self.rows + other.rows
+        return both
+
+    def error(self, delta_NK: Tensor) -> float:
+        """Sum of squares of ``r - x delta^T``; ``energy`` for a delta of zero."""
+        explained = 2 * (delta_NK * self.cross_NK).sum() - (delta_NK * (delta_NK @ self.gram_KK)).sum()
+        return self.energy - float(explained)
+
+    def solve(self, damping: float) -> Tensor | None:
+        """delta_NK that minimises ``error(delta) + damping * mean(diag(gram)) * |delta|^2``; None where that fails.
+
+        Source: Hoerl & Kennard 1970, with the penalty on the correction, so that a large damping changes nothing.
+        """
+        diagonal = self.gram_KK.diagonal()[: self.inputs]
+        penalty = torch.zeros_like(self.gram_KK.diagonal())
+        penalty[: self.inputs] = damping * diagonal.mean()
+        factor, failed = torch.linalg.cholesky_ex(self.gram_KK + penalty.diag())
+        if bool(failed):
+            return None
+        delta_NK = torch.cholesky_solve(self.cross_NK.T, factor).T
+        return delta_NK if bool(torch.isfinite(delta_NK).all()) else None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A correction and what it does to the held-back rows.
+
+    delta_NK: to add to the weight (and bias, the last column), or None: nothing makes the held-back rows better.
+    damping: relative to the mean of the gram's diagonal.   before, after: held-back sums of squares.
+    """
+
+    delta_NK: Tensor | None
+    damping: float
+    before: float
+    after: float
+
+
+def fit(seen: Products, held: Products) -> Fit:
+    """The correction of the damping that serves the held-back rows best, fitted again on all rows.
+
+    It is given only where the one fitted without the held-back rows makes these strictly better.
+    """
+    tried = [(held.error(delta), damping) for damping in DAMPINGS if (delta := seen.solve(damping)) is not None]
+    after, damping = min(tried, default=(float("inf"), 0.0))
+    delta = seen.merged(held).solve(damping) if after < held.energy else None
+    if delta is None:
+        return Fit(None, 0.0, held.energy, held.energy)
+    return Fit(delta, damping, held.energy, after)

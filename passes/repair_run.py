@@ -1,0 +1,90 @@
+"""All calibration sequences advance together through a graph, node by node.
+
+At any moment only the values that are still to be read are held, for every sequence: the memory of one layer's
+activations over the calibration tokens, whatever the depth.  Weights may change on the way; what was computed before
+stays as it was, what comes after sees the new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from secateur.graph import Program
+from secateur.passes.data import Sample
+
+
+class Lockstep(fx.Interpreter):
+    """A Program that runs all samples at once and can be stopped before any node.
+
+    data: the sequences.
+    """
+
+    def __init__(self, program: Program, data: Sequence[Sample]) -> None:
+        super().__init__(program.gm, garbage_collect_values=False)
+        self.extra_traceback = False
+        self._nodes = list(program.gm.graph.nodes)
+        self._place = {node.name: at for at, node in enumerate(self._nodes)}
+        self._ends = _last_reads(self._nodes)
+        self._values: dict[str, Tensor] = {}
+        self._at = 0
+        self._environments: list[dict[fx.Node, Any]] = [{} for _ in data]
+        self._inputs = [{**program.source.example_inputs, **sample.inputs} for sample in data]
+
+    def advance(self, name: str) -> None:
+        """Run every sample up to the named node, itself excluded; nothing to do where that was passed before."""
+        stop = self._place[name]
+        with torch.no_grad():
+            for node in self._nodes[self._at : stop]:
+                for sample in range(len(self._environments)):
+                    self._step(sample, node)
+        self._at = max(self._at, stop)
+
+    def value(self, sample: int, name: str) -> Any:
+        """The value of a node that was reached: held, or computed from held values without being kept."""
+        node = self._nodes[self._place[name]]
+        self._enter(sample)
+        if node in self.env:
+            return self.env[node]
+        assert self._place[name] >= self._at, f"{name} was passed and is no longer held"
+        with torch.no_grad():
+            return self.run_node(node)
+
+    def replace(self, parameter: str, value: Tensor, chain: Iterable[fx.Node]) -> None:
+        """Use another value for a parameter from here on.  chain: its get_attr and what was computed from it alone."""
+        target = str(self._nodes[self._place[next(iter(chain)).name]].target)
+        self._values[target] = value
+        with torch.no_grad():
+            for sample in range(len(self._environments)):
+                for node in chain:
+                    self._enter(sample)
+                    self.env[node] = self.run_node(node)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._values[target] if target in self._values else super().get_attr(target, args, kwargs)
+
+    def _enter(self, sample: int) -> None:
+        self.env = self._environments[sample]
+
+    def _step(self, sample: int, node: fx.Node) -> None:
+        self._enter(sample)
+        if node.op == "placeholder":
+            self.env[node] = self._inputs[sample].get(str(node.target))
+            return
+        self.env[node] = self.run_node(node)
+        for done in self._ends.get(node, ()):
+            self.env.pop(done, None)
+
+
+def _last_reads(nodes: Sequence[fx.Node]) -> Mapping[fx.Node, list[fx.Node]]:
+    """By node, the values that nothing reads after it."""
+    ends: dict[fx.Node, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for node in reversed(nodes):
+        for read in {*node.all_input_nodes, node} - seen:
+            seen.add(read)
+            ends.setdefault(node, []).append(read)
+    return ends

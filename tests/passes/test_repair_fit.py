@@ -1,0 +1,98 @@
+"""The least-squares fit against closed forms, and every way in which it declines."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from secateur.passes.repair_fit import Products, fit
+
+
+def rows(count: int, inputs: int, seed: int) -> Tensor:
+    return torch.randn(count, inputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def products(x: Tensor, r: Tensor, ones: bool = False) -> Products:
+    made = Products(x.shape[1], r.shape[1], ones, x.device)
+    for start in range(0, len(x), 7):
+        made.add(x[start : start + 7], r[start : start + 7])
+    return made
+
+
+def test_the_solution_is_ridge_regression() -> None:
+    x, r = rows(40, 5, 0), rows(40, 3, 1)
+    for damping in (1e-3, 0.1, 10.0):
+        found = products(x, r).solve(damping)
+        penalty = damping * (x.T @ x).diagonal().mean()
+        expected = torch.linalg.solve(x.T @ x + penalty * torch.eye(5, dtype=x.dtype), x.T @ r).T
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_large_damping_changes_nothing_and_a_small_one_is_plain_least_squares() -> None:
+    x, r = rows(40, 5, 0), rows(40, 3, 1)
+    nothing, plain = products(x, r).solve(1e12), products(x, r).solve(1e-12)
+    assert nothing is not None and plain is not None
+    assert float(nothing.abs().max()) < 1e-10
+    torch.testing.assert_close(plain.T, torch.linalg.lstsq(x, r).solution)
+
+
+def test_the_error_is_the_sum_of_squares_that_is_left() -> None:
+    x, r, delta = rows(40, 5, 0), rows(40, 3, 1), rows(3, 5, 2)
+    assert products(x, r).error(delta) == pytest.approx(float((r - x @ delta.T).square().sum()))
+    assert products(x, r).error(torch.zeros_like(delta)) == pytest.approx(float(r.square().sum()))
+
+
+def test_a_bias_is_not_damped() -> None:
+    x = rows(50, 4, 0)
+    x = x - x.mean(0)
+    r = torch.tensor([2.0, -3.0], dtype=x.dtype).expand(50, 2)
+    found = products(x, r, ones=True).solve(1e6)
+    assert found is not None
+    torch.testing.assert_close(found[:, -1], r[0])
+    assert found.shape == (2, 5)
+
+
+def test_products_of_two_parts_are_those_of_the_whole() -> None:
+    x, r = rows(40, 5, 0), rows(40, 3, 1)
+    whole, both = products(x, r, True), products(x[:21], r[:21], True).merged(products(x[21:], r[21:], True))
+    torch.testing.assert_close(both.gram_KK, whole.gram_KK)
+    torch.testing.assert_close(both.cross_NK, whole.cross_NK)
+    assert both.energy == pytest.approx(whole.energy) and both.rows == whole.rows == 40
+
+
+def test_what_can_be_explained_is_found_and_fitted_on_all_rows() -> None:
+    x, weight = rows(60, 5, 0), rows(3, 5, 1)
+    r = x @ weight.T + 0.01 * rows(60, 3, 2)
+    made = fit(products(x[:40], r[:40]), products(x[40:], r[40:]))
+    assert made.delta_NK is not None and made.after < 0.01 * made.before
+    torch.testing.assert_close(made.delta_NK, products(x, r).solve(made.damping))
+
+
+def test_noise_is_left_alone_or_damped_until_the_held_back_rows_gain() -> None:
+    for seed in range(20):
+        seen = products(rows(12, 10, seed), rows(12, 2, seed + 100))
+        held = products(rows(30, 10, seed + 200), rows(30, 2, seed + 300))
+        made = fit(seen, held)
+        assert made.after <= made.before == held.energy
+        assert (made.delta_NK is None) == (made.after == made.before)
+
+
+def test_residuals_that_turn_around_are_left_alone() -> None:
+    x, weight = rows(40, 5, 0), rows(3, 5, 1)
+    made = fit(products(x, x @ weight.T), products(x, -x @ weight.T))
+    assert made.delta_NK is None and made.after == made.before
+
+
+def test_no_input_at_all_cannot_be_factored_and_is_left_alone() -> None:
+    x, r = torch.zeros(10, 4, dtype=torch.float64), rows(10, 2, 0)
+    assert products(x, r).solve(0.1) is None
+    assert fit(products(x, r), products(x, r)).delta_NK is None
+
+
+def test_repeated_inputs_need_the_damping_and_get_it() -> None:
+    x = rows(40, 1, 0).expand(40, 6)
+    r = x[:, :2].clone()
+    made = fit(products(x[:30], r[:30]), products(x[30:], r[30:]))
+    assert made.delta_NK is not None and bool(made.delta_NK.isfinite().all())
+    assert made.after < 1e-3 * made.before
