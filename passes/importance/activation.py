@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,33 +14,61 @@ from secateur.passes.base import Context
 from secateur.passes.importance.base import Importance, MemberScores, Needs
 from secateur.passes.importance.observe import Reader, observe, readers
 
+OverSequence = Literal["mean", "l2", "var"]
+OverBatch = Literal["l2", "mean", "var"]
+
+# What becomes of a unit's activity over the positions of a sequence: [batch, positions, units] -> [batch, units].
+SEQUENCE: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: x.abs().mean(1, dtype=torch.float64),
+    "l2": lambda x: torch.linalg.vector_norm(x, dim=1, dtype=torch.float64),
+    "var": lambda x: x.double().var(1, correction=0),
+}
+# What becomes of that over all sequences, from their number, sum and sum of squares.
+BATCH: Mapping[str, Callable[[int, Tensor, Tensor], Tensor]] = {
+    "l2": lambda count, total, squares: squares.sqrt(),
+    "mean": lambda count, total, squares: total / count,
+    "var": lambda count, total, squares: (squares / count - (total / count).square()).clamp_min(0),
+}
+
 
 @dataclass(frozen=True)
 class Activation(Importance):
-    """Minitron's activation score: mean of |x| over a sequence, L2 over sequences.
+    """Minitron's activation score: |x| aggregated over a sequence, then over sequences.
 
     A unit of several positions (a head) is reduced by L2 over them first; a unit with several distinct consumer inputs
     (a residual channel: every norm's output) has one score for each, which aggregation adds.
-    Source: Muralidharan et al. 2024, arXiv:2407.14679, section 2.2 and table 11 (batch L2, sequence mean).
+    sequence: over positions: mean of |x|, l2, or var (of x itself, by the number of positions).
+    batch: over sequences: l2, mean or var (by their number).
+    Source: Muralidharan et al. 2024, arXiv:2407.14679, section 2.2 and table 11 (batch L2, sequence mean is best).
     """
 
     name: ClassVar[str] = "activation"
     needs: ClassVar[Needs] = "activations"
 
+    batch: OverBatch = "l2"
+    sequence: OverSequence = "mean"
+
     def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
         reading = {group.name: found for group in groups if (found := readers(program, group))}
         wanted = [reader for found in reading.values() for reader in found]
-        squares = {reader: torch.zeros(len(reader.positions), dtype=torch.float64) for reader in wanted}
+        totals = {reader: torch.zeros(len(reader.positions), dtype=torch.float64) for reader in wanted}
+        squares = {reader: torch.zeros_like(total) for reader, total in totals.items()}
+        counts = dict.fromkeys(wanted, 0)
 
         def see(reader: Reader, value: Tensor, batch: int) -> None:
-            squares[reader] += unit_activity(value, reader, batch).square().sum(0).cpu()
+            activity = unit_activity(value, reader, batch, self.sequence).cpu()
+            counts[reader] += len(activity)
+            totals[reader] += activity.sum(0)
+            squares[reader] += activity.square().sum(0)
 
-        observe(program, context, squares, see)
-        return {name: [squares[r].sqrt().float() for r in found] for name, found in reading.items()}
+        observe(program, context, totals, see)
+        over = BATCH[self.batch]
+        scored = {reader: over(max(counts[reader], 1), totals[reader], squares[reader]).float() for reader in wanted}
+        return {name: [scored[reader] for reader in found] for name, found in reading.items()}
 
 
-def unit_activity(value: Tensor, reader: Reader, batch: int) -> Tensor:
-    """Mean over a sequence of each unit's activity.
+def unit_activity(value: Tensor, reader: Reader, batch: int, sequence: OverSequence = "mean") -> Tensor:
+    """Each unit's activity over a sequence.
 
     Args: value: the activation; ``reader.dim`` holds the channels, the other dims are batch and positions in order.
     Returns: [batch, units] float64.
@@ -48,5 +76,5 @@ def unit_activity(value: Tensor, reader: Reader, batch: int) -> Tensor:
     channels_last = value.movedim(reader.dim, -1).float()
     flat = channels_last.reshape(batch, -1, channels_last.shape[-1])
     units = flat[..., reader.positions.to(flat.device)]
-    activity: Tensor = torch.linalg.vector_norm(units, dim=-1)
-    return activity.mean(1, dtype=torch.float64)
+    signed = units[..., 0] if units.shape[-1] == 1 else torch.linalg.vector_norm(units, dim=-1)
+    return SEQUENCE[sequence](signed)

@@ -82,23 +82,31 @@ def distinct_members(group: CoupledGroup) -> list[Member]:
     return list(seen.values())
 
 
-def per_unit(salience: Tensor, member: Member) -> Tensor:
+def per_unit(salience: Tensor, member: Member, vectors: bool = False) -> Tensor:
     """Sum the entries of a unit.
 
-    Args: salience: of every entry of the member's parameter, shape of the parameter.
+    Args:
+        salience: of every entry of the member's parameter, shape of the parameter.
+        vectors: take the absolute value of each position's sum before a unit's positions are added.
     Returns: [units] float64.
     """
     others = [dim for dim in range(salience.dim()) if dim != member.dim]
     along = salience.sum(others, dtype=torch.float64) if others else salience.double()
+    along = along.abs() if vectors else along
     return along[member.positions.to(along.device)].sum(1).cpu()
 
 
 def parameter_scores(
-    program: Program, groups: Sequence[CoupledGroup], salience: Callable[[str, Tensor], Tensor]
+    program: Program,
+    groups: Sequence[CoupledGroup],
+    salience: Callable[[str, Tensor], Tensor],
+    vectors: bool = False,
 ) -> dict[str, list[Tensor]]:
     """Member scores of an estimator that looks at each entry of each parameter.
 
-    Args: salience: (name, parameter) -> salience of every entry, shape of the parameter; computed once a parameter.
+    Args:
+        salience: (name, parameter) -> salience of every entry, shape of the parameter; computed once a parameter.
+        vectors: as in ``per_unit``.
     """
     named = dict(program.named_parameters())
     wanted: dict[str, list[tuple[str, int, Member]]] = {}
@@ -109,5 +117,5 @@ def parameter_scores(
     for name, members in wanted.items():
         value = salience(name, named[name].detach())
         for group_name, place, member in members:
-            found.setdefault(group_name, {})[place] = per_unit(value, member).float()
+            found.setdefault(group_name, {})[place] = per_unit(value, member, vectors).float()
     return {name: [by_place[i] for i in sorted(by_place)] for name, by_place in found.items()}
