@@ -4,7 +4,7 @@ by 30 % at once, compared with the oracle.  Nothing in secateur knows these name
     python -P benchmarks/architectures.py [--only llama,gpt2] [--json FILE]
 
 A line an architecture: pass (difference <= 1e-4 of the largest logit), wrong, refused (secateur says why), or not built
-(this script's one set of tiny sizes does not suit the architecture; nothing was tried).
+(this script's one set of tiny sizes does not suit the architecture: the model itself cannot be built or run).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from zoo.checks import captured, check_all_at_once
-from zoo.models import CLASSES, NAMED, PLAIN, tiny_config
+from zoo.models import CLASSES, NAMED, PLAIN, tiny_config, tiny_model
 
 from secateur import SecateurError
 
@@ -86,6 +86,9 @@ def build(kind: str) -> None:
     size = sum(p.numel() for p in model.parameters())
     if size > LARGEST:
         raise ValueError(f"{size / 1e6:.0f} M parameters: the tiny sizes do not reach its nested configuration")
+    model = tiny_model(kind)
+    if model.main_input_name == "input_ids" and not model.config.is_encoder_decoder:
+        model(input_ids=torch.arange(3, 25).reshape(2, 11))
 
 
 @contextlib.contextmanager
