@@ -24,8 +24,9 @@ class Repair(Pass):
     """Ridge least squares for every linear op that consumes a pruned group.  Numerics: lossy.
 
     In the order of the graph, on the inputs that the already pruned and repaired model produces, the weight becomes
-    W + D, where D minimises |T - X (W + D)^T|^2 + damping |D|^2.  One calibration sequence in five chooses the damping
-    and must gain by the fit, or the weight stays as it is.  Tied weights and fused experts are left alone, by name.
+    W + D, where D minimises |T - X (W + D)^T|^2 + damping |D diag(s)|^2 and s is the root of each input's energy.  One
+    calibration sequence in five chooses the damping and must gain by the fit, or the weight stays as it is.  Weights
+    that several ops share and fused experts are left alone, by name.
 
     target: T: own (what the op gave in the dense model) or stream (what makes the sum that the op's result is added to
         that of the dense model, so that earlier errors are corrected too; where there is no such sum, own).
@@ -48,6 +49,10 @@ class Repair(Pass):
     @property
     def cost(self) -> Cost:
         return Cost(3.0, 1.0)
+
+    def requires(self, program: Program) -> list[str]:
+        on_meta = any(p.is_meta for _, p in program.named_parameters())
+        return super().requires(program) + ["the weights are on the meta device: open the model with weights"] * on_meta
 
     def call(self, program: Program, context: Context) -> PassResult:
         data = context.data or ()

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DAMPINGS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
+DAMPINGS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
+FLOOR = 1e-3
 
 
 class Products:
@@ -52,14 +53,17 @@ class Products:
         return self.energy - float(explained)
 
     def solve(self, damping: float) -> Tensor | None:
-        """delta_NK that minimises ``error(delta) + damping * mean(diag(gram)) * |delta|^2``; None where that fails.
+        """delta_NK that minimises ``error(delta) + damping * sum(s_K * delta_NK^2)``; None where that fails.
 
-        Source: Hoerl & Kennard 1970, with the penalty on the correction, so that a large damping changes nothing.
+        s_K: the energy of each input, so that the penalty is the same whatever an input's scale; inputs that hardly
+        ever fire get at least a thousandth of the mean.
+        Source: Hoerl & Kennard 1970, on standardised inputs, with the penalty on the correction, so that a large
+        damping changes nothing.
         """
-        diagonal = self.gram_KK.diagonal()[: self.inputs]
-        penalty = torch.zeros_like(self.gram_KK.diagonal())
-        penalty[: self.inputs] = damping * diagonal.mean()
-        factor, failed = torch.linalg.cholesky_ex(self.gram_KK + penalty.diag())
+        penalty = self.gram_KK.diagonal().clone()
+        penalty[: self.inputs] += FLOOR * penalty[: self.inputs].mean()
+        penalty[self.inputs :] = 0
+        factor, failed = torch.linalg.cholesky_ex(self.gram_KK + (damping * penalty).diag())
         if bool(failed):
             return None
         delta_NK = torch.cholesky_solve(self.cross_NK.T, factor).T
@@ -71,7 +75,7 @@ class Fit:
     """A correction and what it does to the held-back rows.
 
     delta_NK: to add to the weight (and bias, the last column), or None: nothing makes the held-back rows better.
-    damping: relative to the mean of the gram's diagonal.   before, after: held-back sums of squares.
+    damping: relative to the energy of each input.   before, after: held-back sums of squares.
     """
 
     delta_NK: Tensor | None

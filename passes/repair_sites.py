@@ -71,8 +71,13 @@ def sites(program: Program, target: Target, bias: bool) -> tuple[list[Site], dic
         else:
             refused[name] = made
     found.sort(key=lambda site: order[site.node])
+    known = {node.name for node in program.cut.dense.gm.graph.nodes}
+    for site in [site for site in found if site.target not in known]:
+        found.remove(site)
+        refused[site.parameter] = "the dense graph has no such op"
     if target == "stream":
-        found = _towards_stream(found, order)
+        aimed = _towards_stream(found, order)
+        found = [new if new.target in known else old for old, new in zip(found, aimed, strict=True)]
     return found, refused
 
 

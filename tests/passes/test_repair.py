@@ -214,6 +214,14 @@ def test_without_a_cut_or_enough_data_it_refuses(llama: Program) -> None:
         repaired(cut, [data[:1]])
 
 
+def test_weights_are_needed() -> None:
+    with torch.device("meta"):
+        program = capture(tiny_model("llama"))
+    cut = keep(program, {"mlp@model.layers.0.mlp": [1, 5]})
+    with pytest.raises(PipelineError, match="meta device"):
+        Repair()(cut, Context(data=samples([tokens(4, 12, 128)], program)))
+
+
 def test_a_pipeline_knows_that_pruning_makes_repair_possible() -> None:
     program = capture(tiny_model("llama"))
     done = Pipeline.parse("score{metric=flap},prune-width{mlp=0.25},repair{target=own}").run(program, [tokens(4, 12)])

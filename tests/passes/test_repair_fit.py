@@ -24,8 +24,9 @@ def test_the_solution_is_ridge_regression() -> None:
     x, r = rows(40, 5, 0), rows(40, 3, 1)
     for damping in (1e-3, 0.1, 10.0):
         found = products(x, r).solve(damping)
-        penalty = damping * (x.T @ x).diagonal().mean()
-        expected = torch.linalg.solve(x.T @ x + penalty * torch.eye(5, dtype=x.dtype), x.T @ r).T
+        energy = x.square().sum(0)
+        penalty = damping * (energy + 1e-3 * energy.mean())
+        expected = torch.linalg.solve(x.T @ x + penalty.diag(), x.T @ r).T
         torch.testing.assert_close(found, expected)
 
 
@@ -41,6 +42,14 @@ def test_the_error_is_the_sum_of_squares_that_is_left() -> None:
     x, r, delta = rows(40, 5, 0), rows(40, 3, 1), rows(3, 5, 2)
     assert products(x, r).error(delta) == pytest.approx(float((r - x @ delta.T).square().sum()))
     assert products(x, r).error(torch.zeros_like(delta)) == pytest.approx(float(r.square().sum()))
+
+
+def test_the_scale_of_an_input_hardly_matters() -> None:
+    x, r = rows(40, 5, 0), rows(40, 3, 1)
+    scale = torch.tensor([1.0, 0.5, 2.0, 1.0, 3.0], dtype=x.dtype)
+    plain, scaled = products(x, r).solve(0.1), products(x * scale, r).solve(0.1)
+    assert plain is not None and scaled is not None
+    torch.testing.assert_close(scaled * scale, plain, rtol=0.02, atol=1e-3)
 
 
 def test_a_bias_is_not_damped() -> None:
