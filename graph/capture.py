@@ -97,7 +97,17 @@ def _named_inputs(model: nn.Module, given: Any) -> dict[str, Any]:
         raise CaptureError(
             f"example_inputs name {unknown}, but {type(model).__name__}.forward takes {list(parameters)}"
         )
-    return inputs | {n: False for n in OFF[:1] if n in parameters and n not in inputs}
+    return _grown(inputs) | {n: False for n in OFF[:1] if n in parameters and n not in inputs}
+
+
+def _grown(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch of one and a sequence of one are doubled: a size of one is traced as a constant and would hold for ever."""
+    tensors = {n: v for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.dim()}
+    for dim in (0, 1):
+        alike = {n: v for n, v in tensors.items() if dim == 0 or (v.dim() == 2 and not v.is_floating_point())}
+        if alike and all(v.shape[dim] == 1 for v in alike.values()):
+            tensors |= {n: torch.cat([v, v], dim) for n, v in alike.items()}
+    return inputs | tensors
 
 
 def _takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:

@@ -117,6 +117,13 @@ def test_what_cannot_be_captured_names_the_module_and_the_reason() -> None:
         graph.capture(Outer(), torch.ones(2, 4))
 
 
+@pytest.mark.parametrize("shape", [(1, 8), (1, 1), (3, 3), (2, 2)])
+def test_the_example_s_own_sizes_fix_nothing(shape: tuple[int, int]) -> None:
+    model = perturb(NanoGPT())
+    program = graph.capture(model, torch.randint(3, 100, shape))
+    assert torch.equal(program(IDS), model(IDS))
+
+
 def test_a_plain_module_without_example_inputs_is_told_what_to_pass() -> None:
     with pytest.raises(CaptureError, match="pass example_inputs"):
         graph.capture(NanoGPT())
