@@ -101,7 +101,7 @@ def _named_inputs(model: nn.Module, given: Any) -> dict[str, Any]:
 
 
 def _grown(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A batch of one and a sequence of one are doubled: a size of one is traced as a constant and would hold for ever."""
+    """A batch or sequence of one is doubled: a size of one is traced as a constant and would hold for ever."""
     tensors = {n: v for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.dim()}
     for dim in (0, 1):
         alike = {n: v for n, v in tensors.items() if dim == 0 or (v.dim() == 2 and not v.is_floating_point())}
