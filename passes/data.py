@@ -47,7 +47,7 @@ def samples(data: Iterable[Batch], program: Program) -> tuple[Sample, ...]:
     Args: data: batches: ``input_ids`` [batch, seq] int64, or maps of model inputs whose tensors share the batch dim.
         ``attention_mask`` (0 where padded) and ``labels`` (-100 where not counted) are understood even where the
         captured model takes neither: padding is cut off, as is a tail of ignored labels without a mask.
-    A single tensor [batch, seq] will do, too.
+    A single tensor [batch, seq] will do, too, and so will sequences [seq] one by one.
     Raises: CalibrationError: no sequence at all, wrong shape or dtype, an input that the captured model does not take.
     """
     device = next((p.device for _, p in program.named_parameters()), torch.device("cpu"))
@@ -78,6 +78,8 @@ def _as_inputs(batch: Batch, program: Program) -> dict[str, Any]:
     if not isinstance(batch, Tensor):
         raise CalibrationError(f"expected a tensor or a map of model inputs, found {type(batch).__name__}")
     name = main_input(program)
+    if name == "input_ids" and batch.dim() == 1:
+        batch = batch[None]
     if name == "input_ids" and (batch.dim() != 2 or batch.is_floating_point()):
         raise CalibrationError(f"expected input_ids [batch, seq] int64, found {list(batch.shape)} {batch.dtype}")
     return {name: batch}

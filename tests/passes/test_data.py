@@ -22,8 +22,8 @@ def shapes(found: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     "data",
-    [IDS, [IDS], [IDS[:1], IDS[1:]], [{"input_ids": IDS}], {"input_ids": IDS}, (batch for batch in [IDS])],
-    ids=["tensor", "list", "split", "maps", "map", "generator"],
+    [IDS, [IDS], [IDS[:1], IDS[1:]], list(IDS), [{"input_ids": IDS}], {"input_ids": IDS}, (batch for batch in [IDS])],
+    ids=["tensor", "list", "split", "sequences", "maps", "map", "generator"],
 )
 def test_every_form_gives_the_same_sequences(two_layers: Program, data: Any) -> None:
     found = samples(data, two_layers)
@@ -58,7 +58,7 @@ def test_a_tail_of_ignored_labels_is_padding_and_a_head_is_context(two_layers: P
         ("some text", "tokenise it first"),
         (["some text"], "tokenise it first"),
         ([3], "expected a tensor or a map"),
-        ([torch.zeros(4, dtype=torch.int64)], r"\[batch, seq\]"),
+        ([torch.zeros(1, 2, 4, dtype=torch.int64)], r"\[batch, seq\]"),
         ([torch.zeros(2, 4)], "int64"),
         ([{"ids": IDS}], "takes no 'ids'; it takes: input_ids"),
         ([{"input_ids": IDS, "labels": torch.zeros(3, 4)}], "share their first dim"),
