@@ -143,7 +143,7 @@ def test_stop_after(model_folder: Path, tmp_path: Path, capsys: Output) -> None:
 def test_passes_are_listed(capsys: Output) -> None:
     assert run(["passes", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert [entry["name"] for entry in listed["passes"]] == ["score", "prune-width"]
+    assert [entry["name"] for entry in listed["passes"]] == ["score", "prune-width", "repair"]
     assert {"random", "magnitude", "taylor", "activation"} == {entry["name"] for entry in listed["importances"]}
     ratio = next(o for entry in listed["passes"] for o in entry["options"] if o["name"] == "ratio")
     assert ratio["default"] == ""

@@ -29,7 +29,7 @@ ANSWER_TOKENS = 48
 class Size:
     """How much the demo does: the pipeline, tokens to calibrate on and to evaluate, and rounds of the speed test."""
 
-    pipeline: str = "score{metric=activation},prune-width{mlp=0.25}"
+    pipeline: str = "score{metric=wanda},prune-width{mlp=0.25},repair"
     calibration_tokens: int = 16_384
     calibration_window: int = 512
     evaluation_tokens: int = 24_576

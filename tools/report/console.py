@@ -58,7 +58,7 @@ class Voice:
         """A bar with the time left."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-        with Progress(*columns, *times, console=self.err, transient=True) as bar:
+        with Progress(*columns, *times, console=self.err, transient=True, disable=not self.err.is_terminal) as bar:
             yield from bar.track(items, total=total, description=description)
 
 
