@@ -144,7 +144,8 @@ def test_passes_are_listed(capsys: Output) -> None:
     assert run(["passes", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in listed["passes"]] == ["score", "prune-width", "repair"]
-    assert {"random", "magnitude", "taylor", "activation"} == {entry["name"] for entry in listed["importances"]}
+    importances = {entry["name"] for entry in listed["importances"]}
+    assert importances == {"random", "magnitude", "taylor", "activation", "wanda", "flap"}
     ratio = next(o for entry in listed["passes"] for o in entry["options"] if o["name"] == "ratio")
     assert ratio["default"] == ""
     assert "fraction of units removed" in ratio["meaning"]
