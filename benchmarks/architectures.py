@@ -59,7 +59,7 @@ def row(kind: str) -> dict[str, Any]:
         with time_limit():
             if kind not in PLAIN:
                 build(kind)
-    except BaseException as error:
+    except Exception as error:
         return {"result": "not built", "kind": kind, "why": short(error)}
     try:
         with time_limit():

@@ -17,7 +17,7 @@ from torch.export import Dim
 from secateur.graph.calls import OFF, accept_any_call, attribute
 from secateur.graph.errors import CaptureError
 from secateur.graph.program import Program, Source
-from secateur.graph.repeat import NotRepeated, extend, find_stack, shortened
+from secateur.graph.repeat import NotRepeated, check_alike_when_run, extend, find_stack, shortened
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,10 @@ def _repeated(model: nn.Module, inputs: dict[str, Any]) -> fx.GraphModule | None
         with shortened(model, stack):
             gm = _whole(model, inputs)
         extend(gm, model, stack)
-        _check_equal(gm, model, inputs)
+        if any(p.is_meta for p in model.parameters()):
+            check_alike_when_run(model, stack, inputs)
+        else:
+            _check_equal(gm, model, inputs)
     except (NotRepeated, CaptureError) as reason:
         log.info("%s is exported whole: %s", stack.path, reason)
         return None
@@ -72,9 +75,7 @@ def _repeated(model: nn.Module, inputs: dict[str, Any]) -> fx.GraphModule | None
 
 
 def _check_equal(gm: fx.GraphModule, model: nn.Module, inputs: dict[str, Any]) -> None:
-    """The laid layers compute what the model computes, bit for bit, where it has weights."""
-    if any(p.is_meta for p in model.parameters()):
-        return
+    """The laid layers compute what the model computes, bit for bit."""
     with torch.no_grad():
         pairs = zip(pytree.tree_leaves(gm(**inputs)), pytree.tree_leaves(model(**inputs)), strict=True)
         for ours, theirs in pairs:

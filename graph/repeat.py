@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +111,52 @@ def shortened(model: nn.Module, stack: Stack) -> Iterator[None]:
         yield
     finally:
         parent._modules[name] = stack.layers
+
+
+class _Recorder(TorchDispatchMode):
+    """The ops that run, with the shapes of their tensors and the values of their other arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shown = pytree.tree_map(lambda x: tuple(x.shape) if isinstance(x, torch.Tensor) else x, (args, kwargs))
+        self.ops.append(f"{func} {shown}")
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return args[0].dtype == torch.bool or 1  # a value that is not there: one answer for all layers
+        return func(*args, **(kwargs or {}))
+
+
+def check_alike_when_run(model: nn.Module, stack: Stack, inputs: dict[str, Any]) -> None:
+    """Run the whole model and compare what each laid layer does with the last of its kind in the prefix, op by op.
+
+    For models without weights, whose results cannot be compared: it finds a layer that behaves otherwise by its number
+    alone.   Raises: NotRepeated: such a layer.
+    """
+    recorder, bounds = _Recorder(), dict[nn.Module, tuple[int, int]]()
+
+    def enter(layer: nn.Module, *_: Any) -> None:
+        bounds[layer] = (len(recorder.ops), len(recorder.ops))
+
+    def leave(layer: nn.Module, *_: Any) -> None:
+        bounds[layer] = (bounds[layer][0], len(recorder.ops))
+
+    handles = [h for x in stack.layers for h in (x.register_forward_pre_hook(enter), x.register_forward_hook(leave))]
+    try:
+        with recorder, torch.no_grad():
+            model(**inputs)
+    except (RuntimeError, NotImplementedError) as error:
+        raise NotRepeated(f"the model cannot be run on the meta device: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    done = [recorder.ops[slice(*bounds[layer])] if layer in bounds else [] for layer in stack.layers]
+    for index in range(stack.prefix, len(done)):
+        kinds = stack.kinds[: stack.prefix]
+        like = max(i for i, kind in enumerate(kinds) if kind == stack.kinds[index])
+        if not done[index] or done[index] != done[like]:
+            raise NotRepeated(f"layer {index} runs other ops than layer {like}")
 
 
 # ---------------------------------------------------------------------- laying the missing layers

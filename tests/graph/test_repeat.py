@@ -92,6 +92,14 @@ def test_a_layer_that_only_looks_alike_is_found_out() -> None:
     assert sum("relu" in str(n.target) for n in program.gm.graph.nodes) == 1
 
 
+def test_it_is_found_out_without_weights_too() -> None:
+    """Nothing can be compared on the meta device but the ops that each layer runs."""
+    with torch.device("meta"):
+        model, x = _Odd(), torch.randn(2, 6)
+    program = graph.capture(model, x)
+    assert sum("relu" in str(n.target) for n in program.gm.graph.nodes) == 1
+
+
 def test_a_stack_with_a_side_channel_is_exported_whole() -> None:
     class Skips(_Odd):
         def forward(self, x: Tensor) -> Tensor:

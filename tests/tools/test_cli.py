@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -211,14 +212,15 @@ def broken_folder(kind: str, model_folder: Path, folder: Path) -> Path:
     for file in model_folder.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     weights, config = folder / "model.safetensors", folder / "config.json"
-    if kind == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif kind == "lies":
-        config.write_text(config.read_text().replace('"intermediate_size": 96', '"intermediate_size": 97'))
-    elif kind == "pickle":
-        weights.rename(folder / "pytorch_model.bin")
-    elif kind == "json":
-        config.write_text("{")
+    lie = config.read_text().replace('"intermediate_size": 96', '"intermediate_size": 97')
+    faults: dict[str, Callable[[], object]] = {
+        "truncated": lambda: weights.write_bytes(weights.read_bytes()[:-100]),
+        "lies": lambda: config.write_text(lie),
+        "pickle": lambda: weights.rename(folder / "pytorch_model.bin"),
+        "json": lambda: config.write_text("{"),
+        "none": lambda: None,
+    }
+    faults[kind]()
     return folder
 
 
