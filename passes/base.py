@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, final
 
+from torch import nn
+
 from secateur.graph import Program, Step, verify
 from secateur.graph.errors import PipelineError
 from secateur.passes.data import Sample
@@ -39,12 +41,17 @@ class Context:
     progress: reporter of long work.
     seed: all randomness of a pass derives from it.
     output: a folder for by-products, or None.
+    resume: a folder of this pass's own that outlives a kill, or None; what it wrote there in a run that was killed is
+        there again when the same run is started again.
+    raise_model: gives the stock model over a Program's own Parameter objects, for passes that train; see runtime.
     """
 
     data: tuple[Sample, ...] | None = None
     progress: Progress = no_progress
     seed: int = 0
     output: Path | None = None
+    resume: Path | None = None
+    raise_model: Callable[[Program], nn.Module] | None = None
     log: logging.Logger = log
 
 
