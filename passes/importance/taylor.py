@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from secateur.graph import CoupledGroup, Program
 from secateur.passes.base import Context
 from secateur.passes.data import IGNORED, CalibrationError, Sample, main_input
 from secateur.passes.importance.base import Importance, MemberScores, Needs, parameter_scores
+from secateur.passes.quality import logits
 
 LossKind = Literal["next-token", "labels"]
 
@@ -142,11 +143,3 @@ def summed_loss(program: Program, leaves: Mapping[str, Tensor], sample: Sample, 
         raise CalibrationError(f"the loss {loss!r} does not fit {found}: choose taylor{{loss=...}} or give labels")
     flat = scores.reshape(-1, scores.shape[-1]).float()
     return F.cross_entropy(flat, wanted.reshape(-1), ignore_index=IGNORED, reduction="sum")
-
-
-def logits(output: Any) -> Tensor:
-    """The logits of a model's output: its attribute of that name, or its first tensor."""
-    found = getattr(output, "logits", output)
-    if isinstance(found, Mapping):
-        found = next(iter(found.values()))
-    return found[0] if isinstance(found, tuple | list) else found  # type: ignore[no-any-return]
