@@ -33,6 +33,19 @@ def no_progress(items: Iterable[T], description: str, total: int | None = None) 
     return items
 
 
+class Checkpoints(Protocol):
+    """Keeps what the passes of a pipeline left, so that a run that was killed goes on.  Positions count from 1."""
+
+    def restore(self, program: Program) -> tuple[int, Program]:
+        """How many passes were finished before, and the Program after them; at first none, and the given Program."""
+
+    def folder(self, position: int, name: str) -> Path:
+        """The folder of the pass at a position, its own until the pass is finished."""
+
+    def keep(self, position: int, name: str, program: Program) -> None:
+        """Keep the Program that the pass at a position left; what stood for it before is dropped."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What a pass may use besides the Program.
@@ -44,6 +57,7 @@ class Context:
     resume: a folder of this pass's own that outlives a kill, or None; what it wrote there in a run that was killed is
         there again when the same run is started again.
     raise_model: gives the stock model over a Program's own Parameter objects, for passes that train; see runtime.
+    checkpoints: for a pipeline, where it keeps each finished pass, or None; its passes are given None.
     """
 
     data: tuple[Sample, ...] | None = None
@@ -52,6 +66,7 @@ class Context:
     output: Path | None = None
     resume: Path | None = None
     raise_model: Callable[[Program], nn.Module] | None = None
+    checkpoints: Checkpoints | None = None
     log: logging.Logger = log
 
 
@@ -104,6 +119,11 @@ class Pass(Options):
     def needs_data(self) -> bool:
         """Whether calibration data must be given."""
         return False
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files and folders whose content the result depends on, besides the model and the calibration data."""
+        return ()
 
     @property
     def cost(self) -> Cost:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, InstanceOf
+from torch import nn
 
 from secateur.graph import Program
 from secateur.graph.errors import PipelineError
 from secateur.passes.base import (
     MISSING,
+    Checkpoints,
     Context,
     Cost,
     Pass,
@@ -104,6 +106,10 @@ class Pipeline(Pass):
         return any(p.needs_data for p in self.passes)
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(file for p in self.passes for file in p.files)
+
+    @property
     def cost(self) -> Cost:
         costs = [p.cost for p in self.passes]
         return Cost(sum(c.flops for c in costs), max((c.bytes_per_parameter for c in costs), default=0.0))
@@ -139,11 +145,14 @@ class Pipeline(Pass):
         *,
         seed: int | None = None,
         output: Path | None = None,
+        raise_model: Callable[[Program], nn.Module] | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> Program:
         """Apply the passes.
 
         Args: data: calibration batches, ``input_ids`` [batch, seq] int64 or maps of model inputs; see passes.data.
             progress: reporter of long work.   seed: instead of the pipeline's own.   output: folder for by-products.
+            raise_model, checkpoints: see Context; ``secateur.compress`` gives both.
         Returns: the new Program; the given one stays usable.
         Raises: PipelineError: data or scores are missing, before any work.  What a pass raises carries a note that
             names the pass and those already run.
@@ -158,24 +167,34 @@ class Pipeline(Pass):
                 progress=progress or no_progress,
                 seed=self.seed if seed is None else seed,
                 output=output,
+                raise_model=raise_model,
+                checkpoints=checkpoints,
             ),
         )
 
     def call(self, program: Program, context: Context) -> PassResult:
-        done: list[str] = []
-        for one in self.passes:
+        checkpoints = context.checkpoints
+        done, program = checkpoints.restore(program) if checkpoints else (0, program)
+        for position, one in enumerate(self.passes[: self._end], 1):
+            if position <= done:
+                continue
             start = time.perf_counter()
             try:
-                program = one(program, context)
+                program = one(program, _for_pass(context, position, one))
+                if checkpoints:
+                    checkpoints.keep(position, one.name, program)
             except Exception as error:
-                ran = ", ".join(done) or "none"
-                error.add_note(f"in pass {one.name} ({len(done) + 1} of {len(self.passes)}); already run: {ran}")
+                ran = ", ".join(p.name for p in self.passes[: position - 1]) or "none"
+                error.add_note(f"in pass {one.name} ({position} of {len(self.passes)}); already run: {ran}")
                 raise
-            done.append(one.name)
             self._report(one, program, time.perf_counter() - start)
-            if one.name == self.hooks.stop_after:
-                break
         return PassResult(program, modified=False)
+
+    @property
+    def _end(self) -> int:
+        """How many passes run: those up to the first that ``stop_after`` names."""
+        names = [one.name for one in self.passes]
+        return names.index(self.hooks.stop_after) + 1 if self.hooks.stop_after in names else len(names)
 
     def record(self, result: PassResult, seed: int, seconds: float) -> Program:
         """The passes wrote the history themselves."""
@@ -187,3 +206,10 @@ class Pipeline(Pass):
             self.hooks.write(f"{one.name}: {seconds:.2f} s")
         if one.name in self.hooks.print_after:
             self.hooks.write(f"# graph after {one.name}\n{program.gm.graph}")
+
+
+def _for_pass(context: Context, position: int, one: Pass) -> Context:
+    """The context of one pass: the folder of its own instead of the pipeline's checkpoints."""
+    if context.checkpoints is None:
+        return context
+    return replace(context, resume=context.checkpoints.folder(position, one.name), checkpoints=None)
