@@ -10,7 +10,10 @@ Canonical ops hold the tensors of ``formats`` (the form on disk), on any device:
 
 and one op holds a weight that was rearranged for the tensor cores of a GPU:
 
-* ``secateur::linear_24_fragment(x, values, indices, scale, bias, kind, n)``: fragment order (``gpu.fragments``)
+* ``secateur::linear_24_fragment(x, values, indices, scale, bias, kind, n)``: fragment order (``gpu.fragments``); kind
+  bfloat16, float16, int8 or int4 as in ``formats``; x [..., K] with the K that was packed, n rows of the result.
+  CUDA: ``gpu.api.linear_24_fragment`` with these arguments.  Elsewhere: ``gpu.fragments.dense_weight(values, indices,
+  scale, kind, n, k, dtype)`` gives the dense [n, k] and torch multiplies.
 
 The layout is part of the op's name, so a graph says by itself which tensors it holds: a canonical graph runs anywhere
 (on CUDA by expanding: right, not fast), a graph lowered for a GPU calls ``linear_24_fragment`` on tensors that
@@ -174,6 +177,18 @@ def _fragment_reference(
     return torch.nn.functional.linear(x.float(), dense, None if bias is None else bias.float()).to(x.dtype)
 
 
+def _fragment_fake(
+    x: Tensor, values: Tensor, indices: Tensor, scale: Tensor | None, bias: Tensor | None, kind: str, n: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _weight_fragment_fake(
+    values: Tensor, indices: Tensor, scale: Tensor | None, kind: str, n: int, k: int, dtype: torch.dtype
+) -> Tensor:
+    return values.new_empty(n, k, dtype=dtype)
+
+
 def _fragment_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, indices, scale, _, ctx.kind, ctx.n = inputs
     ctx.save_for_backward(values, indices, scale)
@@ -198,15 +213,10 @@ def _register() -> None:
     fragment = "secateur::linear_24_fragment"
     torch.library.impl(fragment, "CompositeExplicitAutograd", _fragment_reference)
     torch.library.impl(fragment, "CUDA", _gpu("api", "linear_24_fragment"))
-    torch.library.register_fake(
-        fragment, lambda x, values, indices, scale, bias, kind, n: x.new_empty(*x.shape[:-1], n)
-    )
+    torch.library.register_fake(fragment, _fragment_fake)
     torch.library.register_autograd(fragment, _fragment_backward, setup_context=_fragment_save)
     torch.library.impl("secateur::weight_24_fragment", "CompositeExplicitAutograd", _gpu("fragments", "dense_weight"))
-    torch.library.register_fake(
-        "secateur::weight_24_fragment",
-        lambda values, indices, scale, kind, n, k, dtype: values.new_empty(n, k, dtype=dtype),
-    )
+    torch.library.register_fake("secateur::weight_24_fragment", _weight_fragment_fake)
 
 
 _register()
