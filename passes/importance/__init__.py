@@ -4,12 +4,13 @@ from secateur.passes.importance.activation import Activation
 from secateur.passes.importance.base import Importance, aggregate, normalize
 from secateur.passes.importance.flap import Flap
 from secateur.passes.importance.magnitude import Magnitude
+from secateur.passes.importance.obs import Obs
 from secateur.passes.importance.random import Random
 from secateur.passes.importance.taylor import Taylor
 from secateur.passes.importance.wanda import Wanda
 from secateur.passes.options import Table
 
-IMPORTANCES: Table[Importance] = Table("an importance", Random, Magnitude, Taylor, Activation, Wanda, Flap)
+IMPORTANCES: Table[Importance] = Table("an importance", Random, Magnitude, Taylor, Activation, Wanda, Flap, Obs)
 
 __all__ = [
     "IMPORTANCES",
@@ -17,6 +18,7 @@ __all__ = [
     "Flap",
     "Importance",
     "Magnitude",
+    "Obs",
     "Random",
     "Taylor",
     "Wanda",

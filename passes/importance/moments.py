@@ -39,7 +39,7 @@ def weighted_columns(
 
     Returns: by group name, one tensor [units] float32 for each weight that consumes the group and each of its inputs.
     """
-    pairs = {group.name: found for group in groups if (found := _pairs(program, group))}
+    pairs = {group.name: found for group in groups if (found := pairs_of(program, group))}
     seen: dict[tuple[object, int], Moments] = {}
 
     def see(reader: Reader, value: Tensor, batch: int) -> None:
@@ -66,7 +66,7 @@ def weighted_columns(
     return scores
 
 
-def _pairs(program: Program, group: CoupledGroup) -> list[tuple[Member, Reader]]:
+def pairs_of(program: Program, group: CoupledGroup) -> list[tuple[Member, Reader]]:
     """Each weight that consumes the group, with each activation that it meets."""
     return [
         (member, Reader(node, dim, member.positions))

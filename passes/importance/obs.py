@@ -1,0 +1,146 @@
+"""OBS: by how much the outputs of its consumers move when a unit goes and the others make up for it.
+
+Dims: K channels of a consumer's input, R its outputs, U units of k channels each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx
+
+from secateur.graph import CoupledGroup, Member, Program
+from secateur.passes.base import Context
+from secateur.passes.data import CalibrationError
+from secateur.passes.importance.base import Importance, MemberScores, Needs
+from secateur.passes.importance.moments import pairs_of
+from secateur.passes.importance.observe import Reader
+from secateur.passes.repair_run import Lockstep
+
+UPDATES = 128  # of the inverse in a progressive ranking, unless at_once says otherwise
+NOTHING = 1e-30  # mean square of an input that never fires
+
+
+@dataclass(frozen=True)
+class Obs(Importance):
+    """Least squared error of a consumer's output, a token, that dropping the unit leaves when the other columns are
+    refitted.
+
+    With H = E[x x^T] over all calibration tokens and J the channels of a unit: tr(W_J ((H^-1)_JJ)^-1 W_J^T).  Each
+    weight that consumes a group gives one score.  Where rows go to different experts, H is that of all rows.
+
+    progressive: drop the least unit, refit the others, and score these again: a unit's score is the error at which its
+        turn came, so that the ranking is the order of removal.  One-shot scores overrate units that stand in for each
+        other.
+    at_once: units dropped between two updates of the inverse; by default so many that there are at most 128 updates.
+    damping: added to the diagonal of H, in units of its mean; ten times more as often as H has no Cholesky factor.
+    Source: Kurtic et al. 2023 (ZipLM), arXiv:2302.04089, eq. 2-4 and algorithm 1; Hassibi & Stork 1992.
+    """
+
+    name: ClassVar[str] = "obs"
+    needs: ClassVar[Needs] = "activations"
+
+    progressive: bool = True
+    at_once: Annotated[int, Field(ge=1)] | None = None
+    damping: Annotated[float, Field(gt=0)] = 0.01
+
+    def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
+        pairs = {group.name: pairs_of(program, group) for group in groups}
+        readers = {(reader.node, reader.dim): reader for found in pairs.values() for _, reader in found}
+        waiting: dict[tuple[fx.Node, int], list[tuple[str, int, Member]]] = {}
+        for name, found in pairs.items():
+            for place, (member, reader) in enumerate(found):
+                waiting.setdefault((reader.node, reader.dim), []).append((name, place, member))
+        named, scores = dict(program.named_parameters()), dict[tuple[str, int], Tensor]()
+        for reader, gram_KK in grams(program, list(readers.values()), context):
+            inverse_KK = damped_inverse(gram_KK, self.damping)
+            for name, place, member in waiting[reader.node, reader.dim]:
+                weight = named[member.parameter].detach().movedim(member.dim, -1)
+                scores[name, place] = self._scores(weight.flatten(0, -2), inverse_KK, member.positions)
+        return {name: [scores[name, place] for place in range(len(found))] for name, found in pairs.items() if found}
+
+    def _scores(self, weight_RK: Tensor, inverse_KK: Tensor, positions_Uk: Tensor) -> Tensor:
+        weight_RK, positions_Uk = weight_RK.to(inverse_KK), positions_Uk.to(inverse_KK.device)
+        if not self.progressive:
+            return obs_errors(weight_RK, inverse_KK, positions_Uk).float().cpu()
+        at_once = self.at_once or max(1, math.ceil(len(positions_Uk) / UPDATES))
+        return removal_errors(weight_RK, inverse_KK, positions_Uk, at_once).cpu()
+
+
+def grams(program: Program, wanted: Sequence[Reader], context: Context) -> Iterator[tuple[Reader, Tensor]]:
+    """E[x x^T] over all calibration tokens of each activation, [K, K] float64, one after another in graph order.
+
+    All sequences advance together, so that memory is one layer's activations and one such matrix.
+    """
+    data = context.data or ()
+    order = {node: at for at, node in enumerate(program.gm.graph.nodes)}
+    run = Lockstep(program, data)
+    for reader in context.progress(sorted(wanted, key=lambda r: order[r.node]), "input correlations", len(wanted)):
+        run.advance(reader.node.name)
+        total, rows = torch.zeros(()), 0
+        for sample in range(len(data)):
+            value = run.value(sample, reader.node.name).movedim(reader.dim, -1)
+            x_TK = value.reshape(-1, value.shape[-1]).float()
+            total, rows = total.to(x_TK.device) + (x_TK.T @ x_TK).double(), rows + len(x_TK)
+        yield reader, total / max(rows, 1)
+
+
+def damped_inverse(gram_KK: Tensor, damping: float) -> Tensor:
+    """(H + damping * mean(diag H) * I)^-1, the damping ten times larger as often as that has no Cholesky factor."""
+    if not bool(gram_KK.isfinite().all()):
+        raise CalibrationError("obs: the activations of the calibration data are not finite; see the model's dtype")
+    mean = gram_KK.diagonal().mean().clamp_min(NOTHING)
+    while True:
+        damped = gram_KK + damping * mean * torch.eye(len(gram_KK), dtype=gram_KK.dtype, device=gram_KK.device)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            return torch.cholesky_inverse(factor)
+        damping *= 10
+
+
+def obs_errors(weight_RK: Tensor, inverse_KK: Tensor, positions_Uk: Tensor) -> Tensor:
+    """tr(W_J ((H^-1)_JJ)^-1 W_J^T) for each unit's channels J: [U]."""
+    blocks_Ukk = inverse_KK[positions_Uk[:, :, None], positions_Uk[:, None, :]]
+    columns_UkR = weight_RK.T[positions_Uk]
+    solved = torch.cholesky_solve(columns_UkR, torch.linalg.cholesky(blocks_Ukk))
+    return (columns_UkR * solved).sum((1, 2)).clamp_min(0)
+
+
+def removal_errors(weight_RK: Tensor, inverse_KK: Tensor, positions_Uk: Tensor, at_once: int) -> Tensor:
+    """The error at which each unit's turn to go came: [U] float32, strictly rising in the order of removal.
+
+    After each removal the columns left are refitted, W <- W - W_J ((H^-1)_JJ)^-1 (H^-1)_J:, and the inverse is brought
+    down to them, H^-1 <- H^-1 - (H^-1)_:J ((H^-1)_JJ)^-1 (H^-1)_J:.  A unit that has become cheaper than one that went
+    before it counts as much as that one.
+    """
+    weight, inverse, left_Uk = weight_RK.clone(), inverse_KK.clone(), positions_Uk
+    units = torch.arange(len(positions_Uk), device=positions_Uk.device)
+    found, highest = torch.zeros(len(units), device=weight.device), torch.tensor(0.0, device=weight.device)
+    while len(units):
+        errors = obs_errors(weight, inverse, left_Uk).float()
+        order = torch.argsort(errors, stable=True)
+        for unit in order[:at_once]:
+            highest = torch.maximum(errors[unit], torch.nextafter(highest, errors.new_tensor(torch.inf)))
+            found[units[unit]] = highest
+        going, staying = left_Uk[order[:at_once]].flatten(), order[at_once:].sort().values
+        units, left_Uk = units[staying], left_Uk[staying]
+        if len(units):
+            weight, inverse, left_Uk = _without(weight, inverse, going, left_Uk)
+    return found
+
+
+def _without(weight: Tensor, inverse: Tensor, going: Tensor, left_Uk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight and inverse of the channels that stay, the weight refitted, and where the units left now stand."""
+    stays = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
+    stays[going] = False
+    factor = torch.linalg.cholesky(inverse[going][:, going])
+    across = torch.cholesky_solve(inverse[going][:, stays], factor)
+    new_place = stays.cumsum(0) - 1
+    weight = weight[:, stays] - weight[:, going] @ across
+    inverse = inverse[stays][:, stays] - inverse[stays][:, going] @ across
+    return weight, inverse, new_place[left_Uk]
