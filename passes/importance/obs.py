@@ -129,18 +129,16 @@ def removal_errors(weight_RK: Tensor, inverse_KK: Tensor, positions_Uk: Tensor, 
             found[units[unit]] = highest
         going, staying = left_Uk[order[:at_once]].flatten(), order[at_once:].sort().values
         units, left_Uk = units[staying], left_Uk[staying]
-        if len(units):
-            weight, inverse, left_Uk = _without(weight, inverse, going, left_Uk)
+        factor = torch.linalg.cholesky(inverse[going][:, going])
+        across = torch.cholesky_solve(inverse[going], factor)
+        weight.addmm_(weight[:, going], across, alpha=-1)
+        inverse.addmm_(inverse[:, going], across, alpha=-1)
+        if 2 * left_Uk.numel() <= len(inverse):
+            weight, inverse, left_Uk = _only(weight, inverse, left_Uk)
     return found
 
 
-def _without(weight: Tensor, inverse: Tensor, going: Tensor, left_Uk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight and inverse of the channels that stay, the weight refitted, and where the units left now stand."""
-    stays = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
-    stays[going] = False
-    factor = torch.linalg.cholesky(inverse[going][:, going])
-    across = torch.cholesky_solve(inverse[going][:, stays], factor)
-    new_place = stays.cumsum(0) - 1
-    weight = weight[:, stays] - weight[:, going] @ across
-    inverse = inverse[stays][:, stays] - inverse[stays][:, going] @ across
-    return weight, inverse, new_place[left_Uk]
+def _only(weight: Tensor, inverse: Tensor, left_Uk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight and inverse of the channels of the units left, and where these stand in them."""
+    stay = left_Uk.flatten()
+    return weight[:, stay], inverse[stay][:, stay], torch.arange(len(stay), device=stay.device).view_as(left_Uk)
