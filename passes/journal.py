@@ -1,8 +1,8 @@
 """What a pass keeps while it runs, so that a run that was killed goes on from there: entries that are whole or absent.
 
-An entry is one safetensors file with its tensors, and in its metadata its facts (JSON) and a SHA-256 over both.  It is
-written beside its place, flushed to the disk and renamed, so that a kill leaves the old entry or the new one.  An entry
-that does not match its own SHA-256 is told in the log and treated as absent.
+An entry is one safetensors file with its tensors, and in its metadata its facts (JSON), the order of the tensors, and a
+SHA-256 over all.  It is written beside its place, flushed to the disk and renamed, so that a kill leaves the old entry
+or the new one.  An entry that does not match its own SHA-256 is told in the log and treated as absent.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger("secateur.passes")
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What was written under one name: tensors (on the CPU, in memory of their own) and JSON values."""
+    """What was written under one name: tensors in their order, on the CPU, in memory of their own; and JSON values."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     facts: JSON = field(default_factory=dict)
@@ -55,8 +55,8 @@ class Journal:
         if self.folder is None:
             return
         kept = {key: tensor.detach().cpu().contiguous() for key, tensor in (tensors or {}).items()}
-        text = json.dumps(facts or {})
-        metadata = {"facts": text, "sha256": _sha256(kept, text)}
+        text = json.dumps({"names": list(kept), "facts": facts or {}})
+        metadata = {"text": text, "sha256": _sha256(kept, text)}
         file = self._file(name)
         part = file.with_name(file.name + UNFINISHED)
         try:
@@ -81,11 +81,12 @@ class Journal:
         try:
             with safe_open(file, "pt") as opened:
                 metadata = opened.metadata() or {}
-                tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
-            if metadata["sha256"] == _sha256(tensors, metadata["facts"]):
-                return Entry(tensors, json.loads(metadata["facts"]))
+                told = json.loads(metadata["text"])
+                tensors = {key: opened.get_tensor(key).clone() for key in told["names"]}
+            if metadata["sha256"] == _sha256(tensors, metadata["text"]):
+                return Entry(tensors, told["facts"])
             reason = "its content has changed"
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             reason = str(error) or type(error).__name__
         log.warning("%s is damaged (%s): what it held is worked out again", file, reason)
         return None

@@ -1,9 +1,11 @@
 """How a program is opened, kept, loaded, run and handed on."""
 
 from secateur.runtime.artifact import Draft, Manifest, check_target, read_manifest, verify_artifact, writing
+from secateur.runtime.compress import compress
 from secateur.runtime.config_plan import ConfigPlan, StockMisfit, plan_config
 from secateur.runtime.huggingface import SaveReport, load, save, save_weights
 from secateur.runtime.raising import Raised, raise_model, raise_with_plan
+from secateur.runtime.resume import ResumeError, working
 from secateur.runtime.source import open_model
 
 __all__ = [
@@ -11,9 +13,11 @@ __all__ = [
     "Draft",
     "Manifest",
     "Raised",
+    "ResumeError",
     "SaveReport",
     "StockMisfit",
     "check_target",
+    "compress",
     "load",
     "open_model",
     "plan_config",
@@ -23,5 +27,6 @@ __all__ = [
     "save",
     "save_weights",
     "verify_artifact",
+    "working",
     "writing",
 ]

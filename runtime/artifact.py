@@ -8,7 +8,6 @@ while its writer lives: what a killed writer left behind is recognised by its fr
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +22,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from secateur.graph.errors import ArtifactError
-from secateur.runtime.disk import ASIDE, exchange, explain, flush_tree, free_bytes, is_disk_failure, write_synced
+from secateur.runtime.disk import (
+    ASIDE,
+    exchange,
+    explain,
+    flush_tree,
+    free_bytes,
+    is_disk_failure,
+    try_lock,
+    write_synced,
+)
 
 MANIFEST = "secateur.json"
 FORMAT = "secateur-artifact"
@@ -151,7 +159,7 @@ def remove_leftovers(target: Path) -> list[Path]:
         if draft.suffix == ASIDE and not target.exists():  # killed between the two renames of an exchange
             draft.rename(target)
             continue
-        lock = _try_lock(draft)
+        lock = try_lock(draft)
         if lock is not None:
             shutil.rmtree(draft, ignore_errors=True)
             os.close(lock)
@@ -180,16 +188,20 @@ def _finish(draft: Draft, target: Path) -> None:
 
 def _manifest_json(draft: Draft) -> dict[str, Any]:
     files = {name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for name, file in _files(draft.folder)}
-    installed = {dist.name for dist in metadata.distributions()} & {"secateur", "torch", "transformers", "safetensors"}
-    versions = {name: metadata.version(name) for name in installed}
     return {
         "format": FORMAT,
         "version": VERSION,
         "files": files,
         "history": draft.history,
         "figures": draft.figures,
-        "versions": versions | {"python": platform.python_version()},
+        "versions": installed_versions() | {"python": platform.python_version()},
     }
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of this package and of those that decide what it computes."""
+    installed = {dist.name for dist in metadata.distributions()} & {"secateur", "torch", "transformers", "safetensors"}
+    return {name: metadata.version(name) for name in sorted(installed)}
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
@@ -230,24 +242,9 @@ def _locked_draft(target: Path) -> tuple[Path, int]:
     """A fresh draft folder beside `target`, and the lock that says its writer lives."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}{DRAFT}", dir=target.parent))
-        lock = _try_lock(folder)
+        lock = try_lock(folder)
         if lock is not None and folder.is_dir():  # another writer may have taken it for a leftover before it was locked
             return folder, lock
-
-
-def _try_lock(folder: Path) -> int | None:
-    """An open, exclusively locked descriptor of a folder, or None if its writer lives.  The kernel frees the lock of a
-    killed process."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -58,6 +59,21 @@ def flush_tree(folder: Path, *, deep: bool = True) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def try_lock(folder: Path) -> int | None:
+    """An open, exclusively locked descriptor of a folder, or None if its writer lives.  The kernel frees the lock of a
+    killed process."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def exchange(new: Path, old: Path) -> None:

@@ -29,7 +29,7 @@ from secateur.graph import (
     verify,
 )
 from secateur.passes import Pipeline
-from secateur.runtime import load, open_model, plan_config, save, save_weights
+from secateur.runtime import compress, load, open_model, plan_config, raise_model, save, save_weights
 
 __version__ = "0.1.0.dev0"
 
@@ -57,6 +57,7 @@ __all__ = [
     "Program",
     "SecateurError",
     "capture",
+    "compress",
     "coupled_groups",
     "coupling_graph",
     "keep",
@@ -64,6 +65,7 @@ __all__ = [
     "masked_call",
     "open_model",
     "plan_config",
+    "raise_model",
     "save",
     "save_weights",
     "verify",

@@ -15,6 +15,7 @@ from secateur.graph.errors import ArtifactError
 from secateur.passes.journal import Journal, digest
 
 TENSORS = {
+    "z": torch.ones(1, dtype=torch.float64),
     "a/weight": torch.arange(6.0).view(2, 3).t(),
     "b": torch.tensor([1.5, float("nan")], dtype=torch.bfloat16),
     "flag": torch.tensor(True),
@@ -27,7 +28,7 @@ def test_an_entry_comes_back_exactly(tmp_path: Path) -> None:
     Journal(tmp_path / "deep" / "er").write("layer 3/mlp.down@x#2", TENSORS, FACTS)
     found = Journal(tmp_path / "deep" / "er").read("layer 3/mlp.down@x#2")
     assert found is not None and found.facts == FACTS
-    assert set(found.tensors) == set(TENSORS)
+    assert list(found.tensors) == list(TENSORS)
     for name, tensor in TENSORS.items():
         assert digest(found.tensors[name]) == digest(tensor) and found.tensors[name].is_contiguous()
 

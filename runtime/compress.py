@@ -1,0 +1,53 @@
+"""A whole run for users of Python: the passes with all that they may ask for, resumable, and the proved result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from secateur.graph import Program
+from secateur.graph.errors import PipelineError
+from secateur.passes import Pipeline, Progress, samples
+from secateur.passes.data import Batch
+from secateur.runtime.artifact import check_target
+from secateur.runtime.huggingface import SaveReport, save
+from secateur.runtime.raising import raise_model
+from secateur.runtime.resume import working
+
+log = logging.getLogger(__name__)
+
+
+def compress(
+    program: Program,
+    pipeline: Pipeline | str,
+    output: str | Path,
+    data: Iterable[Batch] | None = None,
+    *,
+    progress: Progress | None = None,
+    seed: int | None = None,
+    force: bool = False,
+    check: bool = True,
+    restart: bool = False,
+    tell: Callable[[str], None] = log.info,
+) -> SaveReport:
+    """Run a pipeline and save the result as a stock checkpoint.  A run that was killed goes on where it was when the
+    same call is made again, and ends with the same weights, bit for bit.
+
+    Args:  pipeline: or its text.   output: folder to be made; ``<output>.work`` beside it keeps the run's state.
+        data, progress, seed: as ``Pipeline.run``.   force, check: as ``save``.
+        restart: forget what an earlier run kept.   tell: gets a line where the run goes on from something kept.
+    Raises: PipelineError, CalibrationError: cannot run as asked.   ResumeError: the kept run was begun with something
+        else, or another process is at work there.   StockMisfit, ArtifactError: as ``save``."""
+    pipeline = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
+    check_target(output, force=force)
+    if reasons := pipeline.requires(program):
+        raise PipelineError("; ".join(reasons))
+    seed = pipeline.seed if seed is None else seed
+    batches = data if data is None or isinstance(data, Tensor | Mapping) else list(data)
+    read = samples(batches, program) if batches is not None and pipeline.needs_data else None
+    with working(output, program, pipeline, read, seed, restart=restart, tell=tell) as work:
+        smaller = pipeline.run(program, batches, progress, seed=seed, raise_model=raise_model, checkpoints=work)
+        return save(smaller, output, force=force, check=check)

@@ -1,0 +1,195 @@
+"""The work folder of a run: ``smaller.work`` beside the output ``smaller``.
+
+It holds what the run was begun with (``fingerprint.json``), the Program after the last finished pass, and a folder of
+its own for the pass that runs.  It outlives a kill and is removed when the output is whole.  A run with another
+fingerprint is refused, and so is a second process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from secateur.graph import Program, SecateurError
+from secateur.graph.errors import ArtifactError
+from secateur.passes import Pipeline, Sample
+from secateur.passes.journal import UNFINISHED, Journal
+from secateur.runtime.disk import explain, flush_tree, try_lock, write_synced
+from secateur.runtime.resume_fingerprint import differences, digests, fingerprint
+from secateur.runtime.resume_state import rebuilt, state_of
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".work"
+FINGERPRINT = "fingerprint.json"
+SHOWN = 8
+
+
+class ResumeError(ArtifactError):
+    """A run cannot go on from what is kept; nothing was touched."""
+
+
+class Work:
+    """What a run keeps in its work folder; a pipeline's ``Checkpoints``."""
+
+    def __init__(self, folder: Path, source: Mapping[str, str], tell: Callable[[str], None] = log.info) -> None:
+        """source: ``digests`` of the captured source."""
+        self.path = folder
+        self._journal, self._source, self._tell = Journal(folder), source, tell
+
+    def restore(self, program: Program) -> tuple[int, Program]:
+        for entry in reversed(self._journal.names()):
+            position, _, name = entry.partition("-")
+            found = self._journal.read(entry)
+            try:
+                restored = rebuilt(program, found) if found else None
+            except SecateurError as error:
+                log.warning("what %s left cannot be built again (%s): it is done once more", name, error)
+                continue
+            if restored is not None:
+                self._tell(f"going on after pass {int(position)}, {name}, as kept in {self.path}")
+                self._drop_before(int(position))
+                return int(position), restored
+        if _kept(self.path):
+            self._tell(f"going on inside the first pass, as kept in {self.path}")
+        return 0, program
+
+    def folder(self, position: int, name: str) -> Path:
+        made = self.path / _label(position, name)
+        made.mkdir(exist_ok=True)
+        return made
+
+    def keep(self, position: int, name: str, program: Program) -> None:
+        state = state_of(program, self._source)
+        self._journal.write(_label(position, name), state.tensors, state.facts)
+        self._drop_before(position)
+
+    def _drop_before(self, position: int) -> None:
+        """Remove what the pass at a position and those before it no longer need: all but the Program it left."""
+        for path in self.path.iterdir():
+            number, dash, _ = path.name.partition("-")
+            if dash and number.isdigit() and (int(number) < position or (int(number) == position and path.is_dir())):
+                _remove(path)
+
+
+@contextmanager
+def working(
+    output: str | Path,
+    program: Program,
+    pipeline: Pipeline,
+    data: Sequence[Sample] | None,
+    seed: int,
+    *,
+    restart: bool = False,
+    tell: Callable[[str], None] = log.info,
+) -> Iterator[Work]:
+    """Hold the work folder of an output while a run goes on.  When the block ends well, the folder is removed; after an
+    exception it stays, if anything is kept in it.
+
+    Args:  data, seed: what the passes will get.   restart: forget what an earlier run kept.
+        tell: gets a line where the run goes on from something kept, and where something is kept for a next one.
+    Raises: ResumeError: another process works there; the folder was begun with something else, or is not ours."""
+    output = Path(output).expanduser().absolute()
+    folder = output.with_name(output.name + SUFFIX)
+    source = digests(program)
+    begun_with = fingerprint(program, source, pipeline, data, seed)
+    lock, finished = _locked(folder), False
+    try:
+        _begin(folder, begun_with, restart)
+        try:
+            yield Work(folder, source, tell)
+            finished = True
+        finally:
+            if finished or not _kept(folder):
+                _empty(folder)
+                folder.rmdir()
+            else:
+                tell(f"what was finished is kept in {folder}: the same command goes on from there")
+    finally:
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """The lock of the work folder, which is made where it is not there."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResumeError(f"cannot make the work folder {folder}: {explain(error)}") from error
+        lock = try_lock(folder)
+        if lock is None:
+            raise ResumeError(
+                f"another process is at work in {folder}: wait until it ends, or give another output folder"
+            )
+        if folder.is_dir() and os.path.samestat(os.fstat(lock), folder.stat()):
+            return lock
+        os.close(lock)  # the process before removed the folder between the two steps
+
+
+def _begin(folder: Path, now: dict[str, Any], restart: bool) -> None:
+    """Write what the run is begun with, or compare it with what is there."""
+    file = folder / FINGERPRINT
+    now = json.loads(json.dumps(now))
+    if not file.is_file():
+        foreign = [path.name for path in folder.iterdir() if not path.name.startswith(FINGERPRINT)]
+        if foreign:
+            raise ResumeError(
+                f"{folder} holds files that no run kept ({foreign[0]}): move them, or give another output"
+            )
+    elif restart:
+        _empty(folder)
+    elif changed := differences(_read(file), now):
+        raise ResumeError(_refusal(folder, changed))
+    if not file.is_file():
+        part = folder / (FINGERPRINT + UNFINISHED)
+        write_synced(part, json.dumps(now, indent=1) + "\n")
+        os.replace(part, file)
+        flush_tree(folder, deep=False)
+
+
+def _kept(folder: Path) -> bool:
+    """Whether a work folder holds something that a next run can go on from."""
+    inside = [path for path in folder.rglob("*") if path.is_file() and path.name != FINGERPRINT]
+    return any(path.suffix != UNFINISHED for path in inside)
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a run kept, what it was begun with last, so that a kill in between leaves a sound work folder."""
+    for path in sorted(folder.iterdir(), key=lambda p: p.name == FINGERPRINT):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResumeError(f"{file} is damaged ({error}): start afresh with restart (--restart)") from error
+
+
+def _refusal(folder: Path, changed: list[str]) -> str:
+    more = [f"and {len(changed) - SHOWN} more"] if len(changed) > SHOWN else []
+    return "\n  ".join(
+        [
+            f"{folder} keeps a run that was begun with something else:",
+            *changed[:SHOWN],
+            *more,
+            "Go on with what it was begun with, give another output folder, or forget it with restart (--restart)",
+        ]
+    )
+
+
+def _label(position: int, name: str) -> str:
+    return f"{position:03d}-{name}"

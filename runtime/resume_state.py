@@ -1,0 +1,79 @@
+"""A Program as tensors and facts, and back: the edits are replayed on the captured source, then the values are put in.
+
+Only what differs from the source is stored.  What comes back is the same Program or none: graph, parameters and buffers
+must have the SHA-256 that they had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from secateur.graph import Program, SecateurError, Step, keep, with_parameters
+from secateur.passes.journal import Entry, digest
+from secateur.runtime.resume_fingerprint import digests, graph_digest
+
+JSON = dict[str, Any]
+
+
+class NotTheSame(SecateurError):
+    """A stored Program cannot be built again; says what differs."""
+
+
+def state_of(program: Program, source: Mapping[str, str]) -> Entry:
+    """What is needed to build a Program again.
+
+    Args:  source: ``digests`` of the captured source."""
+    held, cut = digests(program), program.cut
+    tensors = {f"now {n}": p.detach() for n, p in program.named_parameters() if held[n] != source.get(n)}
+    kept = dict(cut.kept) if cut else {}
+    if cut:
+        tensors |= {f"dense {n}": p.detach() for n, p in cut.dense.named_parameters() if digest(p) != source.get(n)}
+    tensors |= {f"kept {place}": units for place, units in enumerate(kept.values())}
+    tensors |= {f"score {place}": score for place, score in enumerate(program.scores.values())}
+    return Entry(
+        tensors,
+        {
+            "history": [dataclasses.asdict(step) for step in program.history],
+            "scores": list(program.scores),
+            "kept": list(kept),
+            "digests": list(held.items()),
+            "graph": graph_digest(program),
+        },
+    )
+
+
+def rebuilt(source: Program, entry: Entry) -> Program:
+    """The Program of which ``state_of`` gave the entry.
+
+    Args:  source: as it was captured.
+    Raises: NotTheSame: what the replay gives is not what was stored."""
+    facts = entry.facts
+    program = _valued(source, _under("dense ", entry))
+    edits = {name: entry.tensors[f"kept {place}"] for place, name in enumerate(facts["kept"])}
+    program = _valued(keep(program, edits) if edits else program, _under("now ", entry))
+    _check(program, facts)
+    return program.replace(
+        history=tuple(Step(**step) for step in facts["history"]),
+        scores={name: entry.tensors[f"score {place}"] for place, name in enumerate(facts["scores"])},
+    )
+
+
+def _valued(program: Program, values: Mapping[str, Tensor]) -> Program:
+    return with_parameters(program, values) if values else program
+
+
+def _under(prefix: str, entry: Entry) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in entry.tensors.items() if name.startswith(prefix)}
+
+
+def _check(program: Program, facts: JSON) -> None:
+    if graph_digest(program) != facts["graph"]:
+        raise NotTheSame("the replayed edits give another graph")
+    found, stored = list(digests(program).items()), [(name, value) for name, value in facts["digests"]]
+    if found != stored:
+        wrong = sorted({name for name, _ in {*found} ^ {*stored}})
+        raise NotTheSame(f"{wrong[0] if wrong else 'the order of the parameters'} is not what it was")
