@@ -105,6 +105,8 @@ def damped_inverse(gram_KK: Tensor, damping: float) -> Tensor:
 
 def obs_errors(weight_RK: Tensor, inverse_KK: Tensor, positions_Uk: Tensor) -> Tensor:
     """tr(W_J ((H^-1)_JJ)^-1 W_J^T) for each unit's channels J: [U]."""
+    if positions_Uk.shape[1] == 1:
+        return (weight_RK.square().sum(0) / inverse_KK.diagonal())[positions_Uk[:, 0]]
     blocks_Ukk = inverse_KK[positions_Uk[:, :, None], positions_Uk[:, None, :]]
     columns_UkR = weight_RK.T[positions_Uk]
     solved = torch.cholesky_solve(columns_UkR, torch.linalg.cholesky(blocks_Ukk))
