@@ -13,6 +13,7 @@ from torch import nn
 
 from secateur.graph import Program
 from secateur.graph.errors import PipelineError
+from secateur.passes import recipes
 from secateur.passes.base import (
     MISSING,
     Checkpoints,
@@ -80,11 +81,11 @@ class Pipeline(Pass):
 
     @classmethod
     def from_recipe(cls, recipe: str | Path) -> Pipeline:
-        """A pipeline from a recipe: a YAML file's path, or the YAML text itself.
+        """A pipeline from a recipe: the name of one of this package's, a YAML file's path, or the YAML text itself.
 
-        Raises: PipelineError: no such file, not YAML, unknown keys, or what ``parse`` raises.
+        Raises: PipelineError: no such recipe or file, not YAML, unknown keys, or what ``parse`` raises.
         """
-        read = load_recipe(recipe)
+        read = load_recipe(recipes.text(recipe) if isinstance(recipe, str) and recipe in recipes.names() else recipe)
         passes = []
         for place, entry in enumerate(read.passes):
             try:

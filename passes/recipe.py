@@ -1,5 +1,7 @@
 """Recipe files: a YAML list of passes, with where the data is and a seed.
 
+about: what it is for (may be left out, as may source, seed and data)
+source: where it was published
 seed: 0
 data: {file: calibration.txt, tokens: 10000, window: 256}
 passes:
@@ -38,6 +40,8 @@ class Recipe(BaseModel):
     passes: list[Any] = Field(min_length=1)
     data: DataSpec | None = None
     seed: int = 0
+    about: str | None = None
+    source: str | None = None
 
 
 class _Loader(yaml.SafeLoader):
@@ -89,7 +93,8 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PipelineError(f"recipe {path}: cannot be read: {error}") from None
+        hint = "" if path.suffix else "; `secateur recipes` lists those that have a name"
+        raise PipelineError(f"recipe {path}: cannot be read: {error}{hint}") from None
 
 
 def _first(error: ValidationError) -> str:

@@ -18,7 +18,8 @@ import torch
 import secateur
 from secateur.graph import Program, SecateurError
 from secateur.graph.errors import ArtifactError
-from secateur.tools import cli
+from secateur.passes import PASSES, Pipeline, recipes
+from secateur.tools import compress_command, opening
 from secateur.tools.cli import run
 from secateur.tools.report.console import Voice
 
@@ -29,7 +30,7 @@ PRUNE = "score{metric=random},prune-width{mlp=0.25}"
 @pytest.fixture(autouse=True)
 def opened_once(monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> None:
     """The good model is opened and captured once; Programs do not change."""
-    real = cli.open_program
+    real = opening.open_program
 
     def open_program(model: str, voice: Voice, *, weights: bool) -> Program:
         if model != str(model_folder):
@@ -38,7 +39,7 @@ def opened_once(monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> None:
             OPENED[weights] = real(model, voice, weights=weights)
         return OPENED[weights]
 
-    monkeypatch.setattr(cli, "open_program", open_program)
+    monkeypatch.setattr(opening, "open_program", open_program)
 
 
 OPENED: dict[bool, Program] = {}
@@ -107,7 +108,7 @@ def test_dry_run_tells_what_the_run_does_and_writes_nothing(model_folder: Path, 
 @pytest.fixture
 def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Saving without the fresh process, where another test has it."""
-    monkeypatch.setattr(cli, "save", functools.partial(cli.save, check=False))
+    monkeypatch.setattr(compress_command, "save", functools.partial(compress_command.save, check=False))
 
 
 @pytest.mark.usefixtures("unproved")
@@ -144,14 +145,64 @@ def test_stop_after(model_folder: Path, tmp_path: Path, capsys: Output) -> None:
 def test_passes_are_listed(capsys: Output) -> None:
     assert run(["passes", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert [entry["name"] for entry in listed["passes"]] == ["score", "prune-width", "repair"]
+    assert [entry["name"] for entry in listed["passes"]] == [cls.name for cls in PASSES]
+    assert {"score", "prune-width", "repair"} <= {entry["name"] for entry in listed["passes"]}
     importances = {entry["name"] for entry in listed["importances"]}
-    assert importances == {"random", "magnitude", "taylor", "activation", "wanda", "flap"}
+    assert importances >= {"random", "magnitude", "taylor", "activation", "wanda", "flap"}
     ratio = next(o for entry in listed["passes"] for o in entry["options"] if o["name"] == "ratio")
     assert ratio["default"] == ""
     assert "fraction of units removed" in ratio["meaning"]
     assert run(["passes"]) == 0
     assert "prune-width" in capsys.readouterr().out
+
+
+def test_recipes_are_listed_and_printed(capsys: Output) -> None:
+    assert run(["recipes", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in listed] == recipes.names() and all(one["about"] and one["source"] for one in listed)
+    assert run(["recipes"]) == 0
+    assert "one-shot-best" in capsys.readouterr().out
+    assert run(["recipes", "one-shot-best"]) == 0
+    assert Pipeline.from_recipe(capsys.readouterr().out) == Pipeline.from_recipe("one-shot-best")
+    assert run(["recipes", "one-shot-bets"]) == 2
+    assert "did you mean 'one-shot-best'?" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unproved")
+def test_a_recipe_is_found_by_name(model_folder: Path, text_file: Path, tmp_path: Path, capsys: Output) -> None:
+    arguments = ["compress", str(model_folder), "--recipe", "one-shot-best", "--data", str(text_file)]
+    assert run([*arguments, "--tokens", "512", "--window", "64", "-o", str(tmp_path / "out"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [step["name"] for step in told["history"]] == ["score", "prune-width", "repair"]
+    assert run(["compress", str(model_folder), "--recipe", "two-shots", "-o", str(tmp_path / "out")]) == 2
+    assert "`secateur recipes` lists those that have a name" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unproved")
+def test_a_run_that_failed_goes_on_with_the_same_command(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left")
+
+    def command(pipeline: str) -> list[str]:
+        arguments = ["compress", str(model_folder), "-p", pipeline, "-o", str(tmp_path / "out")]
+        return [*arguments, "--data", str(text_file), "--tokens", "256", "--window", "32"]
+
+    pipeline = "score{metric=wanda},prune-width{mlp=0.25},repair"
+    with monkeypatch.context() as broken:
+        broken.setattr("secateur.passes.repair.with_parameters", fail)
+        assert run(command(pipeline)) == 1
+    assert "the same command goes on from there" in " ".join(capsys.readouterr().err.split())
+    assert run(command("score{metric=flap},prune-width{mlp=0.5},repair")) == 2
+    says = capsys.readouterr().err
+    assert "1 score, metric: wanda then, flap now" in says and "2 prune-width, mlp: 0.25 then, 0.5 now" in says
+    assert run(command(pipeline)) == 0
+    assert "going on after pass 2, prune-width" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert run([*command(pipeline), "-o", str(tmp_path / "whole")]) == 0
+    both = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert both[0] == both[1]
 
 
 BAD_PIPELINES = [
@@ -249,7 +300,7 @@ def test_no_such_model_exits_2(tmp_path: Path, capsys: Output, command: str) -> 
 def test_an_output_that_cannot_be_written_exits_2_before_any_work(
     model_folder: Path, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "open_program", lambda *a, **k: pytest.fail("the model was opened"))
+    monkeypatch.setattr(opening, "open_program", lambda *a, **k: pytest.fail("the model was opened"))
     file = tmp_path / "file"
     file.write_text("mine")
     full = tmp_path / "full"
@@ -268,7 +319,7 @@ def test_an_output_that_cannot_be_written_exits_2_before_any_work(
 def test_a_full_disk_exits_2_before_any_work(
     model_folder: Path, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(compress_command.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     assert run(["compress", str(model_folder), "-p", PRUNE, "-o", str(tmp_path / "a" / "b")]) == 2
     assert f"and {tmp_path} has 1000 B free" in capsys.readouterr().err
 
@@ -289,7 +340,7 @@ def test_a_failing_job_exits_1(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "save", fail)
+    monkeypatch.setattr(compress_command, "save", fail)
     arguments = ["compress", str(model_folder), "-p", PRUNE, "-o", str(tmp_path / "out")]
     assert run([*arguments, "--json"]) == 1
     captured = capsys.readouterr()
@@ -325,7 +376,7 @@ def fail_second(fail: Any) -> Any:
 def test_help_and_no_arguments(capsys: Output) -> None:
     assert run(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(command in text for command in ("inspect", "compress", "passes", "demo"))
+    assert all(command in text for command in ("inspect", "compress", "passes", "recipes", "demo"))
     assert run([]) == 2
     assert run(["prune"]) == 2
 

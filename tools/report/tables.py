@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.markup import escape
 from rich.table import Table
@@ -85,6 +85,14 @@ def run_tables(before: Program, after: Program, old: Footprint, new: Footprint) 
 def pass_tables() -> list[Table | str]:
     """All passes and importances with their options."""
     return [piece for table in (PASSES, IMPORTANCES) for cls in table for piece in _options_of(cls)]
+
+
+def recipe_tables(listed: Iterable[Mapping[str, str]]) -> list[Table]:
+    """Recipes by name, with what they are for and their source."""
+    table = _table("recipes", "name", "what it does", "source")
+    for one in listed:
+        table.add_row(one["name"], escape(one["about"]), escape(one["source"]))
+    return [table]
 
 
 def _options_of(cls: type[Options]) -> list[Table | str]:

@@ -1,0 +1,185 @@
+"""The command ``secateur compress``."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur.graph import Program
+from secateur.passes import DataSpec, Hooks, Pipeline, samples
+from secateur.runtime import check_target, plan_config, raise_model, save, working
+from secateur.tools import opening
+from secateur.tools.corpus import TokenWindows, calibration_windows, read_documents
+from secateur.tools.footprint import footprint
+from secateur.tools.opening import Debug, Json, ModelArgument, Verbose
+from secateur.tools.plan import Plan, make_plan
+from secateur.tools.report import plan_tables, run_tables
+from secateur.tools.report.console import BadInput, before_work
+from secateur.tools.report.units import size
+
+MISFIT_HINT = (
+    "Nothing was done. round_to={hidden=8} rounds the units kept of a family to a multiple, such as of the heads"
+)
+
+
+def compress_command(
+    model: ModelArgument,
+    pipeline: Annotated[str | None, typer.Option("--pipeline", "-p", help='"score,prune-width{mlp=0.25}"')] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Instead of a pipeline: a recipe's name (see `secateur recipes`) or YAML file.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the result.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Calibration text: .jsonl with a field text, or plain text.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Calibration tokens in all (default 10240).")] = None,
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens in one sequence (default 256).")] = None,
+    seed: Annotated[int | None, typer.Option(help="What all randomness derives from (default 0).")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what would come out and what it takes.")
+    ] = False,
+    as_json: Json = False,
+    print_after: Annotated[list[str] | None, typer.Option(help="Print the graph after this pass (stderr).")] = None,
+    time_passes: Annotated[bool, typer.Option("--time-passes", help="Tell the seconds of each pass (stderr).")] = False,
+    stop_after: Annotated[str | None, typer.Option(help="End after this pass and save what there is.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is no artifact.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what a killed run kept, and begin again.")] = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Run a pipeline of passes on a model and write a stock checkpoint.
+
+    A run that was killed goes on where it was when the same command is given again.
+    """
+    voice = opening.start(as_json, verbose)
+    with before_work():
+        passes = read_pipeline(pipeline, recipe)
+        spec = data_spec(passes.data, recipe, data, tokens, window)
+        check_request(passes, spec, output, dry_run=dry_run, force=force)
+    if data is not None and not passes.needs_data:
+        voice.note(f"{data} is not used: no pass of this pipeline needs data")
+    began = time.perf_counter()
+    program = opening.open_program(model, voice, weights=not dry_run)
+    with before_work():
+        hooks = Hooks(frozenset(print_after or ()), time_passes, stop_after, voice.note)
+        passes = replace(passes, seed=passes.seed if seed is None else seed, hooks=hooks)
+        refuse(passes.requires(program))
+        took = time.perf_counter() - began
+        plan = make_plan(program, passes, plan_config, tokens=spec.tokens, window=spec.window, capture_seconds=took)
+        if dry_run:
+            voice.result(plan.to_json(), plan_tables(plan))
+            return
+        refuse([f"{plan.misfit}. {MISFIT_HINT}"] if plan.misfit else [])
+        assert output is not None
+        check_space(output, plan)
+        windows = read_windows(program, spec, passes.seed) if passes.needs_data else None
+    with ExitStack() as held:
+        with before_work():
+            data_read = samples(windows, program) if windows is not None else None
+            kept = working(output, program, passes, data_read, passes.seed, restart=restart, tell=voice.note)
+            work = held.enter_context(kept)
+        smaller = passes.run(program, windows, voice.progress, raise_model=raise_model, checkpoints=work)
+        with voice.waiting("saving, and opening the result in a fresh process"):
+            saved = save(smaller, output, force=force)
+    after = footprint(smaller)
+    tables = run_tables(program, smaller, plan.before, after)
+    voice.result(result_json(plan, smaller, after, windows, output, saved), tables)
+    voice.note(f"written: {output}")
+
+
+def read_pipeline(text: str | None, recipe: str | None) -> Pipeline:
+    """The pipeline from exactly one of text and recipe."""
+    if (text is None) == (recipe is None):
+        raise BadInput("say what to do, once: -p 'score,prune-width{mlp=0.25}' or --recipe NAME or FILE")
+    if recipe is not None:
+        return Pipeline.from_recipe(recipe)
+    return Pipeline.parse(text or "")
+
+
+def data_spec(
+    given: DataSpec | None, recipe: str | None, data: Path | None, tokens: int | None, window: int | None
+) -> DataSpec:
+    """The recipe's data, where the command line does not say otherwise.  A recipe's file is relative to the recipe."""
+    spec = given or DataSpec()
+    beside = Path(recipe).parent / spec.file if recipe is not None and spec.file is not None else None
+    file = str(data or beside) if data is not None or beside is not None else None
+    return DataSpec(file=file, tokens=tokens or spec.tokens, window=window or spec.window)
+
+
+def check_request(passes: Pipeline, spec: DataSpec, output: Path | None, *, dry_run: bool, force: bool) -> None:
+    """What can be known to be wrong before the model is opened."""
+    if spec.window > spec.tokens:
+        raise BadInput(f"--window {spec.window} is longer than --tokens {spec.tokens}: no sequence fits")
+    if dry_run:
+        return
+    if output is None:
+        raise BadInput("say where the result goes: -o DIR (or --dry-run to only look)")
+    check_target(output, force=force)
+    check_writable(output)
+    if passes.needs_data and spec.file is None:
+        raise BadInput(f"{passes.to_text()} needs calibration text: --data FILE (.txt or .jsonl)")
+    if passes.needs_data and spec.file is not None and not Path(spec.file).is_file():
+        raise BadInput(f"the calibration text {spec.file} is no file")
+
+
+def check_writable(output: Path) -> None:
+    """Whether a folder can be made where the output will stand; leaves nothing behind."""
+    parent = standing(output)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".secateur-", dir=parent):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise BadInput(f"{output} cannot be written: {reason} in {parent}; choose another -o") from error
+
+
+def check_space(output: Path, plan: Plan) -> None:
+    """Whether the result fits on the disk, as far as can be known before it is there."""
+    free = shutil.disk_usage(standing(output)).free
+    if free < plan.after.bytes:
+        raise BadInput(f"the result needs {size(plan.after.bytes)}, and {standing(output)} has {size(free)} free")
+
+
+def standing(output: Path) -> Path:
+    """The nearest folder above an output that exists."""
+    return next(parent for parent in output.expanduser().absolute().parents if parent.exists())
+
+
+def refuse(reasons: list[str]) -> None:
+    """Stop before any work if there is a reason to."""
+    if reasons:
+        raise BadInput("; ".join(reasons))
+
+
+def read_windows(program: Program, spec: DataSpec, seed: int) -> TokenWindows:
+    """Calibration windows in the tokens of the model."""
+    from transformers import AutoTokenizer
+
+    documents = read_documents([spec.file or ""])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(program.source.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        raise BadInput(f"{program.source.folder} has no tokenizer that opens: {error}") from error
+    return calibration_windows(documents, tokenizer, tokens=spec.tokens, window=spec.window, seed=seed)
+
+
+def result_json(
+    plan: Plan, smaller: Program, after: Any, windows: TokenWindows | None, output: Path, saved: Any
+) -> dict[str, Any]:
+    """What ``compress --json`` tells."""
+    return {
+        "output": str(output),
+        "pipeline": plan.pipeline,
+        "before": plan.before.to_json(),
+        "after": after.to_json(),
+        "data": None if windows is None else windows.describe(),
+        "history": [asdict(step) for step in smaller.history],
+        "check": saved.to_json() if hasattr(saved, "to_json") else asdict(saved),
+    }

@@ -1,0 +1,34 @@
+"""What commands share: their common arguments, their voice, and opening a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from secateur.graph import Program, capture
+from secateur.runtime import open_model
+from secateur.tools.report.console import Voice, before_work, log_to_stderr
+
+ModelArgument = Annotated[str, typer.Argument(help="A model folder (config.json, safetensors) or a Hugging Face id.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell choices and refusals.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def start(as_json: bool, verbose: bool) -> Voice:
+    """Logging, and the voice of a command."""
+    log_to_stderr(verbose)
+    return Voice(as_json)
+
+
+def open_program(model: str, voice: Voice, *, weights: bool) -> Program:
+    """Open and capture; what is wrong with the model is the caller's input."""
+    with before_work():
+        with voice.waiting(f"opening {model}"):
+            opened = open_model(model, weights=weights)
+        names = [model, str(getattr(opened, "name_or_path", ""))]
+        folder = next((Path(name) for name in names if name and Path(name).is_dir()), None)
+        with voice.waiting("capturing the graph"):
+            return capture(opened, folder=folder)
