@@ -45,7 +45,7 @@ def chunked_losses(
     teacher: Rows | None,
     labels_T: Tensor | None = None,
     counted_T: Tensor | None = None,
-    weights: Weights = Weights(),  # noqa: B008
+    weights: Weights = Weights(),
     *,
     elements: int = CHUNK_ELEMENTS,
 ) -> Losses:

@@ -1,0 +1,177 @@
+"""Train the pruned model on what the dense one says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from secateur.graph import Program
+from secateur.graph.errors import PipelineError
+from secateur.passes.base import MISSING, Context, PassResult
+from secateur.passes.training.chunked import Weights
+from secateur.passes.training.network import Network
+from secateur.passes.training.plan import TrainingPass
+from secateur.passes.training.run import Goal, Trained, fingerprint, fresh, module_of, train, write_curve
+from secateur.passes.training.teachers import LiveTeacher, NoTeacher, StoredTeacher, Teacher, placed, store
+from secateur.passes.training.text import Text
+
+Share = Annotated[float, Field(ge=0)]
+DTYPES = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Distill(TrainingPass):
+    """Knowledge distillation: forward KL to the dense model's next-token distributions.  Numerics: lossy.
+
+    Trains the stock model over the Program's own weights (the graph itself where no stock class holds the shape) by
+    AdamW with a warm-up and a cosine.  With ``torchrun`` the processes share the student by FSDP2.
+
+    tokens: to train on; text that holds fewer is seen more than once.
+    lr: highest learning rate.
+    batch_tokens: tokens of an optimizer step, over all processes.
+    micro_batch: sequences that a process takes at once, at most.
+    window: tokens of a sequence where data names a file; calibration sequences keep their own length.
+    data: a file to train on instead of the calibration data: .txt, .jsonl (field text), or .safetensors (input_ids).
+    held_out: sequences held back from training to measure KL and perplexity by, at most one in five.
+    evaluations: how often to measure.
+    warmup: part of the steps in which the learning rate rises.
+    final_lr: part of lr that the cosine ends at.
+    weight_decay, clip: of AdamW; largest norm of a step's gradient.
+    precision: of matrix products: float32, bfloat16, or auto (bfloat16 where weights are of low precision; those are
+        held as float32 while they are trained).
+    checkpointing: recompute activations in the backward pass, which saves memory.
+    compile: backend of torch.compile for the student: off, inductor or aot_eager.
+    save_every: steps from one checkpoint to the next, in a run that can be resumed.
+    kl, ce: weights of the KL to the teacher and of the cross entropy of the text.
+    temperature: of both distributions; the KL counts temperature^2 times.
+    top_k: only the teacher's k likeliest tokens count one by one, all others as one; 0 for all.
+    store: with top_k: a folder where the teacher's word on each sequence is written down once, before training.
+    states: pairs [teacher, student] of hidden states to bring together by cosine, weighted as much as the KL; 0 is the
+        embeddings, -1 the last.  Published: of use only where many layers were removed, then [[0,0],[-3,-3]].
+    teacher: a model folder; without it the dense model that was pruned.
+    teacher_dtype, teacher_device: of the teacher, as a copy of its own; a device as torch names it.
+    correct_tokens: first fine-tune the teacher on so many tokens of the text (cross entropy, a fifth of lr), for text
+        that is not like what it was trained on; 0 for not.
+    Source: Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 3 and tables 15-18; teacher correction:
+        Sreenivas et al. 2024, arXiv:2408.11796, section 3; the remainder outcome of top_k is ours.
+    """
+
+    name: ClassVar[str] = "distill"
+    numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
+    ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    kl: Share = 1.0
+    ce: Share = 0.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    store: str | None = None
+    states: tuple[tuple[int, int], ...] = ()
+    teacher: str | None = None
+    teacher_dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
+    teacher_device: str | None = None
+    correct_tokens: Annotated[int, Field(ge=0)] = 0
+
+    def requires(self, program: Program) -> list[str]:
+        checks = {
+            f"{MISSING['cut']}, or name a teacher folder": program.cut is None and self.teacher is None,
+            "kl=0 and ce=0 leave nothing to learn: give one of them": self.kl == 0 and self.ce == 0,
+            "states are compared beside the KL: give kl": bool(self.states) and self.kl == 0,
+            "store keeps top_k rows: give top_k (512 or more)": self.store is not None and not self.top_k,
+            "store keeps no hidden states: leave states or store": self.store is not None and bool(self.states),
+        }
+        return super().requires(program) + [reason for reason, holds in checks.items() if holds]
+
+    def call(self, program: Program, context: Context) -> PassResult:
+        text = self.text(program, context)
+        teacher, widths, correction = self._teacher(program, text, context)
+        student = fresh(program).replace(scores={})
+        model, stays = module_of(student, context)
+        goal = Goal(self._weights, self.tokens, self.lr, "student", self.states, self._widths(model, widths))
+        trained = train(model, teacher, text, goal, self, context, stays)
+        _check(student, context, stays)
+        write_curve(trained, context.output, self.name)
+        figures = {
+            **trained.figures(),
+            "trained": "graph" if stays else "stock class",
+            "text": {"sequences": len(text.train), "held_out": len(text.held_out), "window": text.window},
+        }
+        if correction is not None:
+            figures["teacher_correction"] = correction.figures()
+        return PassResult(student, True, figures)
+
+    @property
+    def _weights(self) -> Weights:
+        return Weights(self.kl, self.ce, self.temperature)
+
+    # ------------------------------------------------------------------ the teacher
+    def _teacher(self, program: Program, text: Text, context: Context) -> tuple[Teacher, int | None, Trained | None]:
+        """The teacher, the width of its hidden states, and what its correction did."""
+        if not self.kl:
+            return NoTeacher(), None, None
+        model, stays = self._teacher_model(program, context)
+        trained = None
+        if self.correct_tokens:
+            goal = Goal(Weights(0.0, 1.0), self.correct_tokens, self.lr / 5, "teacher")
+            trained = train(model, NoTeacher(), text, goal, self, context, stays)
+        about = fingerprint(model, text, Goal(self._weights, 0, 0.0, "teacher"), self, context.seed)
+        device = torch.device(self.teacher_device) if self.teacher_device else None
+        if stays and (device or DTYPES[self.teacher_dtype]):
+            raise PipelineError("distill: no stock class holds the teacher, so its dtype and device cannot be changed")
+        model = placed(model, DTYPES[self.teacher_dtype], device)
+        first = next(model.parameters())
+        inputs = {k: v.to(first.device) if hasattr(v, "to") else v for k, v in text.train[0].inputs.items()}
+        live = LiveTeacher(
+            Network(model, inputs),
+            states=bool(self.states),
+            top_k=self.top_k,
+            temperature=self.temperature,
+            stays=device is not None or stays,
+        )
+        return self._stored(live, text, about, context), _width(model), trained
+
+    def _teacher_model(self, program: Program, context: Context) -> tuple[nn.Module, bool]:
+        if self.teacher is None:
+            assert program.cut is not None
+            dense = program.cut.dense
+            return module_of(fresh(dense) if self.correct_tokens else dense, context)
+        from transformers import AutoModelForCausalLM
+
+        folder = Path(self.teacher).expanduser()
+        if not (folder / "config.json").is_file():
+            raise PipelineError(f"distill: teacher={folder} is no model folder (config.json, safetensors)")
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto"
+        )
+        return found, False
+
+    def _stored(
+        self, live: LiveTeacher, text: Text, about: dict[str, str], context: Context
+    ) -> LiveTeacher | StoredTeacher:
+        if self.store is None:
+            return live
+        kept = {key: about[key] for key in ("weights", "text", "versions")}
+        kept |= {"top_k": str(self.top_k), "temperature": str(self.temperature), "dtype": self.teacher_dtype}
+        folder = Path(self.store).expanduser()
+        return store(live, (*text.train, *text.held_out), folder, kept, context.progress)
+
+    def _widths(self, model: nn.Module, teacher: int | None) -> tuple[int, int] | None:
+        mine = _width(model)
+        return (mine, teacher) if self.states and mine is not None and teacher is not None else None
+
+
+def _width(model: nn.Module) -> int | None:
+    """Width of the hidden states, where the configuration says it."""
+    config = getattr(model, "config", None)
+    found = getattr(config.get_text_config(), "hidden_size", None) if config is not None else None
+    return found if isinstance(found, int) else None
+
+
+def _check(student: Program, context: Context, stays: bool) -> None:
+    """Raising compares the outputs of the trained Program with those of the stock class over its weights."""
+    if not stays and context.raise_model is not None:
+        context.raise_model(student)

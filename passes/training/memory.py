@@ -1,0 +1,105 @@
+"""All that a training run is at one step, as tensors and JSON: what a killed run needs to go on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+JSON = dict[str, Any]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of one that may be spread over processes; every process must call this."""
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather is not None else tensor  # type: ignore[no-any-return]
+
+
+def spread_like(value: Tensor, like: Tensor) -> Tensor:
+    """A full tensor laid out as ``like``: over its processes, on its device, in its dtype."""
+    value = value.to(like.device, like.dtype)
+    if not hasattr(like, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, each once, whole."""
+    named = dict(model.named_parameters())
+    persistent = model.state_dict().keys()
+    named |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return {name: whole(tensor.detach()) for name, tensor in named.items()}
+
+
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """The inverse of ``weights_of``, in place."""
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, value in weights.items():
+            named[name].copy_(spread_like(value, named[name]))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], JSON]:
+    """Its tensors, named by parameter number and key, and its groups."""
+    state = optimizer.state_dict()
+    tensors = {f"{at}.{key}": whole(value) for at, own in state["state"].items() for key, value in own.items()}
+    return tensors, {"groups": state["param_groups"]}
+
+
+def put_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: JSON) -> None:
+    """The inverse of ``optimizer_state``; the optimizer has the same parameters in the same order."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        at, _, key = name.partition(".")
+        like = parameters[int(at)]
+        state.setdefault(int(at), {})[key] = spread_like(value, like) if value.shape == like.shape else value
+    optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
+
+
+def random_state() -> tuple[dict[str, Tensor], JSON]:
+    """The generators of Python, numpy and torch (the current accelerator's, too)."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return tensors, {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+
+
+def put_random_state(tensors: Mapping[str, Tensor], facts: JSON) -> None:
+    """The inverse of ``random_state``."""
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    version, keys, gauss = facts["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, words, *rest = facts["numpy"]
+    np.random.set_state((kind, np.array(words, dtype=np.uint32), *rest))
+
+
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Whatever is drawn or seeded in here does not show outside."""
+    tensors, facts = random_state()
+    try:
+        yield
+    finally:
+        put_random_state(tensors, json.loads(json.dumps(facts)))
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names with a prefix, so that several sets share one file."""
+    return {f"{prefix}/{name}": value for name, value in tensors.items()}
+
+
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of ``prefixed``: those of one set."""
+    return {name.removeprefix(f"{prefix}/"): v for name, v in tensors.items() if name.startswith(f"{prefix}/")}

@@ -1,0 +1,116 @@
+"""A model cut before its head, so that its logits need never stand all at once."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from secateur.graph.errors import PipelineError
+from secateur.passes.importance.taylor import logits
+from secateur.passes.training.rows import HeadRows, LogitRows
+
+log = logging.getLogger("secateur.passes")
+
+CLOSE = 1e-5  # of the largest logit: what the same product in another order may differ by
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """rows: distributions of the batch's tokens, flattened.   states: hidden states [b, t, X], embeddings first."""
+
+    rows: HeadRows | LogitRows
+    states: tuple[Tensor, ...] = ()
+
+
+class Network(nn.Module):
+    """A model whose last product, hidden state times head, is left to who asks for rows.
+
+    The head is a linear module that the model names as its output embedding; it is taken out, and what the model then
+    gives as logits is the hidden state that the head reads.  Where something follows the head (a soft cap), or the head
+    is not linear, the model stays whole and gives logits.
+
+    model: changed in place; ``restore`` puts the head back.
+    probe: inputs of one short sequence, on the model's device.
+    precision: matrix products are done in it (autocast); None leaves the weights' own.
+    """
+
+    def __init__(self, model: nn.Module, probe: Mapping[str, Any], precision: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.body, self.precision = model, precision
+        accepted = inspect.signature(model.forward).parameters
+        self.fixed = {"use_cache": False} if "use_cache" in accepted else {}
+        self.head, self.place = _cut_head(model, {**probe, **self.fixed})
+
+    def forward(self, inputs: Mapping[str, Any], states: bool = False) -> Output:
+        """Rows for every position of the inputs, and the hidden states if asked for."""
+        device = next(v.device.type for v in inputs.values() if isinstance(v, Tensor))
+        more = {"output_hidden_states": True} if states else {}
+        with torch.autocast(device, self.precision) if self.precision else nullcontext():
+            given = self.body(**inputs, **self.fixed, **more)
+        found = getattr(given, "hidden_states", None) or ()
+        if states and not found:
+            raise PipelineError(
+                f"{type(self.body).__name__} gives no hidden states to compare: leave states=[] (logits alone)"
+            )
+        scores = logits(given)
+        flat = scores.reshape(-1, scores.shape[-1])
+        if self.head is None:
+            return Output(LogitRows(flat), tuple(found))
+        return Output(HeadRows(flat, self.head.weight, self.head.bias, self.precision), tuple(found))
+
+    def train(self, mode: bool = True) -> Network:
+        """As of any module, but graphs have one mode, that of their capture, and refuse to be asked."""
+        self.training = mode
+        for child in self.children():
+            if not isinstance(child, fx.GraphModule):
+                child.train(mode)
+        return self
+
+    def restore(self) -> None:
+        """Put the head back where it was."""
+        if self.head is not None:
+            owner, _, name = self.place.rpartition(".")
+            setattr(self.body.get_submodule(owner), name, self.head)
+
+
+def _cut_head(model: nn.Module, probe: Mapping[str, Any]) -> tuple[nn.Linear | None, str]:
+    """The head and its path in the model, in whose place an identity now stands; or (None, "")."""
+    named = getattr(model, "get_output_embeddings", None)
+    head = named() if named is not None else None
+    path = next((name for name, module in model.named_modules() if module is head), "")
+    if not isinstance(head, nn.Linear) or not path:
+        log.info("no linear head to cut off: the losses are made from logits of a whole micro-batch")
+        return None, ""
+    owner, _, name = path.rpartition(".")
+    was_training, parent = model.training, model.get_submodule(owner)
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected = logits(model(**probe))
+            setattr(parent, name, nn.Identity())
+            found = head(logits(model(**probe)))
+        if _same(expected, found):
+            return head, path
+        reason = "the model changes its logits after the head"
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = f"the model does not run without it ({error})"
+    finally:
+        model.train(was_training)
+    setattr(parent, name, head)
+    log.info("the head %s stays: %s; the losses are made from logits of a whole micro-batch", path, reason)
+    return None, ""
+
+
+def _same(expected: Tensor, found: Tensor) -> bool:
+    if expected.shape != found.shape:
+        return False
+    gap = (expected.double() - found.double()).abs().max()
+    low = expected.dtype in (torch.bfloat16, torch.float16)  # a cap would pass for rounding there: only bits count
+    return bool(torch.equal(expected, found) if low else gap <= CLOSE * expected.abs().max())

@@ -1,0 +1,126 @@
+"""The options that every training pass has, and what follows from them."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from secateur.graph import Program
+from secateur.graph.errors import PipelineError
+from secateur.passes.base import Context, Cost, Pass
+from secateur.passes.training.text import Text, read_windows, split
+
+Precision = Literal["auto", "float32", "bfloat16"]
+LOW = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class TrainingPass(Pass):
+    """A pass that trains: AdamW (0.9, 0.95), linear warm-up, then a cosine down to a part of the rate."""
+
+    tokens: Annotated[int, Field(ge=1)] = 1_000_000
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    batch_tokens: Annotated[int, Field(ge=1)] = 4096
+    micro_batch: Annotated[int, Field(ge=1)] = 4
+    window: Annotated[int, Field(ge=2)] = 512
+    data: str | None = None
+    held_out: Annotated[int, Field(ge=0)] = 16
+    evaluations: Annotated[int, Field(ge=1)] = 8
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    precision: Precision = "auto"
+    checkpointing: bool = False
+    compile: Literal["off", "inductor", "aot_eager"] = "off"
+    save_every: Annotated[int, Field(ge=1)] = 50
+
+    @property
+    def needs_data(self) -> bool:
+        return self.data is None
+
+    @property
+    def cost(self) -> Cost:
+        """Weights, gradients and two moments in float32; the work depends on tokens, not on the calibration data."""
+        return Cost(4.0, 16.0)
+
+    def requires(self, program: Program) -> list[str]:
+        on_meta = any(p.is_meta for _, p in program.named_parameters())
+        return super().requires(program) + ["the weights are on the meta device: open the model with weights"] * on_meta
+
+    def text(self, program: Program, context: Context) -> Text:
+        """The windows to train on and those held back.
+
+        Raises: TextError: there is none, or the file cannot be read.
+        """
+        if self.data is None:
+            return split(context.data or (), self.held_out)
+        wanted = self.tokens + self.held_out * self.window
+        file = Path(self.data).expanduser()
+        return split(read_windows(file, program, tokens=wanted, window=self.window, seed=context.seed), self.held_out)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Steps of a run.
+
+    steps: optimizer steps.   micro: sequences a process takes at once.   accumulate: such takes a step.
+    warmup: steps in which the rate rises.   evaluate, save: steps from one to the next.   world: processes.
+    """
+
+    steps: int
+    micro: int
+    accumulate: int
+    warmup: int
+    evaluate: int
+    save: int
+    world: int = 1
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one step, over all processes."""
+        return self.micro * self.accumulate * self.world
+
+
+def pace(options: TrainingPass, window: int, tokens: int) -> Pace:
+    """The steps that ``tokens`` take, in batches of as near ``batch_tokens`` as whole micro-batches come.
+
+    With several processes the batch is shared out among them.
+    Raises: PipelineError: the processes do not divide the batch.
+    """
+    world = world_size()
+    sequences = max(1, round(options.batch_tokens / window))
+    if sequences % world:
+        raise PipelineError(
+            f"{options.name}: {sequences} sequences of {window} tokens a step do not divide among {world} processes: "
+            f"choose batch_tokens as a multiple of {world * window}"
+        )
+    each = sequences // world
+    micro = next(m for m in range(min(options.micro_batch, each), 0, -1) if each % m == 0)
+    steps = math.ceil(tokens / (sequences * window))
+    return Pace(
+        steps=steps,
+        micro=micro,
+        accumulate=each // micro,
+        warmup=math.ceil(options.warmup * steps),
+        evaluate=math.ceil(steps / options.evaluations),
+        save=options.save_every,
+        world=world,
+    )
+
+
+def world_size() -> int:
+    """Processes of this run: those that torchrun started, or one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def autocast(precision: Precision, dtypes: set[torch.dtype]) -> torch.dtype | None:
+    """The dtype of matrix products, None for the weights' own; weights of low precision are trained as float32."""
+    table = {"float32": None, "bfloat16": torch.bfloat16, "auto": torch.bfloat16 if dtypes & set(LOW) else None}
+    return table[precision]

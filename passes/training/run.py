@@ -1,0 +1,235 @@
+"""One training run: a module is made ready, trained, and left as it was but for its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from secateur.graph import Program, SecateurError, with_parameters
+from secateur.graph.errors import PipelineError
+from secateur.passes.base import Context
+from secateur.passes.journal import Journal, digest
+from secateur.passes.training.chunked import Weights
+from secateur.passes.training.learner import Learner, Pair
+from secateur.passes.training.memory import own_randomness, whole
+from secateur.passes.training.network import Network
+from secateur.passes.training.plan import LOW, Pace, TrainingPass, autocast, pace
+from secateur.passes.training.teachers import Teacher
+from secateur.passes.training.text import Text
+
+POINTS = 64  # of a curve that goes into the history; all points go to the output folder
+PROBE = 16  # tokens of the sequence that a network is tried with
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # as transformers calls it now, and before
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a run trains towards.
+
+    weights: of KL and cross entropy.   pairs, widths: see Learner.   tokens, lr: of this run.   part: its name, which
+    is that of its folder under ``context.resume``, too.
+    """
+
+    weights: Weights
+    tokens: int
+    lr: float
+    part: str
+    pairs: tuple[Pair, ...] = ()
+    widths: Pair | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run did.   curve, held_out: see Tutor.   seconds: of this call; a run that went on counts from there."""
+
+    pace: Pace
+    curve: list[dict[str, float]]
+    held_out: list[dict[str, float]]
+    chunked: bool
+    tokens: int
+    tokens_here: int
+    seconds: float
+
+    def figures(self) -> dict[str, Any]:
+        """For the history: the curve thinned out to a few points."""
+        every = max(1, -(-len(self.curve) // POINTS))
+        return {
+            "tokens": self.tokens,
+            "steps": self.pace.steps,
+            "sequences_a_step": self.pace.sequences,
+            "processes": self.pace.world,
+            "tokens_per_s": round(self.tokens_here / self.seconds, 1) if self.seconds else None,
+            "loss_from": "hidden states, in chunks" if self.chunked else "logits, in chunks",
+            "curve": thinned(self.curve, every),
+            "held_out": self.held_out,
+        }
+
+
+def thinned(curve: Sequence[Mapping[str, float]], every: int) -> list[dict[str, float]]:
+    """Means over ``every`` steps each; step, tokens and rate are those of the last."""
+    parts = [curve[at : at + every] for at in range(0, len(curve), every)]
+    last = ("step", "tokens", "lr")
+    return [
+        {key: part[-1][key] if key in last else sum(row[key] for row in part) / len(part) for key in part[-1]}
+        for part in parts
+    ]
+
+
+def train(
+    model: nn.Module, teacher: Teacher, text: Text, goal: Goal, options: TrainingPass, context: Context, stays: bool
+) -> Trained:
+    """Train a module's weights in place.
+
+    Args:
+        model: a stock model, or a graph module.   teacher: answers for every batch.   text: see Text.
+        stays: the module cannot leave its device.
+    Raises: TrainingError: a loss is no number, or ``context.resume`` holds steps of another run.
+        PipelineError: an option does not fit the module; a package is missing.
+    """
+    tutor_module = _trainer_module()
+    steps = pace(options, text.window, goal.tokens)
+    journal = Journal(None if context.resume is None else context.resume / goal.part)
+    known = fingerprint(model, text, goal, options, context.seed)
+    with _ready(model, options) as low, tempfile.TemporaryDirectory() as folder, own_randomness():
+        torch.manual_seed(context.seed)
+        before = dict(model.named_parameters())
+        precision = torch.bfloat16 if low and options.precision == "auto" else autocast(options.precision, set())
+        network = Network(model, _probe(text, model), precision)
+        try:
+            learner = Learner(network, goal.weights, goal.pairs, goal.widths)
+            use_cpu = stays and next(model.parameters()).device.type == "cpu"
+            tutor = tutor_module.Tutor(
+                learner, teacher, text, steps, options, goal.lr, journal, known, context.seed, folder, use_cpu
+            )
+            ticks = iter(context.progress(range(steps.steps + 1), goal.part, steps.steps))
+            tutor.add_callback(tutor_module.Ticks(ticks))
+            start = time.perf_counter()
+            tutor.run()
+            seconds = time.perf_counter() - start
+            _gather(tutor.model.network.body, before)
+        finally:
+            network.restore()
+    return Trained(steps, tutor.curve, tutor.held_out, network.head is not None, tutor.seen, tutor.seen_here, seconds)
+
+
+def fresh(program: Program) -> Program:
+    """The same Program over Parameters of its own, so that training it changes no other."""
+    return with_parameters(program, {name: p.detach().clone() for name, p in program.named_parameters()})
+
+
+def module_of(program: Program, context: Context) -> tuple[nn.Module, bool]:
+    """What is trained in a Program's place, over its Parameters: its stock model, or else (True) its graph module."""
+    if context.raise_model is None:
+        return program.gm, True
+    try:
+        return context.raise_model(program), False
+    except SecateurError as misfit:
+        context.log.warning("no stock class holds this shape, so its graph is trained itself: %s", misfit)
+        return program.gm, True
+
+
+def fingerprint(model: nn.Module, text: Text, goal: Goal, options: TrainingPass, seed: int) -> dict[str, str]:
+    """What a run depends on, for runs that go on."""
+    every = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        every.update(f"{name} {digest(whole(parameter))} ".encode())
+    passing = {"save_every": None, "data": None}
+    return {
+        "options": json.dumps({**options.to_json(), **passing, "goal": repr(goal)}, sort_keys=True),
+        "weights": every.hexdigest(),
+        "text": text.sha256(),
+        "seed": str(seed),
+        "versions": " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "accelerate")),
+    }
+
+
+@contextmanager
+def _ready(model: nn.Module, options: TrainingPass) -> Iterator[bool]:
+    """The module with float32 weights, and checkpointing and compilation as asked for; all undone at the end.
+
+    Yields: whether weights were of low precision.
+    """
+    was = {parameter: (parameter.dtype, parameter.device) for parameter in model.parameters()}
+    wide = {parameter for parameter, (dtype, _) in was.items() if dtype in LOW}
+    for parameter in wide:
+        parameter.data = parameter.data.float()
+    if options.checkpointing:
+        _checkpointing(model, True)
+    if options.compile != "off":
+        model.compile(backend=options.compile)
+    try:
+        yield bool(wide)
+    finally:
+        model._compiled_call_impl = None  # type: ignore[assignment]
+        if options.checkpointing:
+            _checkpointing(model, False)
+        devices = {device for _, device in was.values()}
+        if len(devices) == 1:
+            model.to(devices.pop())
+        for parameter, (dtype, _) in was.items():
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+        if not isinstance(model, fx.GraphModule):
+            model.eval()
+
+
+def _checkpointing(model: nn.Module, on: bool) -> None:
+    """Switch recomputation of activations."""
+    name = next((name for name in CHECKPOINTING if hasattr(model, f"{name}_enable")), None)
+    if name is None:
+        raise PipelineError(f"checkpointing=true: {type(model).__name__} is no stock model that can; leave it off")
+    if on:
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+    else:
+        getattr(model, f"{name}_disable")()
+
+
+def _gather(body: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
+    """Weights that were spread over processes, back into the Parameters that they came from."""
+    after = dict(body.named_parameters())
+    with torch.no_grad():
+        for name, parameter in before.items():
+            if name in after and after[name] is not parameter:
+                parameter.copy_(whole(after[name].detach()))
+
+
+def _probe(text: Text, model: nn.Module) -> dict[str, Any]:
+    """The beginning of the first sequence, where the model is."""
+    device = next(model.parameters()).device
+
+    def short(value: Any) -> Any:
+        whole_numbers = isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+        return (value[:, :PROBE] if whole_numbers else value).to(device) if isinstance(value, Tensor) else value
+
+    return {name: short(value) for name, value in text.train[0].inputs.items()}
+
+
+def _trainer_module() -> Any:
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise PipelineError("training needs the package accelerate: pip install 'secateur[train]'") from error
+    from secateur.passes.training import trainer
+
+    return trainer
+
+
+def write_curve(trained: Trained, folder: Path | None, name: str) -> None:
+    """All points, as JSON, into the folder for by-products, where there is one."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{name}.json.part"
+    part.write_text(json.dumps({"curve": trained.curve, "held_out": trained.held_out}, indent=1), encoding="utf-8")
+    part.replace(folder / f"{name}.json")

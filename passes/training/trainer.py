@@ -1,0 +1,285 @@
+"""transformers' Trainer with our losses, our order of the text, and checkpoints without pickle.
+
+Trainer does the loop, gradient accumulation, clipping, schedules and, through accelerate, FSDP2.  Its own checkpoints
+are pickles, so what it would write and read is written and read here, as safetensors and JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from secateur.graph.errors import SecateurError
+from secateur.passes.journal import Entry, Journal
+from secateur.passes.training.learner import Learner
+from secateur.passes.training.memory import (
+    optimizer_state,
+    prefixed,
+    put_optimizer_state,
+    put_random_state,
+    put_weights,
+    random_state,
+    weights_of,
+    with_prefix,
+)
+from secateur.passes.training.plan import Pace, TrainingPass, world_size
+from secateur.passes.training.teachers import Teacher
+from secateur.passes.training.text import Schedule, Text, collate
+
+STATE = "training"
+TRAINER_STATE = "trainer_state.json"
+
+
+class TrainingError(SecateurError):
+    """Training cannot go on: a loss is no number, or what was kept belongs to another run."""
+
+
+class Tutor(Trainer):  # type: ignore[misc]
+    """Trains a Learner on what a Teacher says.
+
+    curve: one record a step: step, tokens, loss, kl, ce, states, lr, grad_norm; means over the step's tokens, before it.
+    held_out: one record an evaluation: step, tokens, kl, ce, perplexity.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        teacher: Teacher,
+        text: Text,
+        pace: Pace,
+        options: TrainingPass,
+        lr: float,
+        journal: Journal,
+        fingerprint: dict[str, str],
+        seed: int,
+        folder: str,
+        use_cpu: bool,
+    ) -> None:
+        self.teacher, self.text, self.pace, self.journal, self.fingerprint = teacher, text, pace, journal, fingerprint
+        self.curve: list[dict[str, float]] = []
+        self.held_out: list[dict[str, float]] = []
+        self._parts: list[Tensor] = []
+        self._kept: Entry | None = None
+        self._before = 0
+        super().__init__(
+            model=learner,
+            args=arguments(options, lr, pace, seed, folder, use_cpu, bool(text.held_out)),
+            data_collator=collate,
+            train_dataset=Schedule(text.train, pace.steps * pace.sequences, seed),
+            eval_dataset=list(text.held_out) or None,
+        )
+        self.model_accepts_loss_kwargs = False  # the loss is the mean of a micro-batch: Trainer divides by their number
+        self.remove_callback(PrinterCallback)
+        teacher.move(self.args.device)
+
+    # ------------------------------------------------------------------ what is learned
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        losses = model(inputs, self.teacher(inputs))
+        parts = (losses.total.detach(), losses.kl, losses.ce, losses.states)
+        self._parts.append(torch.stack([part.float() for part in parts]))
+        return losses.total  # type: ignore[no-any-return]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """KL and cross entropy on the text held back; every process measures all of it."""
+        model, sums, count = self.model.eval(), torch.zeros(2), 0
+        for batch in DataLoader(_Held(self.text), batch_size=self.pace.micro, collate_fn=collate):
+            batch = self._prepare_inputs(batch)
+            losses = model(batch, self.teacher(batch))
+            size = len(batch["window"])
+            sums += size * torch.stack([losses.kl, losses.ce]).float().cpu()
+            count += size
+        model.train()
+        self.control.should_evaluate = False
+        kl, ce = (sums / count).tolist()
+        record = {"kl": kl, "ce": ce, "perplexity": math.exp(min(ce, 700.0))}
+        self.held_out.append({"step": self.state.global_step, "tokens": self.seen, **record})
+        return {f"eval_{name}": value for name, value in record.items()}
+
+    @property
+    def seen(self) -> int:
+        """Tokens trained on so far, over all processes."""
+        return int(self.state.global_step * self.pace.sequences * self.text.window)
+
+    @property
+    def seen_here(self) -> int:
+        """Those of this call, which may have gone on with an older run."""
+        return self.seen - self._before
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keep the record of a step; Trainer's other messages are not kept."""
+        if "loss" not in logs:
+            return
+        means = self.accelerator.reduce(torch.stack(self._parts).mean(0), "mean")
+        self._parts.clear()
+        loss, kl, ce, states = means.tolist()
+        record = {"step": self.state.global_step, "tokens": self.seen, "loss": loss, "kl": kl, "ce": ce}
+        record |= {"states": states} if states else {}
+        record |= {"lr": logs["learning_rate"], "grad_norm": float(logs["grad_norm"])}
+        if not math.isfinite(loss) or not math.isfinite(record["grad_norm"]):
+            raise TrainingError(
+                f"step {self.state.global_step}: loss {loss}, gradient {record['grad_norm']}: lower lr (now "
+                f"{self.args.learning_rate:g}), or precision=float32; nothing of this step was kept"
+            )
+        self.curve.append(record)
+
+    # ------------------------------------------------------------------ what outlives a kill
+    def run(self) -> None:
+        """Train, from the last step that was kept.
+
+        Raises: TrainingError: what was kept is of another run, or a loss is no number.
+        """
+        self._kept = self.journal.read(STATE)
+        if self._kept is None:
+            self.train()
+        else:
+            self._go_on(self._kept.facts)
+        if self.text.held_out and self.held_out[-1]["step"] != self.state.global_step:
+            self.evaluate()
+
+    def _go_on(self, facts: dict[str, Any]) -> None:
+        check_same(facts["fingerprint"], self.fingerprint)
+        self.args.eval_on_start = False
+        self.curve, self.held_out = facts["curve"], facts["held_out"]
+        self._before = int(self.curve[-1]["tokens"])
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / TRAINER_STATE).write_text(facts["trainer"], encoding="utf-8")
+            self.train(resume_from_checkpoint=folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        optimizer, groups = optimizer_state(_bare(self.optimizer))
+        drawn, generators = random_state()
+        tensors = {
+            **prefixed("weights", weights_of(self.model)),
+            **prefixed("optimizer", optimizer),
+            **prefixed("random", drawn),
+        }
+        facts = {
+            "fingerprint": self.fingerprint,
+            "trainer": json.dumps(dataclasses.asdict(self.state)),
+            "schedule": self.lr_scheduler.state_dict(),
+            "curve": self.curve,
+            "held_out": self.held_out,
+            **groups,
+            **generators,
+        }
+        if self.is_world_process_zero():
+            self.journal.write(STATE, tensors, facts)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        put_weights(self.model if model is None else model, with_prefix("weights", self._entry.tensors))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            tensors = with_prefix("optimizer", self._entry.tensors)
+            put_optimizer_state(_bare(self.optimizer), tensors, self._entry.facts)
+            self.lr_scheduler.load_state_dict(self._entry.facts["schedule"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            put_random_state(with_prefix("random", self._entry.tensors), self._entry.facts)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        return None
+
+    @property
+    def _entry(self) -> Entry:
+        assert self._kept is not None
+        return self._kept
+
+
+class _Held(torch.utils.data.Dataset[dict[str, Any]]):
+    """The sequences held back, in order; numbered on from the last training sequence."""
+
+    def __init__(self, text: Text) -> None:
+        self.samples, self.first = text.held_out, len(text.train)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        return {"window": self.first + at, "sample": self.samples[at]}
+
+
+class Ticks(TrainerCallback):  # type: ignore[misc]
+    """Moves a reporter on by one at each step.  ticks: an iterator of as many items as steps are left."""
+
+    def __init__(self, ticks: Iterator[Any]) -> None:
+        self.ticks = ticks
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        next(self.ticks, None)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        next(self.ticks, None)
+
+
+def arguments(
+    options: TrainingPass, lr: float, pace: Pace, seed: int, folder: str, use_cpu: bool, measured: bool
+) -> TrainingArguments:
+    """What Trainer is told.  Several processes share weights, gradients and moments by FSDP2."""
+    sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if world_size() > 1 else {}
+    return TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=1,
+        per_device_train_batch_size=pace.micro,
+        gradient_accumulation_steps=pace.accumulate,
+        optim="adamw_torch",
+        learning_rate=lr,
+        adam_beta2=0.95,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.clip,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": options.final_lr},
+        warmup_steps=pace.warmup,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if measured else "no",
+        eval_steps=pace.evaluate,
+        eval_on_start=measured,
+        save_strategy="steps",
+        save_steps=pace.save,
+        average_tokens_across_devices=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to="none",
+        seed=seed,
+        use_cpu=use_cpu,
+        **sharded,
+    )
+
+
+def check_same(kept: dict[str, str], now: dict[str, str]) -> None:
+    """Refuse to go on with what belongs to another run.
+
+    Raises: TrainingError: names what differs.
+    """
+    differ = [f"{name} (kept {kept.get(name)}, now {now.get(name)})" for name in now if kept.get(name) != now[name]]
+    if differ:
+        raise TrainingError(
+            f"the steps kept from before belong to another run: {'; '.join(differ)} differ. Remove the folder to start "
+            "afresh, or give back what was changed"
+        )
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper."""
+    found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return found
