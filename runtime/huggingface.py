@@ -25,6 +25,7 @@ from secateur.graph.program import Program
 from secateur.runtime import reload
 from secateur.runtime.artifact import Draft, check_target, read_manifest, verify_artifact, writing
 from secateur.runtime.classes import quiet
+from secateur.runtime.lowering import is_lowered, lowered, write_packed
 from secateur.runtime.raising import (
     Raised,
     as_history,
@@ -68,6 +69,7 @@ class SaveReport:
     changes: configuration field -> (before, after).
     difference: largest difference of the raised model's outputs to the program's, relative where above one.
     reload: figures of the fresh process (its own difference, seconds to load, generated tokens); empty if unchecked.
+    packed: what lies beside the checkpoint: layers by form, bytes packed and dense; empty if nothing was lowered.
     seconds: of the whole save."""
 
     path: Path
@@ -76,6 +78,7 @@ class SaveReport:
     changes: Mapping[str, tuple[Any, Any]]
     difference: float
     reload: Mapping[str, Any] = field(default_factory=dict)
+    packed: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -98,6 +101,7 @@ def save(program: Program, path: str | Path, *, force: bool = False, check: bool
     with writing(path, needed_bytes=program.num_bytes + SPARE_BYTES, force=force) as draft:
         _write_model(raised.model, draft.folder, _source_folder(program))
         figures = prove_reload(program, raised, draft.folder) if check else {}
+        packed = write_packed(program, raised.model, draft.folder)
         _describe(draft, program, raised, figures)
     return SaveReport(
         path=path,
@@ -106,19 +110,21 @@ def save(program: Program, path: str | Path, *, force: bool = False, check: bool
         changes=raised.plan.changes,
         difference=raised.difference,
         reload=figures,
+        packed=packed,
         seconds=time.perf_counter() - started,
     )
 
 
-def load(path: str | Path, *, verify: bool | None = None) -> PreTrainedModel:
-    """The model of a saved artifact, in eval mode, ready to generate.
+def load(path: str | Path, *, verify: bool | None = None, packed: bool = True) -> PreTrainedModel:
+    """The model of a saved artifact, in eval mode, ready to generate; on its packed weights, where it was lowered.
 
     Args:  verify: re-hash every file; None does so below 4 GiB.  Sizes are always compared.
+        packed: False opens the stock checkpoint even where packed weights lie beside it.
     Raises: ArtifactError: not a finished artifact, or changed since.   SourceError: its checkpoint is not sound."""
     folder = Path(path).expanduser()
     manifest = read_manifest(folder)
     verify_artifact(folder, hashes=manifest.num_bytes <= HASHED_BYTES if verify is None else verify)
-    return open_model(folder)
+    return lowered(folder) if packed and is_lowered(folder) else open_model(folder)
 
 
 def save_weights(program: Program, path: str | Path, *, force: bool = False) -> None:

@@ -1,0 +1,124 @@
+"""The quantize pass: put the weights of linear layers on integer grids.  The Program stays one of floats."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from secateur.graph import Program, with_parameters
+from secateur.passes.base import Context, Cost, Pass, PassResult
+from secateur.passes.lower_layers import Layer, linear_layers, on_meta, sharing_input, weights
+from secateur.passes.quantize_gptq import output_error, quantize_gptq
+from secateur.passes.quantize_grid import grid_of
+from secateur.passes.repair_run import Lockstep
+
+Made = tuple[dict[str, Tensor], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Round the weights of linear layers to 8 or 4 bits; zeros stay zeros.  Numerics: lossy.
+
+    The numbers stay floats of the same dtype, each a whole multiple of its scale, so that every loader opens the model;
+    ``lower`` finds the scales again in the numbers, and packs them.
+
+    bits: 8 (a scale for each output) or 4 (a scale for each output and 128 inputs).
+    method: rtn (round to nearest, no data) or gptq (later weights make up for the error of earlier ones, on the inputs
+        that the quantized model really sees).
+    head: round the layer whose outputs the model returns, too; not where it is tied to the embeddings.
+    damping: of gptq, in parts of the mean of the inputs' squares.
+    Source: gptq: Frantar et al. 2022, arXiv:2210.17323, algorithm 1.
+    """
+
+    name: ClassVar[str] = "quantize"
+    numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
+    ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    bits: Literal[8, 4] = 8
+    method: Literal["rtn", "gptq"] = "rtn"
+    head: bool = False
+    damping: Annotated[float, Field(gt=0)] = 0.01
+
+    @property
+    def needs_data(self) -> bool:
+        return self.method == "gptq"
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(1.5, 1.0) if self.needs_data else Cost(0.0, 1.0)
+
+    def requires(self, program: Program) -> list[str]:
+        missing = ["the weights are on the meta device: open the model with weights"] * on_meta(program)
+        return super().requires(program) + missing
+
+    def call(self, program: Program, context: Context) -> PassResult:
+        layers, refused = linear_layers(program)
+        spared = {layer.parameter: why for layer in layers if (why := self._spared(layer))}
+        chosen = [layer for layer in layers if layer.parameter not in spared]
+        refused |= spared
+        for name, reason in refused.items():
+            context.log.info("quantize leaves %s alone: %s", name, reason)
+        work = self._gptq if self.needs_data else self._nearest
+        made, errors = work(program, chosen, context)
+        if not made:
+            return PassResult(program, False, {"bits": self.bits, "layers": 0, "left_alone": refused})
+        rounded = with_parameters(program, made).replace(scores={})
+        error = math.sqrt(sum(e * e for e in errors.values()) / len(errors))
+        told = {name: round(value, 5) for name, value in errors.items()}
+        figures = {"layers": len(made), "error": round(error, 5), "left_alone": refused, "errors": told}
+        return PassResult(rounded, True, {"bits": self.bits, **figures})
+
+    def _spared(self, layer: Layer) -> str:
+        """Why a layer keeps its numbers; "" where it does not."""
+        if layer.looked_up:
+            return "it is the table of embeddings, too"
+        return "the model returns its outputs; head=true rounds it" if layer.head and not self.head else ""
+
+    def _nearest(self, program: Program, layers: list[Layer], context: Context) -> Made:
+        """Round to nearest.  The error is that of the weights, relative to their norm."""
+        known = weights(program)
+        made: dict[str, Tensor] = {}
+        for layer in context.progress(layers, "quantize", len(layers)):
+            weight = known[layer.parameter]
+            made[layer.parameter] = grid_of(weight, self.bits).nearest(weight)
+        return made, {name: _relative(known[name], value) for name, value in made.items()}
+
+    def _gptq(self, program: Program, layers: list[Layer], context: Context) -> Made:
+        """Layer after layer, on the inputs that come out of the layers already rounded.  The error is the outputs'."""
+        known, data = weights(program), context.data or ()
+        run = Lockstep(program, data)
+        made: dict[str, Tensor] = {}
+        errors: dict[str, float] = {}
+        groups = sharing_input(layers)
+        for sharing in context.progress(groups, "quantize", len(groups)):
+            run.advance(sharing[0].node.name)
+            gram = _gram(run, sharing[0].x.name, len(data))
+            for layer in sharing:
+                weight = known[layer.parameter]
+                value = quantize_gptq(weight, gram, self.bits, self.damping)
+                errors[layer.parameter] = output_error(weight, value, gram)
+                made[layer.parameter] = value
+                run.replace(layer.parameter, value, layer.chain)
+        return made, errors
+
+
+def _gram(run: Lockstep, x: str, count: int) -> Tensor:
+    """x^T x over all rows of all sequences, [K, K] float64."""
+    total: Tensor | None = None
+    for sample in range(count):
+        rows = run.value(sample, x)
+        rows = rows.reshape(-1, rows.shape[-1]).to(torch.promote_types(rows.dtype, torch.float32))
+        part = (rows.T @ rows).double()
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _relative(weight: Tensor, rounded: Tensor) -> float:
+    change = (rounded.float() - weight.float()).norm()
+    return float(change / weight.float().norm().clamp_min(1e-30))

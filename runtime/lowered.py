@@ -1,0 +1,127 @@
+"""Modules that stand where linear layers stood and multiply by packed weights.
+
+Dims: N outputs, K inputs.  The tensors are those of ``kernels.sparse24.formats``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.kernels.sparse24 import ops
+
+Tensors = Mapping[str, Tensor]
+NAMES = ("values", "mask", "scale")
+
+
+class PackedLinear(nn.Module):
+    """``x @ weight^T + bias`` with one packed weight, or several stacked ones that read the same x.
+
+    The first of those that share an input computes all; the others take their rows if they are asked about the very
+    same tensor, and compute their own rows if not, so the result never depends on the order of calls.
+
+    kind: of ``passes.lower_cost.KINDS``.   sizes: outputs of each stacked weight.
+    forward: [..., K] -> [..., N] of the first.
+    """
+
+    values: Tensor
+    mask: Tensor | None
+    scale: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(self, kind: str, columns: int, tensors: Tensors, bias: Tensor | None, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.kind, self.in_features, self.out_features = kind, columns, sizes[0]
+        self.sizes = list(sizes)
+        for name in NAMES:
+            self.register_buffer(name, tensors.get(name))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.held: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = ops.linear(x, self.values, self.mask, self.scale, self.bias)
+        if len(self.sizes) == 1:
+            return result
+        parts = result.split(self.sizes, -1)
+        self.held = (x, parts)
+        return parts[0]
+
+    def part(self, index: int, x: Tensor) -> Tensor:
+        """The outputs of one of the other stacked weights."""
+        held = self.held
+        if index == len(self.sizes) - 1:
+            self.held = None
+        if held is not None and held[0] is x:
+            return held[1][index]
+        rows = slice(start := sum(self.sizes[:index]), start + self.sizes[index])
+        mask, scale, bias = (None if t is None else t[rows] for t in (self.mask, self.scale, self.bias))
+        return ops.linear(x, self.values[rows], mask, scale, bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values, masks and scales, of all stacked weights."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def extra_repr(self) -> str:
+        stacked = f", stacked={self.sizes}" if len(self.sizes) > 1 else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind!r}{stacked}"
+
+
+class StackedPart(nn.Module):
+    """One of the weights that a ``PackedLinear`` holds beside its first."""
+
+    def __init__(self, first: PackedLinear, index: int) -> None:
+        super().__init__()
+        self.first = (first,)  # in a tuple: a plain attribute would register the module, and its tensors, twice
+        self.index = index
+        self.kind, self.in_features, self.out_features = first.kind, first.in_features, first.sizes[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first[0].part(self.index, x)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind!r}"
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """One weight in its packed form.   name: of the module that holds it, without ``.weight``."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    tensors: Tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values, masks and scales."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+def stacked(layers: Sequence[PackedLayer], biases: Sequence[Tensor | None]) -> list[nn.Module]:
+    """The modules of layers that read one input, in order: the first holds the tensors of all.
+
+    Raises: ValueError: they differ in kind or inputs, or some have a bias and others none.
+    """
+    kinds = {(layer.kind, layer.shape[1], bias is None) for layer, bias in zip(layers, biases, strict=True)}
+    if len(kinds) != 1:
+        names = ", ".join(layer.name for layer in layers)
+        raise ValueError(
+            f"{names} cannot be one product: they differ in form, inputs or bias: {sorted(map(str, kinds))}"
+        )
+    first = layers[0]
+    tensors = {name: torch.cat([layer.tensors[name] for layer in layers]) for name in first.tensors}
+    given = [bias.detach() for bias in biases if bias is not None]
+    bias = torch.cat(given) if given else None
+    leader = PackedLinear(first.kind, first.shape[1], tensors, bias, [layer.shape[0] for layer in layers])
+    return [leader, *(StackedPart(leader, at) for at in range(1, len(layers)))]
+
+
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedLinear | StackedPart]]:
+    """The modules that multiply by packed weights, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | StackedPart):
+            yield name, module

@@ -1,0 +1,260 @@
+"""Carrying a plan out: weights packed once, kept beside the stock checkpoint, and put into the stock model on loading.
+
+Dims: N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur.graph.errors import ArtifactError
+from secateur.graph.program import Program
+from secateur.kernels.sparse24 import formats
+from secateur.passes.lower import DTYPES, LayerPlan, Lowering, bits_of, planned
+from secateur.passes.lower_cost import DENSE
+from secateur.passes.quantize_grid import Grid, find_grid, grid_of
+from secateur.runtime.lowered import PackedLayer, PackedLinear, packed_modules, stacked
+from secateur.runtime.source import open_model
+
+log = logging.getLogger(__name__)
+
+FOLDER = "packed"
+WEIGHTS, PLAN = "weights.safetensors", "plan.json"
+VERSION = 1
+KIND_OF_BITS = {8: "int8", 4: "int4"}
+
+
+@dataclass(frozen=True)
+class Running:
+    """What a layer of a loaded model runs on.
+
+    backend: which kernel serves it.   reason: why this form, or why it stays dense.   bytes: of its packed weight, and
+    of the dense one in the model's dtype.
+    """
+
+    layer: str
+    kind: str
+    op: str
+    backend: str
+    reason: str
+    bytes: int
+    dense_bytes: int
+
+
+# ---------------------------------------------------------------------- packing
+def pack_weight(row: LayerPlan, weight_NK: Tensor, dtype: torch.dtype) -> PackedLayer:
+    """A weight in the form that a plan wants, proved to be the same numbers.
+
+    Args:  dtype: of the values of forms without integers.
+    Raises: ArtifactError: not 2:4, or not on an integer grid, any more: a pass after ``lower`` changed it.
+    """
+    bits = bits_of(row)
+    grid = None if bits is None else grid_of(weight_NK, bits) if row.rounds else find_grid(weight_NK)
+    if tuple(weight_NK.shape) != row.shape or (bits is not None and (grid is None or grid.bits != bits)):
+        raise ArtifactError(f"{row.layer} was planned as {row.kind} {list(row.shape)} and has changed: put lower last")
+    try:
+        tensors = _tensors(row.kind, weight_NK, grid, dtype)
+    except formats.FormatError as error:
+        raise ArtifactError(f"{row.layer} was planned as {row.kind}: {error}; put lower last") from error
+    if not row.rounds and not torch.equal(dense_weight(row.kind, row.shape, tensors, dtype), weight_NK.to(dtype)):
+        raise ArtifactError(f"{row.layer}: the packed weight is not the weight; this is a fault of secateur")
+    return PackedLayer(row.layer.removesuffix(".weight"), row.kind, row.shape, tensors)
+
+
+def _tensors(kind: str, weight_NK: Tensor, grid: Grid | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    sparse, columns = kind.startswith("2:4"), weight_NK.shape[1]
+    if grid is None:
+        return formats.pack(weight_NK.to(dtype)).to_tensors()
+    name = KIND_OF_BITS[grid.bits]
+    codes = grid.codes(weight_NK)
+    scale = (grid.scale_NG[:, 0] if grid.bits == 8 else grid.scale_NG).to(formats.SCALE_DTYPE[name]).contiguous()
+    if sparse:
+        return formats.pack(codes, name, scale).to_tensors()
+    codes = nn.functional.pad(codes, (0, formats.stored(columns) - columns))
+    return {"values": formats.pack_nibbles(codes) if grid.bits == 4 else codes.contiguous(), "scale": scale}
+
+
+def dense_weight(kind: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The dense weight [N, K] of packed tensors."""
+    weight: Tensor = torch.ops.secateur.weight_24(tensors["values"], tensors.get("mask"), tensors.get("scale"), dtype)
+    return weight[:, : shape[1]]
+
+
+def packed_layers(program: Program, plan: Lowering, holder: nn.Module) -> tuple[list[PackedLayer], Lowering]:
+    """The packed weights of a program, under the names of the stock model that holds its parameters, and the plan that
+    could be carried out: a layer that no ``nn.Linear`` holds stays dense, with the reason."""
+    parameters = dict(program.named_parameters())
+    owners = {id(m.weight): name for name, m in holder.named_modules() if type(m) is nn.Linear}
+    made, rows, renamed = list[PackedLayer](), list[LayerPlan](), dict[str, str]()
+    for row in plan.layers:
+        owner = owners.get(id(parameters.get(row.layer)))
+        if row.kind != DENSE and owner is None:
+            why = f"no nn.Linear of {type(holder).__name__} holds it"
+            row = replace(row, kind=DENSE, bytes=row.dense_bytes, ms=row.dense_ms, shares="", reason=why)
+        elif row.kind != DENSE:
+            renamed[row.layer] = f"{owner}.weight"
+            weight = parameters[row.layer].detach()
+            row = replace(row, layer=renamed[row.layer])
+            made.append(pack_weight(row, weight, DTYPES[plan.dtype]))
+        rows.append(row)
+    shared = tuple(replace(row, shares=renamed.get(row.shares, "")) for row in rows)
+    return made, replace(plan, layers=shared)
+
+
+# ---------------------------------------------------------------------- the side file
+def write_packed(program: Program, holder: nn.Module, folder: Path) -> dict[str, Any]:
+    """Write the packed weights of a program that was lowered into ``folder/packed``; nothing for one that was not.
+
+    Args:  holder: the stock model over the program's parameters.
+    Returns: figures: layers by kind, bytes packed and dense; empty where nothing was packed.
+    """
+    plan = planned(program.history)
+    if plan is None or not plan.packed:
+        return {}
+    layers, done = packed_layers(program, plan, holder)
+    write_layers(layers, done, folder / FOLDER)
+    totals = {
+        "bytes": sum(layer.nbytes for layer in layers),
+        "dense_bytes": sum(row.dense_bytes for row in done.packed),
+    }
+    return {"kinds": dict(Counter(row.kind for row in done.layers)), **totals}
+
+
+def write_layers(layers: Iterable[PackedLayer], plan: Lowering, folder: Path) -> None:
+    """The packed tensors as safetensors, and the plan as JSON."""
+    folder.mkdir()
+    tensors = {f"{layer.name}.{name}": t for layer in layers for name, t in layer.tensors.items()}
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
+    (folder / PLAN).write_text(json.dumps({"version": VERSION, **plan.to_json()}, indent=1) + "\n", "utf-8")
+
+
+def read_layers(folder: Path) -> tuple[list[PackedLayer], Lowering]:
+    """What ``write_layers`` wrote, checked.
+
+    Raises: ArtifactError: damaged, of another version, or tensors that do not fit the plan.
+    """
+    try:
+        value = json.loads((folder / PLAN).read_text("utf-8"))
+        if value["version"] != VERSION:
+            raise ArtifactError(
+                f"{folder / PLAN} has version {value['version']}, expected {VERSION}: save the model again"
+            )
+        plan = Lowering.from_json(value)
+        tensors = load_file(folder / WEIGHTS)
+        layers = [_checked(row, tensors) for row in plan.packed]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder} is damaged ({error}): save the model again") from error
+    return layers, plan
+
+
+def _checked(row: LayerPlan, tensors: Mapping[str, Tensor]) -> PackedLayer:
+    name, bits = row.layer.removesuffix(".weight"), bits_of(row)
+    own = {n: tensors[f"{name}.{n}"] for n in ("values", "mask", "scale") if f"{name}.{n}" in tensors}
+    if row.kind.startswith("2:4"):
+        kind = KIND_OF_BITS[bits] if bits else str(own["values"].dtype).removeprefix("torch.")
+        formats.Packed24.from_tensors(own, kind, row.shape)
+    elif dense_weight(row.kind, row.shape, own, torch.float32).shape != row.shape:
+        raise ValueError(f"{name} is not [{row.shape[0]}, {row.shape[1]}]")
+    return PackedLayer(name, row.kind, row.shape, own)
+
+
+# ---------------------------------------------------------------------- the model that runs
+def lower_model(model: nn.Module, layers: Iterable[PackedLayer], plan: Lowering) -> None:
+    """Put packed weights where a stock model's linear layers stand; layers that share an input become one product.
+
+    Raises: ArtifactError: the model has no such layer, or one of another shape.
+    """
+    groups: dict[str, list[PackedLayer]] = {}
+    shares = {row.layer.removesuffix(".weight"): row.shares for row in plan.packed}
+    for layer in layers:
+        groups.setdefault(shares[layer.name] or layer.name, []).append(layer)
+    for group in groups.values():
+        linears = [_linear(model, layer) for layer in group]
+        device = linears[0].weight.device
+        for layer, module in zip(group, stacked(group, [one.bias for one in linears]), strict=True):
+            path, _, leaf = layer.name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, module.to(device))
+    log.info("%d linear layers run packed, as %d products", sum(map(len, groups.values())), len(groups))
+
+
+def _linear(model: nn.Module, layer: PackedLayer) -> nn.Linear:
+    try:
+        module = model.get_submodule(layer.name)
+    except AttributeError:
+        module = None
+    if type(module) is not nn.Linear or tuple(module.weight.shape) != layer.shape:
+        raise ArtifactError(f"the model has no linear layer {layer.name} of shape {list(layer.shape)}: save it again")
+    return module
+
+
+def lowered(folder: Path) -> PreTrainedModel:
+    """The stock model of a folder on the packed weights beside it, in the dtype of its plan.
+
+    Raises: ArtifactError: damaged, or weights that do not fit the model.   SourceError: its checkpoint is not sound.
+    """
+    layers, plan = read_layers(folder / FOLDER)
+    model = open_model(folder, dtype=DTYPES[plan.dtype])
+    lower_model(model, layers, plan)
+    return model
+
+
+def is_lowered(folder: Path) -> bool:
+    """Whether packed weights lie beside a checkpoint."""
+    return (folder / FOLDER / PLAN).is_file()
+
+
+def running(model: nn.Module, plan: Lowering | None = None) -> list[Running]:
+    """What each linear layer of a model runs on, dense ones too: nothing falls back unseen.
+
+    Args:  plan: where the reasons are; without it they are empty.
+    """
+    reasons = {row.layer.removesuffix(".weight"): row.reason for row in plan.layers} if plan else {}
+    told = list[Running]()
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            size = module.weight.nbytes
+            told.append(Running(name, DENSE, "aten::linear", "torch", reasons.get(name, ""), size, size))
+    for name, module in packed_modules(model):
+        told.append(_running(name, module, reasons.get(name, "")))
+    return told
+
+
+def _running(name: str, module: Any, reason: str) -> Running:
+    first: PackedLinear = module if isinstance(module, PackedLinear) else module.first[0]
+    share = module.out_features / sum(first.sizes)
+    op = op_name(first)
+    width = first.bias.dtype.itemsize if first.bias is not None else None
+    width = width or (first.values.dtype.itemsize if first.values.is_floating_point() else 2)
+    dense = module.out_features * module.in_features * width
+    return Running(
+        name, module.kind, f"secateur::{op}", backend_of(op, first.values), reason, round(first.nbytes * share), dense
+    )
+
+
+def op_name(module: PackedLinear) -> str:
+    """The op that a module calls."""
+    from secateur.kernels.sparse24.ops import op_of
+
+    quantized = {torch.int8: "int8", torch.uint8: "int4"}.get(module.values.dtype, "float32")
+    return op_of(quantized, module.mask is not None)
+
+
+def backend_of(op: str, values: Tensor) -> str:
+    """Which kernel serves an op on these tensors."""
+    return "reference"
+
+
+def as_json(rows: Iterable[Running]) -> list[dict[str, Any]]:
+    """A report as JSON."""
+    return [asdict(row) for row in rows]
