@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from zoo.sparse import keep_two_of_four, made_24
 
 from secateur.graph import Program, capture
 from secateur.graph.errors import PipelineError
@@ -29,9 +29,6 @@ from secateur.passes.lower_cost import (
 )
 from secateur.passes.lower_layers import linear_layers, not_24, sharing_input
 from secateur.passes.quantize import Quantize
-
-sys.path.insert(0, str(Path(__file__).parent))
-from sparse_weights import keep_two_of_four, made_24
 
 ByKind = Callable[[str], Program]
 SLOW = Machine("slow", 1e9, 1e12, 0.0, 16, "made up")

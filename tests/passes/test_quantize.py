@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from zoo.sparse import grams, keep_two_of_four, made_24
 
 from secateur.graph import Program, SecateurError
 from secateur.passes import Context, samples
 from secateur.passes.quantize import Quantize
 from secateur.passes.quantize_gptq import GramError, inverse_factor, output_error, quantize_gptq
 from secateur.passes.quantize_grid import GROUP, LIMITS, Grid, find_grid, grid_of, groups
-
-sys.path.insert(0, str(Path(__file__).parent))
-from sparse_weights import grams, keep_two_of_four, made_24
 
 ByKind = Callable[[str], Program]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

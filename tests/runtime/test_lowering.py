@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from runtime_models import SMALL, tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from zoo.sparse import keep_two_of_four, made_24
 
 import secateur
 from secateur.graph import Program, capture, keep
 from secateur.graph.errors import ArtifactError
 from secateur.passes import Pipeline
-from secateur.passes.lower import Lower, LayerPlan, planned
+from secateur.passes.lower import LayerPlan, Lower, planned
 from secateur.passes.lower_cost import DENSE, KINDS, weight_bytes
 from secateur.passes.quantize_grid import grid_of
 from secateur.runtime.lowered import PackedLayer, PackedLinear, StackedPart, packed_modules, stacked
@@ -29,10 +30,6 @@ from secateur.runtime.lowering import (
     packed_layers,
     running,
 )
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "passes")]
-from runtime_models import SMALL, tiny
-from sparse_weights import keep_two_of_four, made_24
 
 PIPELINES = {
     "2:4": "lower{smallest=true}",
