@@ -14,6 +14,7 @@ from secateur.passes.options import options_table
 from secateur.tools import opening
 from secateur.tools.compress_command import compress_command
 from secateur.tools.demo.command import demo_command
+from secateur.tools.evaluate_command import evaluate_command
 from secateur.tools.inspect import groups_of_block, inspect
 from secateur.tools.opening import Debug, Json, ModelArgument, Verbose
 from secateur.tools.report import draw_groups, inspection_tables, pass_tables, recipe_tables
@@ -22,6 +23,7 @@ from secateur.tools.report.console import Voice, before_work, report_error
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command("compress")(compress_command)
 app.command("demo")(demo_command)
+app.command("evaluate")(evaluate_command)
 
 
 def main() -> None:

@@ -81,16 +81,16 @@ def perplexity(
     Raises:
         EvaluationError: nothing to score, options out of range, or a loss that is not finite.
     """
-    window, stride = _body(window, stride, bos)
+    window, stride = text_window(window, stride, bos)
     began = time.perf_counter()
     losses: list[torch.Tensor] = []
     dtype = "unknown"
-    for start, end, first in progress(list(_spans(len(stream), window, stride, bos is not None)), "perplexity"):
+    for start, end, first in progress(list(spans(len(stream), window, stride, bos is not None)), "perplexity"):
         ids = stream[start:end]
         logits, dtype = _logits(model, ids, bos)
         targets = ids[first:]
         kept = ~torch.isin(targets, torch.tensor(unscored, dtype=ids.dtype))
-        losses.append(_token_losses(logits[-len(targets) :], targets)[kept])
+        losses.append(token_losses(logits[-len(targets) :], targets)[kept])
     loss = torch.cat(losses) if losses else torch.empty(0)
     if loss.numel() < 2 or not torch.isfinite(loss).all():
         raise EvaluationError(
@@ -111,7 +111,7 @@ def perplexity(
     )
 
 
-def _body(window: int, stride: int | None, bos: int | None) -> tuple[int, int]:
+def text_window(window: int, stride: int | None, bos: int | None) -> tuple[int, int]:
     """Tokens of text in a window, and the stride."""
     body = window - (bos is not None)
     stride = body if stride is None else stride
@@ -122,7 +122,7 @@ def _body(window: int, stride: int | None, bos: int | None) -> tuple[int, int]:
     return body, stride
 
 
-def _spans(length: int, window: int, stride: int, has_bos: bool) -> Iterator[tuple[int, int, int]]:
+def spans(length: int, window: int, stride: int, has_bos: bool) -> Iterator[tuple[int, int, int]]:
     """(start, end, first scored position in the window): every token that has a context is scored once."""
     done = 0
     for start in range(0, length, stride):
@@ -142,7 +142,7 @@ def _logits(model: Model, ids: torch.Tensor, bos: int | None) -> tuple[torch.Ten
     return logits, str(logits.dtype).removeprefix("torch.")
 
 
-def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihoods [n] fp32 of targets [n] under logits [n, vocabulary]."""
     pairs = zip(logits.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
     return torch.cat([F.cross_entropy(part.float(), target, reduction="none") for part, target in pairs])

@@ -58,7 +58,7 @@ def test_long_windows_are_widened_in_chunks_without_a_difference(monkeypatch: py
 def test_every_token_with_a_context_is_scored_exactly_once(length: int, window: int, data: st.DataObject) -> None:
     stride, has_bos = data.draw(st.integers(1, window)), data.draw(st.booleans())
     scored: Counter[int] = Counter()
-    for start, end, first in evaluate._spans(length, window, stride, has_bos):
+    for start, end, first in evaluate.spans(length, window, stride, has_bos):
         assert end - start <= window
         scored.update(range(start + first, end))
     assert set(scored.values()) <= {1}

@@ -49,7 +49,7 @@ def draw_groups(groups: Sequence[CoupledGroup], path: str, file: Path) -> None:
     axes.set_title(f"coupled groups of {path or 'the model'}", fontsize=11)
     axes.set_xlim(-0.75, 1.75)
     axes.axis("off")
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def membership_graph(groups: Sequence[CoupledGroup], path: str) -> nx.MultiGraph:
@@ -77,7 +77,8 @@ def _column(nodes: Sequence[str], x: float) -> dict[str, tuple[float, float]]:
     return {node: (x, 1.0 - (i + 0.5) / len(nodes)) for i, node in enumerate(nodes)}
 
 
-def _save(figure: Figure, file: Path) -> None:
+def save_figure(figure: Figure, file: Path) -> None:
+    """Write a figure; the ending of the file says how.  Raises: SecateurError: it cannot be written."""
     canvas = CANVASES[file.suffix.lower()](figure)
     try:
         canvas.print_figure(file, dpi=130)

@@ -1,0 +1,238 @@
+"""Several models on one text: perplexity, and the distance of each from a reference model, with intervals.
+
+All models see the same windows, one window at a time; at most two models' logits of one window are held at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.passes.base import Progress, no_progress
+from secateur.passes.quality import KL, token_kl
+from secateur.tools.evaluate import EvaluationError, Model, spans, text_window, token_losses
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+FEW = 10  # with fewer documents than this, windows are resampled instead
+CURVE = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number and the range that holds the true one with the stated confidence."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is scored, and how.
+
+    stream: [T] int64, documents joined by ``end``.   window: tokens of a window, beginning token included.
+    stride: tokens from one window to the next.   bos: id before every window, or None.
+    end: id that joins documents: never scored as a target, and where a document ends.
+    """
+
+    stream: Tensor
+    end: int
+    window: int = 1024
+    stride: int | None = None
+    bos: int | None = None
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(start, end, first scored position) of each window.  Raises: EvaluationError: options out of range."""
+        body, stride = text_window(self.window, self.stride, self.bos)
+        return list(spans(len(self.stream), body, stride, self.bos is not None))
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """One model on the text.
+
+    perplexity: exp of the mean negative log-likelihood of a scored token.   nll: that mean, nats.
+    ratio: perplexity over that of the reference.   kl: KL(reference || model) of a scored token's prediction.
+    kl_mean: its mean.   agreement: part of the predictions whose likeliest token is that of the reference.
+    curve: (part of the tokens, worst first; part of the whole KL that they carry).
+    """
+
+    perplexity: Interval
+    nll: float
+    dtype: str
+    ratio: Interval | None = None
+    kl: KL | None = None
+    kl_mean: Interval | None = None
+    agreement: Interval | None = None
+    curve: tuple[tuple[float, float], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "kl": None if self.kl is None else self.kl.to_json()}
+
+
+@dataclass(frozen=True)
+class TextReport:
+    """All models on one text, and the protocol: ``protocol`` is a line to print beside the numbers."""
+
+    models: Mapping[str, TextScores]
+    protocol: str
+    tokens: int
+    reference: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "protocol": self.protocol,
+            "scored_tokens": self.tokens,
+            "reference": self.reference,
+            "models": {name: scores.to_json() for name, scores in self.models.items()},
+        }
+
+
+@dataclass
+class _Seen:
+    """Of one model, tensors of token values, one a window."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    kls: list[Tensor] = field(default_factory=list)
+    agrees: list[Tensor] = field(default_factory=list)
+    dtype: str = "unknown"
+
+
+@torch.no_grad()
+def score_text(
+    models: Mapping[str, Model],
+    text: Text,
+    *,
+    reference: str | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> TextReport:
+    """Score every model on every window.
+
+    Args: models: by name, in eval mode.   reference: name of the model that the others are compared with, or None.
+        seed: of the resampling.
+    Raises: EvaluationError: nothing to score, or losses that are not finite; QualityError: logits of other shapes.
+    """
+    windows = text.spans()
+    seen = {name: _Seen() for name in models}
+    clusters: list[Tensor] = []
+    document = (text.stream == text.end).cumsum(0)
+    documents = int(document[-1]) + int(text.stream[-1] != text.end) if len(document) else 0
+    order = sorted(models, key=lambda name: name != reference)
+    for at, (start, end, first) in enumerate(progress(windows, "text", len(windows))):
+        ids = text.stream[start:end]
+        scored = ids[first:] != text.end
+        clusters.append((document[start:end][first:] if documents >= FEW else torch.full_like(ids[first:], at))[scored])
+        against = None
+        for name in order:
+            logits = _predictions(models[name], ids, text.bos, len(ids) - first)[scored.to(_device(models[name]))]
+            _look(seen[name], logits, ids[first:][scored], against)
+            against = logits if name == reference else against
+    cluster = torch.cat(clusters) if clusters else torch.empty(0, dtype=torch.int64)
+    if len(cluster) < 2:
+        raise EvaluationError(f"{len(cluster)} tokens scored of {len(text.stream)}; need two or more: give more text")
+    scores = _summaries(seen, cluster, reference, seed)
+    return TextReport(scores, _protocol(text, documents, cluster), len(cluster), reference)
+
+
+def _device(model: Any) -> torch.device:
+    parameters = getattr(model, "parameters", None)
+    return next((p.device for p in parameters()), torch.device("cpu")) if parameters else torch.device("cpu")
+
+
+def _predictions(model: Model, ids: Tensor, bos: int | None, count: int) -> Tensor:
+    """Logits [count, vocabulary] for the last ``count`` of ids."""
+    fed = ids if bos is None else torch.cat([ids.new_tensor([bos]), ids])
+    return model(input_ids=fed.to(_device(model)).unsqueeze(0)).logits[0, :-1][-count:]  # type: ignore[no-any-return]
+
+
+def _look(seen: _Seen, logits: Tensor, targets: Tensor, against: Tensor | None) -> None:
+    seen.dtype = str(logits.dtype).removeprefix("torch.")
+    losses = token_losses(logits, targets.to(logits.device)).cpu() if len(targets) else torch.empty(0)
+    if not bool(losses.isfinite().all()):
+        raise EvaluationError("a loss is not finite: the model's weights or its dtype are at fault")
+    seen.losses.append(losses)
+    if against is not None:
+        seen.kls.append(token_kl(against, logits).cpu())
+        seen.agrees.append((against.argmax(-1).to(logits.device) == logits.argmax(-1)).float().cpu())
+
+
+# ---------------------------------------------------------------------- summaries with intervals
+def _summaries(seen: Mapping[str, _Seen], cluster: Tensor, reference: str | None, seed: int) -> dict[str, TextScores]:
+    bootstrap = Bootstrap(cluster, seed)
+    base = torch.cat(seen[reference].losses).double() if reference is not None else None
+    return {name: _summary(found, base, bootstrap) for name, found in seen.items()}
+
+
+def _summary(seen: _Seen, base: Tensor | None, bootstrap: Bootstrap) -> TextScores:
+    losses = torch.cat(seen.losses).double()
+    perplexity = bootstrap.interval(losses, exponential=True)
+    if base is None or not seen.kls:
+        return TextScores(perplexity, float(losses.mean()), seen.dtype)
+    kls = torch.cat(seen.kls).double()
+    return TextScores(
+        perplexity=perplexity,
+        nll=float(losses.mean()),
+        dtype=seen.dtype,
+        ratio=bootstrap.interval(losses - base, exponential=True),
+        kl=KL.of(bootstrap.split(kls)),
+        kl_mean=bootstrap.interval(kls),
+        agreement=bootstrap.interval(torch.cat(seen.agrees).double()),
+        curve=concentration(kls),
+    )
+
+
+class Bootstrap:
+    """Percentile intervals of means over tokens, by resampling whole clusters (documents or windows) with replacement;
+    the same resamples serve every statistic, so that differences are paired.
+
+    cluster: [T] which cluster each token belongs to, in ascending order.
+    Source: Efron & Tibshirani 1993, chapters 8.5 (clusters) and 13 (percentiles).
+    """
+
+    def __init__(self, cluster: Tensor, seed: int) -> None:
+        self.sizes = torch.unique_consecutive(cluster, return_counts=True)[1]
+        clusters, maker = len(self.sizes), torch.Generator().manual_seed(seed)
+        drawn = torch.randint(clusters, (RESAMPLES, clusters), generator=maker)
+        self.times = torch.zeros(RESAMPLES, clusters, dtype=torch.float64)
+        self.times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Token values [T] by cluster."""
+        return list(values.split(self.sizes.tolist()))
+
+    def interval(self, values: Tensor, exponential: bool = False) -> Interval:
+        """The mean of token values [T] (or its exponential) with its interval."""
+        sums = torch.stack([part.sum() for part in self.split(values)])
+        means = (self.times @ sums) / (self.times @ self.sizes.double())
+        tail = (1 - CONFIDENCE) / 2
+        found = [float(values.mean()), float(means.quantile(tail)), float(means.quantile(1 - tail))]
+        return Interval(*(math.exp(min(x, 700.0)) for x in found)) if exponential else Interval(*found)
+
+
+def concentration(values: Tensor) -> tuple[tuple[float, float], ...]:
+    """(part of the tokens, worst first; part of the sum that they carry), at fixed parts."""
+    running = values.sort(descending=True).values.cumsum(0)
+    total = float(running[-1])
+    at = [max(1, math.ceil(part * len(values))) for part in CURVE]
+    return tuple((n / len(values), float(running[n - 1]) / total if total else 0.0) for n in at)
+
+
+def _protocol(text: Text, documents: int, cluster: Tensor) -> str:
+    body, stride = text_window(text.window, text.stride, text.bos)
+    overlap = "no overlap" if stride == body else f"stride {stride}"
+    bos = "no beginning token" if text.bos is None else f"beginning token {text.bos} before each window"
+    what = "documents" if documents >= FEW else "windows"
+    count = len(torch.unique_consecutive(cluster))
+    return (
+        f"{len(cluster):,} scored tokens of {documents:,} documents, windows of {text.window} ({overlap}), {bos}, "
+        f"end tokens not scored; intervals: {CONFIDENCE:.0%}, bootstrap over {count:,} {what}"
+    )
