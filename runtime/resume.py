@@ -21,7 +21,7 @@ from secateur.graph.errors import ArtifactError
 from secateur.passes import Pipeline, Sample
 from secateur.passes.journal import UNFINISHED, Journal
 from secateur.runtime.disk import explain, flush_tree, try_lock, write_synced
-from secateur.runtime.resume_fingerprint import differences, digests, fingerprint
+from secateur.runtime.resume_fingerprint import code_digest, differences, digests, fingerprint
 from secateur.runtime.resume_state import rebuilt, state_of
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def working(
     begun_with = fingerprint(program, source, pipeline, data, seed)
     lock, finished = _locked(folder), False
     try:
-        _begin(folder, begun_with, restart)
+        _begin(folder, begun_with, restart, tell)
         try:
             yield Work(folder, source, tell)
             finished = True
@@ -132,10 +132,10 @@ def _locked(folder: Path) -> int:
         os.close(lock)  # the process before removed the folder between the two steps
 
 
-def _begin(folder: Path, now: dict[str, Any], restart: bool) -> None:
+def _begin(folder: Path, now: dict[str, Any], restart: bool, tell: Callable[[str], None]) -> None:
     """Write what the run is begun with, or compare it with what is there."""
     file = folder / FINGERPRINT
-    now = json.loads(json.dumps(now))
+    now = json.loads(json.dumps({"begun with": now, "code": code_digest()}))
     if not file.is_file():
         foreign = [path.name for path in folder.iterdir() if not path.name.startswith(FINGERPRINT)]
         if foreign:
@@ -144,13 +144,21 @@ def _begin(folder: Path, now: dict[str, Any], restart: bool) -> None:
             )
     elif restart:
         _empty(folder)
-    elif changed := differences(_read(file), now):
-        raise ResumeError(_refusal(folder, changed))
+    else:
+        _compare(folder, _read(file), now, tell)
     if not file.is_file():
         part = folder / (FINGERPRINT + UNFINISHED)
         write_synced(part, json.dumps(now, indent=1) + "\n")
         os.replace(part, file)
         flush_tree(folder, deep=False)
+
+
+def _compare(folder: Path, then: dict[str, Any], now: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """Refuse to go on with something else than what the run was begun with; a change of our own code is told."""
+    if changed := differences(then.get("begun with"), now["begun with"]):
+        raise ResumeError(_refusal(folder, changed))
+    if then.get("code") != now["code"]:
+        tell("the sources of secateur have changed since this run began: its bits may differ from those of a whole run")
 
 
 def _kept(folder: Path) -> bool:
@@ -172,10 +180,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(file.read_text("utf-8")))
+    except (OSError, TypeError, ValueError) as error:
         raise ResumeError(f"{file} is damaged ({error}): start afresh with restart (--restart)") from error
 
 

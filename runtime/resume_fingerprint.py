@@ -41,7 +41,7 @@ def fingerprint(
         "calibration data": None if data is None else _data(data),
         "files": {str(file): _content(file) for file in pipeline.files},
         "seed": seed,
-        "versions": installed_versions() | {"code": _code()},
+        "versions": installed_versions(),
         "machine": {
             "threads": torch.get_num_threads(),
             "processor": torch.backends.cpu.get_cpu_capability(),
@@ -72,6 +72,13 @@ def graph_digest(program: Program) -> str:
     return hashlib.sha256(str(program.gm.graph).encode()).hexdigest()
 
 
+def code_digest() -> str:
+    """SHA-256 of this package's sources, which between two releases say more than the version."""
+    root = Path(__file__).parents[1]
+    sources = sorted(file for folder in FOLDERS for file in (root / folder).rglob("*.py"))
+    return combined(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in sources)
+
+
 def combined(lines: Iterable[str]) -> str:
     """SHA-256 of lines of text."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -99,13 +106,6 @@ def _content(path: Path) -> str:
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}; a pass of the pipeline names it") from error
     return combined(f"{file.relative_to(path)} {hashlib.sha256(content).hexdigest()}" for file, content in read)
-
-
-def _code() -> str:
-    """SHA-256 of this package's sources, which between two releases tell more than the version."""
-    root = Path(__file__).parents[1]
-    sources = sorted(file for folder in FOLDERS for file in (root / folder).rglob("*.py"))
-    return combined(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in sources)
 
 
 def _device(device: torch.device) -> str:

@@ -121,7 +121,7 @@ def finished(source: Program, ids: torch.Tensor, pipeline: Pipeline, folder: Pat
         return pipeline.run(source, ids, checkpoints=work)
 
 
-def forgetting(monkeypatch: pytest.MonkeyPatch, source: Program, before: int) -> None:
+def forgetting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Options are part of the fingerprint: let the kill itself be none."""
     monkeypatch.setattr(Noise, "to_json", lambda self: {"scale": self.scale})
 
@@ -130,7 +130,7 @@ def forgetting(monkeypatch: pytest.MonkeyPatch, source: Program, before: int) ->
 def test_a_killed_run_goes_on(
     source: Program, again: Program, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int
 ) -> None:
-    forgetting(monkeypatch, source, before)
+    forgetting(monkeypatch)
     Noise.steps.clear()
     whole, told = pipeline_of().run(source, ids), list[str]()
     Noise.steps.clear()
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_worked_out_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    forgetting(monkeypatch, source, 1)
+    forgetting(monkeypatch)
     with pytest.raises(Killed):
         finished(source, ids, pipeline_of(killed_before=1), tmp_path)
     kept = tmp_path / "out.work" / "002-prune-width.safetensors"
@@ -186,7 +186,7 @@ CHANGES: dict[str, tuple[Callable[[Pipeline], Pipeline], str]] = {
 def test_another_recipe_is_refused_and_told(
     source: Program, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    forgetting(monkeypatch, source, 1)
+    forgetting(monkeypatch)
     with pytest.raises(Killed):
         finished(source, ids, pipeline_of(killed_before=1), tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -262,6 +262,18 @@ def test_a_folder_of_somebody_else_is_left_alone(source: Program, ids: torch.Ten
     with pytest.raises(ResumeError, match=r"no run kept \(notes.txt\)"):
         finished(source, ids, pipeline_of(), tmp_path, restart=True)
     assert (tmp_path / "out.work" / "notes.txt").read_text() == "mine"
+
+
+def test_a_change_of_our_own_code_is_told(
+    source: Program, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgetting(monkeypatch)
+    with pytest.raises(Killed):
+        finished(source, ids, pipeline_of(killed_before=1), tmp_path)
+    monkeypatch.setattr("secateur.runtime.resume.code_digest", lambda: "else")
+    told: list[str] = []
+    finished(source, ids, pipeline_of(), tmp_path, told=told)
+    assert "the sources of secateur have changed" in told[0]
 
 
 def test_a_damaged_fingerprint_is_told(source: Program, ids: torch.Tensor, tmp_path: Path) -> None:
