@@ -2,6 +2,7 @@
 
 from secateur.passes.importance.activation import Activation
 from secateur.passes.importance.base import Importance, aggregate, normalize
+from secateur.passes.importance.fisher import Fisher
 from secateur.passes.importance.flap import Flap
 from secateur.passes.importance.magnitude import Magnitude
 from secateur.passes.importance.obs import Obs
@@ -10,11 +11,24 @@ from secateur.passes.importance.taylor import Taylor
 from secateur.passes.importance.wanda import Wanda
 from secateur.passes.options import Table
 
-IMPORTANCES: Table[Importance] = Table("an importance", Random, Magnitude, Taylor, Activation, Wanda, Flap, Obs)
+IMPORTANCES: Table[Importance] = Table(
+    "an importance",
+    Random,
+    Magnitude,
+    Taylor,
+    Activation,
+    Wanda,
+    Flap,
+    Fisher,
+    Obs,
+    base=Importance,
+    plugins="secateur.importances",
+)
 
 __all__ = [
     "IMPORTANCES",
     "Activation",
+    "Fisher",
     "Flap",
     "Importance",
     "Magnitude",
