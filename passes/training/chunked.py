@@ -75,7 +75,7 @@ def chunked_losses(
         elements=elements,
         differentiate=torch.is_grad_enabled(),
     )
-    return Losses(*_ChunkedLosses.apply(source, *head, job))
+    return Losses(*_ChunkedLosses.apply(source, *head, job))  # type: ignore[no-untyped-call]
 
 
 def _leaves(student: HeadRows | LogitRows) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -136,7 +136,7 @@ class _ChunkedLosses(torch.autograd.Function):
     """Losses forward; their gradients are made on the way, and handed out, once, by the backward pass."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, source: Tensor, weight_VX: Tensor | None, bias_V: Tensor | None, job: _Job
     ) -> tuple[Tensor, Tensor, Tensor]:
         wanted = [bool(job.differentiate and needed) for needed in ctx.needs_input_grad[:3]]
@@ -158,7 +158,7 @@ class _ChunkedLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradients of a chunked loss are handed out once: compute the loss again")

@@ -16,9 +16,9 @@ JSON = dict[str, Any]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of one that may be spread over processes; every process must call this."""
+    """The full tensor of one that may be spread over processes (then on the CPU); every process must call this."""
     gather = getattr(tensor, "full_tensor", None)
-    return gather() if gather is not None else tensor  # type: ignore[no-any-return]
+    return tensor if gather is None else gather().clone().cpu()  # the clone waits for what is still on its way
 
 
 def spread_like(value: Tensor, like: Tensor) -> Tensor:
@@ -31,9 +31,17 @@ def spread_like(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements)  # type: ignore[attr-defined]
 
 
+def settle(model: nn.Module) -> None:
+    """Spread what a forward pass without a backward one left gathered; nothing to do in one process."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, each once, whole."""
-    named = dict(model.named_parameters())
+    settle(model)
+    named: dict[str, Tensor] = dict(model.named_parameters())
     persistent = model.state_dict().keys()
     named |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     return {name: whole(tensor.detach()) for name, tensor in named.items()}
@@ -71,7 +79,7 @@ def random_state() -> tuple[dict[str, Tensor], JSON]:
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
     kind, keys, *rest = np.random.get_state(legacy=True)
-    return tensors, {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    return tensors, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
 
 
 def put_random_state(tensors: Mapping[str, Tensor], facts: JSON) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from secateur.graph.errors import PipelineError
-from secateur.passes.importance.taylor import logits
+from secateur.passes.quality import logits
 from secateur.passes.training.rows import HeadRows, LogitRows
 
 log = logging.getLogger("secateur.passes")

@@ -22,7 +22,7 @@ from secateur.passes.base import Context
 from secateur.passes.journal import Journal, digest
 from secateur.passes.training.chunked import Weights
 from secateur.passes.training.learner import Learner, Pair
-from secateur.passes.training.memory import own_randomness, whole
+from secateur.passes.training.memory import own_randomness, settle, whole
 from secateur.passes.training.network import Network
 from secateur.passes.training.plan import LOW, Pace, TrainingPass, autocast, pace
 from secateur.passes.training.teachers import Teacher
@@ -103,12 +103,13 @@ def train(
     known = fingerprint(model, text, goal, options, context.seed)
     with _ready(model, options) as low, tempfile.TemporaryDirectory() as folder, own_randomness():
         torch.manual_seed(context.seed)
-        before = dict(model.named_parameters())
         precision = torch.bfloat16 if low and options.precision == "auto" else autocast(options.precision, set())
         network = Network(model, _probe(text, model), precision)
         try:
             learner = Learner(network, goal.weights, goal.pairs, goal.widths)
-            use_cpu = stays and next(model.parameters()).device.type == "cpu"
+            before = dict(learner.named_parameters())
+            here = next(model.parameters()).device
+            use_cpu = not torch.accelerator.is_available() or (stays and here.type == "cpu")
             tutor = tutor_module.Tutor(
                 learner, teacher, text, steps, options, goal.lr, journal, known, context.seed, folder, use_cpu
             )
@@ -117,7 +118,7 @@ def train(
             start = time.perf_counter()
             tutor.run()
             seconds = time.perf_counter() - start
-            _gather(tutor.model.network.body, before)
+            _gather(tutor.model, before)
         finally:
             network.restore()
     return Trained(steps, tutor.curve, tutor.held_out, network.head is not None, tutor.seen, tutor.seen_here, seconds)
@@ -171,7 +172,7 @@ def _ready(model: nn.Module, options: TrainingPass) -> Iterator[bool]:
     try:
         yield bool(wide)
     finally:
-        model._compiled_call_impl = None  # type: ignore[assignment]
+        model._compiled_call_impl = None
         if options.checkpointing:
             _checkpointing(model, False)
         devices = {device for _, device in was.values()}
@@ -195,12 +196,13 @@ def _checkpointing(model: nn.Module, on: bool) -> None:
         getattr(model, f"{name}_disable")()
 
 
-def _gather(body: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
+def _gather(learner: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
     """Weights that were spread over processes, back into the Parameters that they came from."""
-    after = dict(body.named_parameters())
+    settle(learner)
+    after = dict(learner.named_parameters())
     with torch.no_grad():
         for name, parameter in before.items():
-            if name in after and after[name] is not parameter:
+            if after[name] is not parameter:
                 parameter.copy_(whole(after[name].detach()))
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -30,6 +32,7 @@ from secateur.passes.training.memory import (
     put_random_state,
     put_weights,
     random_state,
+    settle,
     weights_of,
     with_prefix,
 )
@@ -45,10 +48,11 @@ class TrainingError(SecateurError):
     """Training cannot go on: a loss is no number, or what was kept belongs to another run."""
 
 
-class Tutor(Trainer):  # type: ignore[misc]
+class Tutor(Trainer):
     """Trains a Learner on what a Teacher says.
 
-    curve: one record a step: step, tokens, loss, kl, ce, states, lr, grad_norm; means over the step's tokens, before it.
+    curve: one record a step: step, tokens, loss, kl, ce, states, lr, grad_norm; losses are means over the step's
+        tokens, before the step.
     held_out: one record an evaluation: step, tokens, kl, ce, perplexity.
     """
 
@@ -83,6 +87,16 @@ class Tutor(Trainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
         teacher.move(self.args.device)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """accelerate shards on accelerators alone and quietly replicates on the CPU: have it shard there, too."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if state.distributed_type == DistributedType.MULTI_CPU and self.args.fsdp_plugin_args is not None:
+            state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            for shared in (state._shared_state, PartialState._shared_state):
+                shared["distributed_type"] = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
     # ------------------------------------------------------------------ what is learned
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -93,19 +107,19 @@ class Tutor(Trainer):  # type: ignore[misc]
         return losses.total  # type: ignore[no-any-return]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        return SequentialSampler(range(self.pace.steps * self.pace.sequences))
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """KL and cross entropy on the text held back; every process measures all of it."""
-        model, sums, count = self.model.eval(), torch.zeros(2), 0
+        model, sums, count = self._learner.eval(), torch.zeros(2), 0
         for batch in DataLoader(_Held(self.text), batch_size=self.pace.micro, collate_fn=collate):
             batch = self._prepare_inputs(batch)
             losses = model(batch, self.teacher(batch))
             size = len(batch["window"])
             sums += size * torch.stack([losses.kl, losses.ce]).float().cpu()
             count += size
-        model.train()
+        settle(model.train())
         self.control.should_evaluate = False
         kl, ce = (sums / count).tolist()
         record = {"kl": kl, "ce": ce, "perplexity": math.exp(min(ce, 700.0))}
@@ -166,14 +180,14 @@ class Tutor(Trainer):  # type: ignore[misc]
         optimizer, groups = optimizer_state(_bare(self.optimizer))
         drawn, generators = random_state()
         tensors = {
-            **prefixed("weights", weights_of(self.model)),
+            **prefixed("weights", weights_of(self._learner)),
             **prefixed("optimizer", optimizer),
             **prefixed("random", drawn),
         }
         facts = {
             "fingerprint": self.fingerprint,
             "trainer": json.dumps(dataclasses.asdict(self.state)),
-            "schedule": self.lr_scheduler.state_dict(),
+            "schedule": self._schedule.state_dict(),
             "curve": self.curve,
             "held_out": self.held_out,
             **groups,
@@ -183,13 +197,13 @@ class Tutor(Trainer):  # type: ignore[misc]
             self.journal.write(STATE, tensors, facts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        put_weights(self.model if model is None else model, with_prefix("weights", self._entry.tensors))
+        put_weights(self._learner, with_prefix("weights", self._entry.tensors))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             tensors = with_prefix("optimizer", self._entry.tensors)
             put_optimizer_state(_bare(self.optimizer), tensors, self._entry.facts)
-            self.lr_scheduler.load_state_dict(self._entry.facts["schedule"])
+            self._schedule.load_state_dict(self._entry.facts["schedule"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -197,6 +211,17 @@ class Tutor(Trainer):  # type: ignore[misc]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         return None
+
+    @property
+    def _learner(self) -> nn.Module:
+        """What is trained, as accelerate left it."""
+        assert self.model is not None
+        return self.model
+
+    @property
+    def _schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        assert self.lr_scheduler is not None
+        return self.lr_scheduler
 
     @property
     def _entry(self) -> Entry:
@@ -217,7 +242,7 @@ class _Held(torch.utils.data.Dataset[dict[str, Any]]):
         return {"window": self.first + at, "sample": self.samples[at]}
 
 
-class Ticks(TrainerCallback):  # type: ignore[misc]
+class Ticks(TrainerCallback):
     """Moves a reporter on by one at each step.  ticks: an iterator of as many items as steps are left."""
 
     def __init__(self, ticks: Iterator[Any]) -> None:
@@ -235,7 +260,7 @@ def arguments(
 ) -> TrainingArguments:
     """What Trainer is told.  Several processes share weights, gradients and moments by FSDP2."""
     sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if world_size() > 1 else {}
-    return TrainingArguments(
+    found = TrainingArguments(
         output_dir=folder,
         num_train_epochs=1,
         per_device_train_batch_size=pace.micro,
@@ -264,6 +289,8 @@ def arguments(
         use_cpu=use_cpu,
         **sharded,
     )
+    found._n_gpu = min(found.n_gpu, 1)  # one process, one device: several are several processes, never DataParallel
+    return found
 
 
 def check_same(kept: dict[str, str], now: dict[str, str]) -> None:
