@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from secateur.graph.errors import PipelineError
+from secateur.passes.plugins import PluginError, installed, load_installed
 from secateur.passes.text import Spec, format_specs
 
 
@@ -163,15 +164,38 @@ O_co = TypeVar("O_co", bound=Options, covariant=True)
 
 
 class Table(Generic[O_co]):
-    """A closed set of ``Options`` classes by name.  what: what the classes are, for messages ("a pass")."""
+    """``Options`` classes by name: ours, those added, and those that installed packages bring.
 
-    def __init__(self, what: str, *classes: type[O_co]) -> None:
-        self.what = what
+    what: what the classes are, for messages ("a pass").   base: what each is a subclass of.
+    plugins: the entry-point group of installed ones, or None.
+    """
+
+    def __init__(self, what: str, *classes: type[O_co], base: type[Any] = Options, plugins: str | None = None) -> None:
+        self.what, self.base, self.plugins = what, base, plugins
         self.classes = {cls.name: cls for cls in classes}
         assert len(self.classes) == len(classes), f"two classes of {what} share a name"
 
     def __iter__(self) -> Iterator[type[O_co]]:
+        for name in sorted(self.names() - set(self.classes)):
+            self.named(name)
         return iter(self.classes.values())
+
+    def add(self, cls: type[Any]) -> None:
+        """Let texts and recipes name this class, too.  Raises: PluginError: its name is taken by another."""
+        if self.classes.setdefault(cls.name, cls) is not cls:
+            raise PluginError(f"{cls.__module__}:{cls.__qualname__} is named {cls.name!r}, as {self.what} is already")
+
+    def names(self) -> set[str]:
+        """All names that ``build`` knows; installed plug-ins are not imported for it."""
+        return {*self.classes, *(installed(self.plugins) if self.plugins else ())}
+
+    def named(self, name: str) -> type[O_co] | None:
+        """The class of a name, an installed plug-in imported if need be; ours go first."""
+        if name not in self.classes and self.plugins is not None:
+            found = load_installed(self.plugins, name, self.base)
+            if found is not None:
+                self.add(found)
+        return self.classes.get(name)
 
     def build(self, spec: Any) -> O_co:
         """An instance from a spec, a bare name, the JSON form, or an instance already.
@@ -182,10 +206,10 @@ class Table(Generic[O_co]):
             return cast(O_co, spec)
         if not isinstance(spec, Spec):
             spec = spec_from_json(spec, self.what)
-        if spec.name not in self.classes:
-            hint = did_you_mean(spec.name, self.classes)
+        cls = self.named(spec.name)
+        if cls is None:
+            hint = did_you_mean(spec.name, self.names())
             raise OptionError(f"{spec.name!r} is not the name of {self.what}; {hint}", spec.at)
-        cls = self.classes[spec.name]
         for option in spec.options:
             if option not in option_types(cls):
                 message = f"{cls.name} has no option {option!r}; {did_you_mean(option, option_types(cls))}"

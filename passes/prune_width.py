@@ -16,7 +16,7 @@ from secateur.graph.errors import EditError
 from secateur.passes.base import Context, Pass, PassResult, PlannedEdit, log
 from secateur.passes.importance.base import Normalization
 from secateur.passes.options import OptionError, did_you_mean
-from secateur.passes.width_shares import check_amount, global_counts, kept_count, top_units
+from secateur.passes.width_shares import check_amount, global_counts, kept_count, top_units, unit_cost
 
 
 def _check_family(name: str) -> str:
@@ -44,8 +44,9 @@ class PruneWidth(Pass):
         by family, for example {mlp=256,hidden=64}.
     skip: indices of residual layers to leave alone, negative from the end; needs uniform=false.
     uniform: one shape for all layers, which stock model classes need; with false, layers may differ.
-    ranking: global (all groups of a family compete in one ranking) or local (each keeps its share); uniform=false only.
-    normalize: scale on which groups compete in a global ranking: none, sum, mean, max or standard.
+    ranking: family (all groups of a family compete in one ranking), global (all groups of all families do; what is
+        asked for is then the parameters that go) or local (each group keeps its share); uniform=false only.
+    normalize: scale on which groups compete in one ranking: none, sum, mean, max or standard.
     """
 
     name: ClassVar[str] = "prune-width"
@@ -69,7 +70,7 @@ class PruneWidth(Pass):
     round_to: Multiple | dict[Family, Multiple] = field(default=1, hash=False)
     skip: tuple[int, ...] = ()
     uniform: bool = True
-    ranking: Literal["global", "local"] = "global"
+    ranking: Literal["family", "global", "local"] = "family"
     normalize: Normalization = "mean"
 
     def __post_init__(self) -> None:
@@ -94,7 +95,7 @@ class PruneWidth(Pass):
         return self.round_to.get(family, 1)
 
     def plan(self, program: Program) -> list[PlannedEdit]:
-        """The edits, one for each group that is asked for; counts of a global ranking are the average ones.
+        """The edits, one for each group that is asked for; counts of a shared ranking are the average ones.
 
         Raises: EditError: unknown or locked group, no group of a family, no unit left, layers would differ, ...
         """
@@ -117,7 +118,7 @@ class PruneWidth(Pass):
         missing = [edit.group for edit in edits if edit.group not in program.scores]
         if missing:
             raise EditError(f"{missing[0]} has no scores: the metric of score{{...}} cannot see it; choose another")
-        counts = self._counts(edits, program.scores)
+        counts = self._counts(edits, program)
         cut: dict[CoupledGroup | str, Sequence[int] | Tensor] = {
             edit.group: top_units(program.scores[edit.group], counts[edit.group])
             for edit in edits
@@ -166,14 +167,24 @@ class PruneWidth(Pass):
         exact = self.uniform or self.ranking == "local" or isinstance(amount, int) or group.name in self.groups
         return PlannedEdit(group.name, group.family, group.units, kept, exact)
 
-    def _counts(self, edits: list[PlannedEdit], scores: Mapping[str, Tensor]) -> dict[str, int]:
+    def _counts(self, edits: list[PlannedEdit], program: Program) -> dict[str, int]:
         counts = {edit.group: edit.kept for edit in edits}
-        for family in {edit.family for edit in edits if not edit.exact}:
-            open_ = [edit for edit in edits if edit.family == family and not edit.exact]
-            budget = sum(edit.kept for edit in open_)
-            competing = {edit.group: scores[edit.group] for edit in open_}
-            counts |= global_counts(competing, budget, self.multiple(family), self.normalize)
+        open_ = [edit for edit in edits if not edit.exact]
+        if self.ranking == "global" and open_:
+            shapes = {name: p.shape for name, p in program.named_parameters()}
+            costs = {group.name: unit_cost(group, shapes) for group in coupled_groups(program)}
+            return counts | self._shared(open_, program.scores, costs)
+        for family in {edit.family for edit in open_}:
+            counts |= self._shared([edit for edit in open_ if edit.family == family], program.scores, None)
         return counts
+
+    def _shared(
+        self, edits: list[PlannedEdit], scores: Mapping[str, Tensor], costs: Mapping[str, int] | None
+    ) -> dict[str, int]:
+        """Units kept where these groups compete in one ranking."""
+        budget = sum(edit.kept * (1 if costs is None else costs[edit.group]) for edit in edits)
+        multiples = {edit.group: self.multiple(edit.family) for edit in edits}
+        return global_counts({e.group: scores[e.group] for e in edits}, budget, multiples, self.normalize, costs)
 
 
 def _skipped(groups: Iterable[CoupledGroup], skip: tuple[int, ...]) -> set[str]:

@@ -2,11 +2,32 @@
 
 from secateur.passes.base import Pass
 from secateur.passes.distill import Distill
+from secateur.passes.importance import IMPORTANCES, Importance
 from secateur.passes.lower import Lower
 from secateur.passes.options import Table
+from secateur.passes.plugins import load_class
 from secateur.passes.prune_width import PruneWidth
 from secateur.passes.quantize import Quantize
 from secateur.passes.repair import Repair
 from secateur.passes.score import Score
 
-PASSES: Table[Pass] = Table("a pass", Score, PruneWidth, Repair, Quantize, Lower, Distill)
+PASSES: Table[Pass] = Table(
+    "a pass",
+    Score,
+    PruneWidth,
+    Repair,
+    Quantize,
+    Lower,
+    Distill,
+    base=Pass,
+    plugins="secateur.passes",
+)
+
+
+def add_plugin(where: str) -> None:
+    """Let pipeline texts and recipes name a pass or an importance of another module, ``module:Class``.
+
+    Raises: PluginError: see ``plugins.load_class``; or its name is taken.
+    """
+    found = load_class(where, (Pass, Importance))
+    (PASSES if issubclass(found, Pass) else IMPORTANCES).add(found)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from secateur.graph import CoupledGroup
 from secateur.graph.errors import EditError
-from secateur.passes.importance.base import Normalization, normalize
+from secateur.passes.importance.base import Normalization, distinct_members, normalize
 
 
 def check_amount(value: Any) -> Any:
@@ -56,20 +57,37 @@ def top_units(scores: Tensor, count: int) -> Tensor:
     return order[:count].sort().values
 
 
-def global_counts(scores: Mapping[str, Tensor], budget: int, multiple: int, how: Normalization) -> dict[str, int]:
+def global_counts(
+    scores: Mapping[str, Tensor],
+    budget: int,
+    multiple: int | Mapping[str, int],
+    how: Normalization,
+    costs: Mapping[str, int] | None = None,
+) -> dict[str, int]:
     """Units kept by each group when all compete in one ranking.
 
     Each group keeps at least ``multiple`` units (or all it has); the rest of the budget goes to the highest normalised
     scores; counts are then rounded to the nearest multiple, so the sum may miss the budget by half a multiple a group.
+    Args: budget: what all that stays may cost together.   multiple: for all groups, or by group.
+        costs: of one unit, by group; 1 unless given.
     """
     names = sorted(scores)
+    multiples = [multiple if isinstance(multiple, int) else multiple[name] for name in names]
+    price = [1 if costs is None else costs[name] for name in names]
     ordered = [normalize(scores[name], how).sort(descending=True, stable=True).values for name in names]
-    floors = [min(multiple, len(values)) for values in ordered]
+    floors = [min(least, len(values)) for least, values in zip(multiples, ordered, strict=True)]
     rest = torch.cat([values[floor:] for values, floor in zip(ordered, floors, strict=True)])
     owner = torch.cat([torch.full((len(v) - f,), i) for i, (v, f) in enumerate(zip(ordered, floors, strict=True))])
-    winners = owner[torch.sort(rest, descending=True, stable=True).indices[: max(0, budget - sum(floors))]]
-    won = torch.bincount(winners, minlength=len(names)).tolist()
+    owner = owner[torch.sort(rest, descending=True, stable=True).indices]
+    spent = torch.tensor(price)[owner].cumsum(0) + sum(p * floor for p, floor in zip(price, floors, strict=True))
+    won = torch.bincount(owner[spent <= budget], minlength=len(names)).tolist()
     return {
-        name: min(len(values), max(floor, multiple * math.floor((floor + extra) / multiple + 0.5)))
-        for name, values, floor, extra in zip(names, ordered, floors, won, strict=True)
+        name: min(len(values), max(floor, least * math.floor((floor + extra) / least + 0.5)))
+        for name, values, floor, extra, least in zip(names, ordered, floors, won, multiples, strict=True)
     }
+
+
+def unit_cost(group: CoupledGroup, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Parameters that go with one unit of a group.  shapes: by parameter name."""
+    sizes = {m.parameter: math.prod(shapes[m.parameter]) for m in group.members}
+    return sum(sizes[m.parameter] // shapes[m.parameter][m.dim] * m.positions.shape[1] for m in distinct_members(group))

@@ -11,10 +11,12 @@ import typer
 from secateur.graph import SecateurError
 from secateur.passes import IMPORTANCES, PASSES, recipes
 from secateur.passes.options import options_table
+from secateur.passes.registry import add_plugin
 from secateur.tools import opening
 from secateur.tools.compress_command import compress_command
 from secateur.tools.demo.command import demo_command
 from secateur.tools.evaluate_command import evaluate_command
+from secateur.tools.generate_command import generate_command, package_command
 from secateur.tools.inspect import groups_of_block, inspect
 from secateur.tools.opening import Debug, Json, ModelArgument, Verbose
 from secateur.tools.report import draw_groups, inspection_tables, pass_tables, recipe_tables
@@ -24,6 +26,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 app.command("compress")(compress_command)
 app.command("demo")(demo_command)
 app.command("evaluate")(evaluate_command)
+app.command("generate")(generate_command)
+app.command("package")(package_command)
 
 
 def main() -> None:
@@ -42,6 +46,16 @@ def run(arguments: list[str] | None = None) -> int:
     except (SecateurError, OSError, MemoryError) as error:
         return report_error(error, as_json="--json" in given, debug=debug)
     return 0
+
+
+@app.callback()
+def plugins(
+    plugin: Annotated[list[str] | None, typer.Option(help="A pass or importance of yours: module:Class.")] = None,
+) -> None:
+    """Compress language models by pruning."""
+    with before_work():
+        for where in plugin or ():
+            add_plugin(where)
 
 
 @app.command("inspect")

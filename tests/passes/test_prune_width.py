@@ -16,6 +16,7 @@ from secateur.graph.errors import EditError
 from secateur.passes import Context, Pipeline, PruneWidth, Score
 from secateur.passes.importance import Random
 from secateur.passes.options import OptionError
+from secateur.passes.width_shares import unit_cost
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,23 @@ def test_global_ranking_lets_layers_differ(llama: Program) -> None:
     rounded = PruneWidth(mlp=0.5, uniform=False, normalize="none", round_to=24)(scored)
     assert [widths(rounded)[name] for name in names] == [24, 72]
     assert [edit.exact for edit in PruneWidth(mlp=0.5, uniform=False).plan(scored)] == [False, False]
+
+
+def test_all_families_in_one_ranking_lose_the_parameters_asked_for(llama: Program) -> None:
+    groups = {g.name: g for g in coupled_groups(llama) if g.family in ("mlp", "kv_heads")}
+    worth = {"mlp": 1.0, "kv_heads": 2.0}  # heads matter more than any neuron: all that goes are neurons
+    scores = {n: worth[g.family] + torch.rand(g.units) * 0.1 for n, g in groups.items()}
+    pruning = PruneWidth(ratio=0.5, families=("mlp", "kv_heads"), uniform=False, ranking="global", normalize="none")
+    smaller = pruning(llama.replace(scores=scores))
+    found = widths(smaller)
+    assert all(found[n] == g.units for n, g in groups.items() if g.family == "kv_heads")
+    shapes = {n: p.shape for n, p in llama.named_parameters()}
+    half = sum(unit_cost(g, shapes) * g.units // 2 for g in groups.values())
+    neuron = next(unit_cost(g, shapes) for g in groups.values() if g.family == "mlp")
+    assert neuron == 3 * 64 and abs(llama.num_parameters - smaller.num_parameters - half) < neuron
+    by_family = PruneWidth(ratio=0.5, families=("mlp", "kv_heads"), uniform=False)(llama.replace(scores=scores))
+    heads = [p.shape[0] for name, p in by_family.named_parameters() if name.endswith("k_proj.weight")]
+    assert heads == [16, 16]
 
 
 def test_single_groups_by_name(scored: Program) -> None:

@@ -72,6 +72,15 @@ def test_global_ranking_takes_from_the_group_that_matters_less() -> None:
     assert global_counts(scores, 2, 2, "none") == {"a": 2, "b": 2}
 
 
+def test_units_of_other_cost_share_one_budget() -> None:
+    scores = {"dear": torch.tensor([5.0, 2.0]), "cheap": torch.tensor([4.0, 3.0, 1.0])}
+    costs = {"dear": 10, "cheap": 1}
+    assert global_counts(scores, 23, 1, "none", costs) == {"dear": 2, "cheap": 3}
+    assert global_counts(scores, 22, 1, "none", costs) == {"dear": 2, "cheap": 2}
+    assert global_counts(scores, 12, 1, "none", costs) == {"dear": 1, "cheap": 2}
+    assert global_counts(scores, 13, {"dear": 1, "cheap": 3}, "none", costs) == {"dear": 1, "cheap": 3}
+
+
 @given(
     st.dictionaries(st.text("abc", min_size=1), st.integers(1, 40), min_size=1, max_size=5),
     st.sampled_from([1, 4, 8]),
