@@ -188,7 +188,7 @@ def _write_model(model: PreTrainedModel, folder: Path, source: Path | None) -> N
     if generation is not None and not _is_valid(generation):
         (folder / "generation_config.json").write_text(generation.to_json_string(), "utf-8")
     if source is not None:
-        _copy_inert(source, folder)
+        copy_inert(source, folder)
 
 
 def _source_folder(program: Program) -> Path | None:
@@ -206,7 +206,7 @@ def _is_valid(generation: GenerationConfig) -> bool:
     return True
 
 
-def _copy_inert(source: Path, folder: Path) -> None:
+def copy_inert(source: Path, folder: Path) -> None:
     for file in sorted({file for pattern in INERT_FILES for file in source.glob(pattern) if file.is_file()}):
         target = folder / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,287 @@
+"""An ahead-of-time package: prefill and decode steps as compiled code, run without the model's Python code.
+
+A package is an artifact folder with
+
+- ``prefill.pt2``, ``decode.pt2``: machine code of AOTInductor for this processor; no weights inside;
+- ``weights.safetensors``: what both steps read, once;
+- ``package.json``: shapes of the cache, longest sequence, dtype, end tokens, and what it was compiled for;
+- tokenizer files.
+
+Loading a package runs its machine code: open those that you made or trust, as with any program.  The manifest says
+whether a file was changed since.
+
+Dims: B sequences, T tokens of a step, S longest sequence, H key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur.graph.errors import ArtifactError, SecateurError
+from secateur.runtime.artifact import check_target, read_manifest, verify_artifact, writing
+from secateur.runtime.step import Step, cache_shapes, empty_cache
+
+log = logging.getLogger(__name__)
+
+FILE, WEIGHTS = "package.json", "weights.safetensors"
+STEPS = ("prefill", "decode")
+VERSION = 1
+OPS = "secateur.kernels.sparse24.ops"
+
+
+class PackageError(SecateurError):
+    """A model cannot be packaged, or a package cannot run here."""
+
+
+@dataclass(frozen=True)
+class PackageFacts:
+    """What a package is.
+
+    cache: [H, D] of keys and of values of each layer.   length: S.   batch: B.   end: ids that end a sequence.
+    compiled_for: processor capability or GPU, and torch; another one is refused.   ops: whether ops of ours are called.
+    """
+
+    cache: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    length: int
+    batch: int
+    dtype: str
+    device: str
+    vocabulary: int
+    end: tuple[int, ...]
+    compiled_for: str
+    ops: bool
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PackageFacts:
+        value = json.loads(text)
+        if value["version"] != VERSION:
+            raise PackageError(f"{FILE} has version {value['version']}, expected {VERSION}: package the model again")
+        cache = tuple((tuple(keys), tuple(values)) for keys, values in value.pop("cache"))
+        return cls(cache=cache, end=tuple(value.pop("end")), **value)
+
+
+def write_package(
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    length: int = 2048,
+    batch: int = 1,
+    source: Path | None = None,
+    force: bool = False,
+    tell: Callable[[str], None] = log.info,
+) -> PackageFacts:
+    """Compile the prefill and decode steps of a model, lowered or not, and prove that they give what it gives.
+
+    Args:  length: longest sequence, prompt and new tokens together.   batch: sequences at once.   source: folder whose
+        tokenizer files go along.   force: replace a folder that is no artifact.   tell: gets a line for each phase.
+    Raises: PackageError: the model keeps another cache than plain keys and values, does not export, or the compiled
+        steps give something else; nothing is left behind.
+    """
+    from secateur.runtime.huggingface import copy_inert
+
+    check_target(path, force=force)
+    model.eval()
+    step = Step(model)
+    facts = _facts(model, length, batch)
+    weights: dict[str, Tensor] = {}
+    with writing(path, force=force) as draft, torch.no_grad():
+        for name in STEPS:
+            started = time.perf_counter()
+            exported = _exported(step, facts, name)
+            _compile(exported, draft.folder / f"{name}.pt2")
+            weights |= _constants(exported, draft.folder / f"{name}.pt2")
+            tell(f"{name} compiled in {time.perf_counter() - started:.0f} s")
+        save_file(_unshared(weights), draft.folder / WEIGHTS)
+        (draft.folder / FILE).write_text(facts.to_json(), "utf-8")
+        draft.figures = {"difference": _proof(model, Packaged(draft.folder, facts))}
+        tell(f"compiled steps and model differ by {draft.figures['difference']:.2g}")
+        if source is not None:
+            copy_inert(source, draft.folder)
+    return facts
+
+
+def is_package(path: Path) -> bool:
+    """Whether a folder is an ahead-of-time package."""
+    return (path / FILE).is_file()
+
+
+def load_package(path: str | Path, *, verify: bool = True) -> Packaged:
+    """The compiled steps of a package.
+
+    Args:  verify: re-hash every file first.
+    Raises: ArtifactError: changed since it was made.   PackageError: it was compiled for another machine or torch.
+    """
+    folder = Path(path).expanduser()
+    read_manifest(folder)
+    verify_artifact(folder, hashes=verify)
+    try:
+        facts = PackageFacts.from_json((folder / FILE).read_text("utf-8"))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{folder / FILE} is damaged ({error}): package the model again") from error
+    if facts.compiled_for != compiled_for(facts.device):
+        raise PackageError(
+            f"{folder} was compiled for {facts.compiled_for}, this is {compiled_for(facts.device)}: package it again"
+        )
+    return Packaged(folder, facts)
+
+
+class Packaged:
+    """Two compiled steps over one set of weights and one cache.
+
+    ``prefill`` begins anew with prompts of one length; ``decode`` adds a token to each.  Both give the logits [B, V] of
+    the next token.
+    """
+
+    def __init__(self, folder: Path, facts: PackageFacts) -> None:
+        if facts.ops and importlib.util.find_spec(OPS) is not None:
+            importlib.import_module(OPS)
+        self.facts = facts
+        self._weights = {n: t.to(facts.device) for n, t in load_file(folder / WEIGHTS).items()}
+        self._steps = {name: self._loaded(folder / f"{name}.pt2") for name in STEPS}
+        self._keys, self._values = empty_cache(
+            facts.cache, facts.batch, facts.length, _dtype(facts.dtype), facts.device
+        )
+        self.position = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, each counted once."""
+        return sum(t.nbytes for t in {t.data_ptr(): t for t in self._weights.values()}.values())
+
+    def prefill(self, ids_BT: Tensor) -> Tensor:
+        """Logits after a prompt; what was in the cache is forgotten."""
+        self.position = 0
+        if ids_BT.shape[1] == 1:
+            return self.decode(ids_BT)
+        return self._run("prefill", ids_BT)
+
+    def decode(self, ids_B1: Tensor) -> Tensor:
+        """Logits after one more token."""
+        return self._run("decode", ids_B1)
+
+    def _run(self, name: str, ids: Tensor) -> Tensor:
+        count = ids.shape[1]
+        if ids.shape[0] != self.facts.batch or self.position + count > self.facts.length:
+            raise PackageError(
+                f"the package holds {self.facts.batch} sequences of {self.facts.length} tokens; {ids.shape[0]} of "
+                f"{self.position + count} were asked for: package the model again with another batch or length"
+            )
+        position = torch.tensor(self.position, device=ids.device)
+        logits: Tensor = self._steps[name](ids, position, self._keys, self._values)
+        self.position += count
+        return logits
+
+    def _loaded(self, file: Path) -> Any:
+        """A compiled step over the shared weights: it keeps pointers to them and no copy."""
+        step = torch._inductor.aoti_load_package(str(file))
+        names = step.get_constant_fqns()
+        step.load_constants({n: self._weights[n] for n in names}, check_full_update=True, user_managed=True)
+        return step
+
+
+def compiled_for(device: str) -> str:
+    """What machine code depends on."""
+    where = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return f"{where}, torch {torch.__version__}"
+
+
+def _facts(model: PreTrainedModel, length: int, batch: int) -> PackageFacts:
+    end = getattr(model.generation_config, "eos_token_id", None)
+    try:
+        cache = cache_shapes(model)
+    except ValueError as error:
+        raise PackageError(f"{type(model).__name__} cannot be packaged: {error}") from error
+    return PackageFacts(
+        cache=cache,
+        length=length,
+        batch=batch,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.type,
+        vocabulary=model.config.get_text_config().vocab_size,
+        end=tuple(end) if isinstance(end, Sequence) else () if end is None else (end,),
+        compiled_for=compiled_for(model.device.type),
+        ops=any(type(m).__module__.endswith("runtime.lowered") for m in model.modules()),
+    )
+
+
+def _exported(step: Step, facts: PackageFacts, name: str) -> Any:
+    """The graph of a step; the prompt's length stays open."""
+    count = 3 if name == "prefill" else 1
+    keys, values = empty_cache(facts.cache, facts.batch, facts.length, _dtype(facts.dtype), facts.device)
+    ids = torch.ones(facts.batch, count, dtype=torch.int64, device=facts.device)
+    inputs = (ids, torch.tensor(0, device=facts.device), keys, values)
+    open_length = {1: torch.export.Dim("tokens", min=2, max=facts.length)} if name == "prefill" else None
+    still: list[None] = [None] * len(keys)
+    try:
+        return torch.export.export(step, inputs, dynamic_shapes=(open_length, None, still, still), strict=False)
+    except Exception as error:  # torch.export raises whatever the model's code raises
+        raise PackageError(f"the {name} step does not export: {str(error).splitlines()[0][:300]}") from error
+
+
+def _compile(exported: Any, file: Path) -> None:
+    options = {"aot_inductor.package_constants_in_so": False}
+    try:
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=options)
+    except Exception as error:  # a compiler's complaints have many classes
+        raise PackageError(f"{file.stem} does not compile: {str(error).splitlines()[0][:300]}") from error
+
+
+def _constants(exported: Any, file: Path) -> dict[str, Tensor]:
+    """The tensors that a compiled step reads, under the names it knows them by."""
+    held = {**exported.state_dict, **exported.constants}
+    names: list[str] = torch._inductor.aoti_load_package(str(file)).get_constant_fqns()
+    return {name: held[name].detach() for name in names}
+
+
+def _unshared(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies where two names share memory, which safetensors does not store."""
+    seen: set[int] = set()
+    made = {}
+    for name, tensor in weights.items():
+        fresh = tensor.contiguous().cpu()
+        made[name] = fresh.clone() if fresh.data_ptr() in seen else fresh
+        seen.add(fresh.data_ptr())
+    return made
+
+
+def _proof(model: nn.Module, packaged: Packaged) -> float:
+    """Largest difference of the logits of a prompt and a next token, relative where above one.
+
+    Raises: PackageError: above the tolerance of the dtype.
+    """
+    from secateur.runtime.raising import TOLERANCE
+
+    facts = packaged.facts
+    count = min(9, facts.length)
+    spread = torch.arange(facts.batch * count).reshape(facts.batch, count)
+    ids = (spread * 7919 % facts.vocabulary).to(facts.device)
+    wanted = model(input_ids=ids).logits.float()
+    found = [packaged.prefill(ids[:, :-1]).float(), packaged.decode(ids[:, -1:]).float()]
+    gaps = [
+        (a - b).abs().max() / b.abs().max().clamp_min(1) for a, b in zip(found, wanted[:, -2:].unbind(1), strict=True)
+    ]
+    gap = float(torch.stack(gaps).max())
+    if not gap <= TOLERANCE[_dtype(facts.dtype)]:
+        raise PackageError(f"the compiled steps differ from the model by {gap:.3g}: nothing was written")
+    return gap
+
+
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found

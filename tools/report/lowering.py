@@ -1,0 +1,57 @@
+"""Tables of plans for linear layers, and of what they run on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+
+from secateur.passes.lower import LayerPlan, Lowering
+from secateur.runtime.lowering import Running
+from secateur.tools.report.units import size
+
+
+def layer_tables(layers: Sequence[Running]) -> list[Table]:
+    """What runs where: layers that are alike in one row."""
+    table = Table(title="what runs where", title_justify="left")
+    for column in ("layers", "form", "op", "kernel", "bytes", "dense", "why"):
+        table.add_column(column, overflow="fold")
+    alike = Counter((row.kind, row.op, row.backend, _gist(row.reason)) for row in layers)
+    for (kind, op, backend, why), times in alike.items():
+        same = [r for r in layers if (r.kind, r.op, r.backend, _gist(r.reason)) == (kind, op, backend, why)]
+        held, dense = sum(r.bytes for r in same), sum(r.dense_bytes for r in same)
+        table.add_row(f"{times} x {_last(same[0].layer)}", kind, op, backend, size(held), size(dense), why)
+    return [table] if layers else []
+
+
+def plan_table(plan: Lowering) -> Table:
+    """The plan of ``lower``: layers that are alike in one row, times and bytes summed."""
+    title = f"lowered for {plan.machine} ({plan.source}), batch {plan.batch}, {plan.dtype}"
+    table = Table(title=title, title_justify="left")
+    for column in ("layers", "shape", "form", "ms", "dense ms", "bytes", "dense", "why"):
+        table.add_column(column, overflow="fold")
+    groups: dict[tuple[object, ...], list[LayerPlan]] = {}
+    for row in plan.layers:
+        groups.setdefault((row.kind, row.shape, _last(row.layer)), []).append(row)
+    for (kind, shape, name), rows in groups.items():
+        cells = [f"{_sum(rows, 'ms'):.3f}", f"{_sum(rows, 'dense_ms'):.3f}"]
+        cells += [size(_sum(rows, "bytes")), size(_sum(rows, "dense_bytes"))]
+        table.add_row(f"{len(rows)} x {name}", str(list(shape)), str(kind), *cells, _gist(rows[0].reason))  # type: ignore[call-overload]
+    return table
+
+
+def _sum(rows: Iterable[LayerPlan], field: str) -> float:
+    return float(sum(getattr(row, field) for row in rows))
+
+
+def _last(name: str) -> str:
+    parts = name.removesuffix(".weight").split(".")
+    return parts[-1]
+
+
+def _gist(reason: str) -> str:
+    """A reason without the numbers of a single layer."""
+    if " ms " in reason:
+        return "least time" if not reason.startswith("no packed form") else reason.split(":")[0]
+    return "not 2:4" if reason.startswith("not 2:4") else reason
