@@ -1,8 +1,11 @@
 """What a model is: capture, axis atoms, rules, coupled groups, rewriting, verification."""
 
 from secateur.graph.analysis import analyse
+from secateur.graph.blocks import Block, SubBlock, blocks
 from secateur.graph.capture import capture
+from secateur.graph.chain import Chain, Stage, chain
 from secateur.graph.coupling import FAMILIES, CoupledGroup, Member, coupled_groups, coupling_graph
+from secateur.graph.drop import drop
 from secateur.graph.errors import SecateurError
 from secateur.graph.masked import masked_call
 from secateur.graph.program import Cut, Program, Source, Step
@@ -12,18 +15,25 @@ from secateur.graph.verifier import verify
 
 __all__ = [
     "FAMILIES",
+    "Block",
+    "Chain",
     "CoupledGroup",
     "Cut",
     "Member",
     "Program",
     "SecateurError",
     "Source",
+    "Stage",
     "Step",
+    "SubBlock",
     "analyse",
     "axis_rule",
+    "blocks",
     "capture",
+    "chain",
     "coupled_groups",
     "coupling_graph",
+    "drop",
     "keep",
     "masked_call",
     "verify",

@@ -212,6 +212,13 @@ def module_path(node: fx.Node) -> str:
     return paths[-1] if paths else ""
 
 
+def layer_path(path: str) -> str:
+    """A dotted path up to its first number: the layer of a list of layers; "" where there is none."""
+    parts = path.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return "" if at is None else ".".join(parts[: at + 1])
+
+
 def refusal(node: fx.Node) -> str:
     """What to tell about an op without a rule."""
     name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else str(node.target)

@@ -23,6 +23,35 @@ def attribute(gm: nn.Module, path: str) -> Any:
     return owner
 
 
+def op_name(node: fx.Node) -> str:
+    """``aten.linear`` for any overload of that op, or the empty string."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(packet) if packet is not None and node.op == "call_function" else ""
+
+
+def is_mutable(node: fx.Node) -> bool:
+    """Whether an op writes into an operand."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def aliased(node: fx.Node) -> fx.Node:
+    """The value whose memory a node may share: itself, or what it is a view of."""
+    while isinstance(node.target, torch._ops.OpOverload) and _shares(node):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node
+
+
+def _shares(node: fx.Node) -> bool:
+    """Whether the first result may be the first operand's memory."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    arguments = node.target._schema.arguments
+    takes = bool(node.args) and isinstance(node.args[0], fx.Node) and bool(arguments)
+    may = op_name(node) in ("aten.to", "aten.contiguous", "aten.reshape", "aten.dropout")
+    return takes and (may or arguments[0].alias_info is not None)
+
+
 def _call(gm: nn.Module) -> dict[str, Any]:
     meta: dict[str, Any] = gm.meta  # type: ignore[assignment]
     found: dict[str, Any] = meta["call"]

@@ -20,9 +20,9 @@ import networkx as nx
 import torch
 from torch import fx
 
-from secateur.graph.analysis import OUTPUT, Analysis, analyse, flat_axes
+from secateur.graph.analysis import OUTPUT, Analysis, analyse, flat_axes, layer_path
 from secateur.graph.atoms import Atom, unit_positions
-from secateur.graph.program import Program
+from secateur.graph.program import Cut, Program
 
 FAMILIES = {
     "hidden": "channels of the residual stream",
@@ -169,13 +169,14 @@ def _groups(program: Program) -> list[CoupledGroup]:
                 if leaf.size > 1:
                     into = members if name in analysis.parameter_names else buffers
                     into[leaf].append(Member(name, dim, roles.get((name, leaf, dim), "scales"), axis, leaf))
+    known = _KnownNames(program.cut) if program.cut else None
     minima = {leaf: least for atom, least in analysis.minima for leaf in atom.leaves()}
     taken: dict[str, int] = defaultdict(int)
     groups = []
     for leaf, own in members.items():
         family = _family(leaf, own)
         prefix = _common_path(m.parameter for m in own)
-        name = f"{family}@{prefix}" if prefix else family
+        name = (known and known.of(own[0])) or (f"{family}@{prefix}" if prefix else family)
         taken[name] += 1
         groups.append(
             CoupledGroup(
@@ -185,7 +186,7 @@ def _groups(program: Program) -> list[CoupledGroup]:
                 locked="; ".join(sorted(leaf.locks)) or None,
                 members=own,
                 buffers=buffers.get(leaf, []),
-                block=_block(prefix),
+                block=layer_path(prefix),
                 min_units=minima.get(leaf, 1),
                 leaf=leaf,
             )
@@ -238,8 +239,39 @@ def _common_path(names: Iterable[str]) -> str:
     return ".".join(parts[0] for parts in shared)
 
 
-def _block(path: str) -> str:
-    """The path up to its first number: the layer of a list of layers."""
-    parts = path.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return "" if at is None else ".".join(parts[: at + 1])
+class _KnownNames:
+    """The names that groups had before any edit, by the positions of their units in the dense parameters."""
+
+    def __init__(self, cut: Cut) -> None:
+        self.kept = cut.kept
+        self.members: dict[tuple[str, int], list[tuple[CoupledGroup, Member]]] = defaultdict(list)
+        for group in coupled_groups(cut.dense):
+            for member in group.members:
+                self.members[member.parameter, member.dim].append((group, member))
+
+    def of(self, member: Member) -> str | None:
+        """The name of the dense group of which a member's units are what is left, or None."""
+        there = self.members[member.parameter, member.dim]
+        size = max((int(dense.positions.max()) + 1 for _, dense in there), default=0)
+        stayed = self._stayed(there, size)
+        if len(stayed) <= int(member.positions.max()):
+            return None
+        for group, dense in there:
+            unit_at = torch.full((size,), -1)
+            unit_at[dense.positions] = torch.arange(group.units)[:, None]
+            units = unit_at[stayed[member.positions]]
+            left = torch.bincount(unit_at[stayed] + 1, minlength=group.units + 1)[1:]
+            one_each = bool((units == units[:, :1]).all()) and len(units[:, 0].unique()) == len(units)
+            if one_each and bool((units >= 0).all()) and bool((left[units[:, 0]] == units.shape[1]).all()):
+                return group.name
+        return None
+
+    def _stayed(self, there: list[tuple[CoupledGroup, Member]], size: int) -> torch.Tensor:
+        """The dense positions along a dim that are left, ascending."""
+        mask = torch.ones(size, dtype=torch.bool)
+        for group, member in there:
+            if group.name in self.kept:
+                lost = torch.ones(group.units, dtype=torch.bool)
+                lost[self.kept[group.name]] = False
+                mask[member.positions[lost].flatten()] = False
+        return mask.nonzero()[:, 0]

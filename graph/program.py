@@ -46,10 +46,12 @@ class Cut:
 
     dense: the Program before the first edit.
     kept: by name of each group that lost units, those that stayed: [kept] int64, ascending, numbered as in ``dense``.
+    dropped: names of the residual blocks and sub-blocks that are gone.
     """
 
     dense: Program
     kept: Mapping[str, torch.Tensor]
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

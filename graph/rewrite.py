@@ -62,7 +62,7 @@ def with_parameters(program: Program, values: Mapping[str, torch.Tensor]) -> Pro
     read = {str(node.target) for node in old.graph.nodes if node.op == "get_attr"}
     tensors: dict[str, Any] = {target: attribute(old, target) for target in read}
     tensors |= {name: new.get(id(tensor), tensor) for name, tensor in named}
-    gm = fx.GraphModule(tensors, _copied(old)[0], class_name=old._get_name())
+    gm = fx.GraphModule(tensors, copied(old)[0], class_name=old._get_name())
     gm.meta = dict(old.meta)
     accept_calls_of(gm, old)
     return program.replace(gm=gm)
@@ -75,7 +75,7 @@ def _cut(program: Program, masks: Mapping[CoupledGroup, BoolArray]) -> Cut:
     for group, mask in masks.items():
         stays = torch.from_numpy(mask).nonzero()[:, 0]
         kept[group.name] = kept[group.name][stays] if group.name in kept else stays
-    return Cut(before.dense, MappingProxyType(kept))
+    return Cut(before.dense, MappingProxyType(kept), before.dropped)
 
 
 def resolve_edit(program: Program, edit: Edit) -> dict[CoupledGroup, BoolArray]:
@@ -118,7 +118,7 @@ def _mask(group: CoupledGroup, units: Units) -> BoolArray:
 # ---------------------------------------------------------------------- the new graph module
 def _rewritten(analysis: Analysis, keeping: Keep) -> fx.GraphModule:
     old = analysis.gm
-    graph, copies = _copied(old)
+    graph, copies = copied(old)
     tensors = _sliced(analysis, keeping)
     for node, copy in copies.items():
         if node.op == "get_attr" and node in analysis.tensor_of:
@@ -139,7 +139,7 @@ def _rewritten(analysis: Analysis, keeping: Keep) -> fx.GraphModule:
     return gm
 
 
-def _copied(gm: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+def copied(gm: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """A copy of a module's graph, node names included, and the copy of each node."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

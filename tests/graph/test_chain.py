@@ -1,0 +1,84 @@
+"""The chain of blocks computes what the graph computes, stage by stage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zoo.checks import captured, logits, other_inputs
+from zoo.models import NAMED, PLAIN
+
+from secateur.graph import chain, drop
+from secateur.graph.drop import without
+from secateur.graph.errors import UnsupportedOp
+
+
+@pytest.mark.parametrize("kind", [*NAMED, *PLAIN])
+@torch.no_grad()
+def test_the_chain_is_the_graph_bit_for_bit(kind: str) -> None:
+    _, program = captured(kind)
+    cut, inputs = chain(program), other_inputs(program)
+    names = [stage.name for stage in cut.stages]
+    assert names[0] == "input" and names[-1] == "output" and len(cut.blocks) >= 2
+    held = sum(len(stage.nodes) for stage in cut.stages)
+    assert held == sum(node.op not in ("get_attr", "output") for node in program.gm.graph.nodes), "every node once"
+    assert torch.equal(logits(cut(**inputs)), logits(program(**inputs)))
+
+
+@torch.no_grad()
+def test_a_stage_runs_alone_and_only_what_is_read_later_is_handed_on() -> None:
+    _, program = captured("llama")
+    cut = chain(program)
+    values = cut.run(cut.stages[0], cut.start(other_inputs(program)))
+    first, second = cut.blocks
+    after = cut.run(first, values)
+    assert set(after) == set(second.inputs) | {name for name in after if name in cut.stages[-1].inputs}
+    assert first.block is not None
+    made = first.module(*(values[name] for name in first.inputs))
+    assert torch.equal(made[0], after[first.block.end.name])
+    parameters = dict(program.named_parameters())
+    assert {name for name, _ in first.module.named_parameters()} == set(first.block.parameters)
+    assert all(parameter is parameters[name] for name, parameter in first.module.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "bert", "opt", "t5"])
+@torch.no_grad()
+def test_a_block_that_is_skipped_is_a_block_that_is_dropped(kind: str) -> None:
+    _, program = captured(kind)
+    cut, inputs = chain(program), other_inputs(program)
+    values = cut.start(inputs)
+    for stage in cut.stages:
+        values = cut.skip(stage, values) if stage is cut.blocks[1] else cut.run(stage, values)
+    assert torch.equal(logits(cut.result(values)), logits(drop(program, [cut.blocks[1].name])(**inputs)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "bert", "falcon"])
+@torch.no_grad()
+def test_a_stage_without_a_sub_block_is_that_of_the_dropped_program(kind: str) -> None:
+    _, program = captured(kind)
+    cut, inputs = chain(program), other_inputs(program)
+    stage = cut.blocks[0]
+    assert stage.block is not None
+    values = cut.run(cut.stages[0], cut.start(inputs))
+    for sub in stage.block.sub_blocks:
+        made = without(stage, [sub.name])(*(values[name].clone() if torch.is_tensor(values[name]) else values[name]
+                                            for name in stage.inputs))  # fmt: skip
+        smaller = chain(drop(program, [sub.name]))
+        after = smaller.run(smaller.blocks[0], smaller.run(smaller.stages[0], smaller.start(inputs)))
+        assert smaller.blocks[0].block is not None
+        assert torch.equal(made[0], after[smaller.blocks[0].block.end.name])
+
+
+def test_what_is_no_block_cannot_be_skipped() -> None:
+    _, program = captured("llama")
+    cut = chain(program)
+    with pytest.raises(UnsupportedOp, match="cannot be left out"):
+        cut.skip(cut.stages[0], cut.start(other_inputs(program)))
+
+
+def test_gradients_flow_through_the_chain() -> None:
+    _, program = captured("llama")
+    cut, inputs = chain(program), other_inputs(program)
+    weight = program.gm.get_parameter("model.layers.0.mlp.down_proj.weight")
+    (through,) = torch.autograd.grad(logits(cut(**inputs)).square().mean(), [weight])
+    (whole,) = torch.autograd.grad(logits(program(**inputs)).square().mean(), [weight])
+    assert torch.equal(through, whole)
