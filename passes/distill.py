@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -31,22 +32,6 @@ class Distill(TrainingPass):
     Trains the stock model over the Program's own weights (the graph itself where no stock class holds the shape) by
     AdamW with a warm-up and a cosine.  With ``torchrun`` the processes share the student by FSDP2.
 
-    tokens: to train on; text that holds fewer is seen more than once.
-    lr: highest learning rate.
-    batch_tokens: tokens of an optimizer step, over all processes.
-    micro_batch: sequences that a process takes at once, at most.
-    window: tokens of a sequence where data names a file; calibration sequences keep their own length.
-    data: a file to train on instead of the calibration data: .txt, .jsonl (field text), or .safetensors (input_ids).
-    held_out: sequences held back from training to measure KL and perplexity by, at most one in five.
-    evaluations: how often to measure.
-    warmup: part of the steps in which the learning rate rises.
-    final_lr: part of lr that the cosine ends at.
-    weight_decay, clip: of AdamW; largest norm of a step's gradient.
-    precision: of matrix products: float32, bfloat16, or auto (bfloat16 where weights are of low precision; those are
-        held as float32 while they are trained).
-    checkpointing: recompute activations in the backward pass, which saves memory.
-    compile: backend of torch.compile for the student: off, inductor or aot_eager.
-    save_every: steps from one checkpoint to the next, in a run that can be resumed.
     kl, ce: weights of the KL to the teacher and of the cross entropy of the text.
     temperature: of both distributions; the KL counts temperature^2 times.
     top_k: only the teacher's k likeliest tokens count one by one, all others as one; 0 for all.
@@ -78,7 +63,7 @@ class Distill(TrainingPass):
 
     def requires(self, program: Program) -> list[str]:
         checks = {
-            f"{MISSING['cut']}, or name a teacher folder": program.cut is None and self.teacher is None,
+            f"{MISSING['cut']}, or name a teacher folder": bool(self.kl) and program.cut is None and not self.teacher,
             "kl=0 and ce=0 leave nothing to learn: give one of them": self.kl == 0 and self.ce == 0,
             "states are compared beside the KL: give kl": bool(self.states) and self.kl == 0,
             "store keeps top_k rows: give top_k (512 or more)": self.store is not None and not self.top_k,
@@ -92,17 +77,24 @@ class Distill(TrainingPass):
         student = fresh(program).replace(scores={})
         model, stays = module_of(student, context)
         goal = Goal(self._weights, self.tokens, self.lr, "student", self.states, self._widths(model, widths))
+        finish = self._prepare(model, student, stays)
         trained = train(model, teacher, text, goal, self, context, stays)
+        finished = finish(text)
         _check(student, context, stays)
         write_curve(trained, context.output, self.name)
         figures = {
             **trained.figures(),
+            **finished,
             "trained": "graph" if stays else "stock class",
             "text": {"sequences": len(text.train), "held_out": len(text.held_out), "window": text.window},
         }
         if correction is not None:
             figures["teacher_correction"] = correction.figures()
         return PassResult(student, True, figures)
+
+    def _prepare(self, model: nn.Module, student: Program, stays: bool) -> Callable[[Text], dict[str, Any]]:
+        """Make the model ready to be trained; what is returned makes it plain again and gives more figures."""
+        return lambda text: {}
 
     @property
     def _weights(self) -> Weights:

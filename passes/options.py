@@ -241,10 +241,18 @@ def options_table(cls: type[Options]) -> list[tuple[str, str, str]]:
 
 
 def _told(cls: type[Options]) -> dict[str, str]:
-    """Meanings by option, from docstring lines ``a, b: meaning`` and the indented lines after them."""
+    """Meanings by option, from docstring lines ``a, b: meaning`` and the indented lines after them; those of a class
+    go before those of the classes that it extends."""
+    told: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        told |= _told_by(base.__doc__ or "")
+    return told
+
+
+def _told_by(text: str) -> dict[str, str]:
     told: dict[str, str] = {}
     names: list[str] = []
-    for line in inspect.cleandoc(cls.__doc__ or "").splitlines()[1:]:
+    for line in inspect.cleandoc(text).splitlines()[1:]:
         match = re.match(r"(\w+(?:, [\w.]+)*): (.+)", line)
         if match:
             names = match[1].split(", ")

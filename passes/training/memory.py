@@ -39,9 +39,9 @@ def settle(model: nn.Module) -> None:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, each once, whole."""
+    """Parameters that are trained and persistent buffers by name, each once, whole."""
     settle(model)
-    named: dict[str, Tensor] = dict(model.named_parameters())
+    named: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     persistent = model.state_dict().keys()
     named |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     return {name: whole(tensor.detach()) for name, tensor in named.items()}

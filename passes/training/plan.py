@@ -22,7 +22,25 @@ LOW = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class TrainingPass(Pass):
-    """A pass that trains: AdamW (0.9, 0.95), linear warm-up, then a cosine down to a part of the rate."""
+    """A pass that trains: AdamW (0.9, 0.95), linear warm-up, then a cosine down to a part of the rate.
+
+    tokens: to train on; text that holds fewer is seen more than once.
+    lr: highest learning rate.
+    batch_tokens: tokens of an optimizer step, over all processes.
+    micro_batch: sequences that a process takes at once, at most.
+    window: tokens of a sequence where data names a file; calibration sequences keep their own length.
+    data: a file to train on instead of the calibration data: .txt, .jsonl (field text), or .safetensors (input_ids).
+    held_out: sequences held back from training to measure KL and perplexity by, at most one in five.
+    evaluations: how often to measure.
+    warmup: part of the steps in which the learning rate rises.
+    final_lr: part of lr that the cosine ends at.
+    weight_decay, clip: of AdamW; largest norm of a step's gradient.
+    precision: of matrix products: float32, bfloat16, or auto (bfloat16 where weights are of low precision; those are
+        held as float32 while they are trained).
+    checkpointing: recompute activations in the backward pass, which saves memory.
+    compile: backend of torch.compile for the student: off, inductor or aot_eager.
+    save_every: steps from one checkpoint to the next, in a run that can be resumed.
+    """
 
     tokens: Annotated[int, Field(ge=1)] = 1_000_000
     lr: Annotated[float, Field(gt=0)] = 3e-4

@@ -57,6 +57,7 @@ class Trained:
     curve: list[dict[str, float]]
     held_out: list[dict[str, float]]
     chunked: bool
+    sharded: bool
     tokens: int
     tokens_here: int
     seconds: float
@@ -69,6 +70,7 @@ class Trained:
             "steps": self.pace.steps,
             "sequences_a_step": self.pace.sequences,
             "processes": self.pace.world,
+            "sharded": self.sharded,
             "tokens_per_s": round(self.tokens_here / self.seconds, 1) if self.seconds else None,
             "loss_from": "hidden states, in chunks" if self.chunked else "logits, in chunks",
             "curve": thinned(self.curve, every),
@@ -104,7 +106,7 @@ def train(
     with _ready(model, options) as low, tempfile.TemporaryDirectory() as folder, own_randomness():
         torch.manual_seed(context.seed)
         precision = torch.bfloat16 if low and options.precision == "auto" else autocast(options.precision, set())
-        network = Network(model, _probe(text, model), precision)
+        network = Network(model, probe(text, model), precision)
         try:
             learner = Learner(network, goal.weights, goal.pairs, goal.widths)
             before = dict(learner.named_parameters())
@@ -121,7 +123,16 @@ def train(
             _gather(tutor.model, before)
         finally:
             network.restore()
-    return Trained(steps, tutor.curve, tutor.held_out, network.head is not None, tutor.seen, tutor.seen_here, seconds)
+    return Trained(
+        pace=steps,
+        curve=tutor.curve,
+        held_out=tutor.held_out,
+        chunked=network.head is not None,
+        sharded=any(hasattr(module, "reshard") for module in tutor.model.modules()),
+        tokens=tutor.seen,
+        tokens_here=tutor.seen_here,
+        seconds=seconds,
+    )
 
 
 def fresh(program: Program) -> Program:
@@ -206,7 +217,7 @@ def _gather(learner: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
                 parameter.copy_(whole(after[name].detach()))
 
 
-def _probe(text: Text, model: nn.Module) -> dict[str, Any]:
+def probe(text: Text, model: nn.Module) -> dict[str, Any]:
     """The beginning of the first sequence, where the model is."""
     device = next(model.parameters()).device
 

@@ -1,0 +1,116 @@
+"""Recover a pruned model by low-rank adapters that are merged into its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from secateur.graph import Program, coupled_groups
+from secateur.graph.errors import PipelineError
+from secateur.passes.base import Cost
+from secateur.passes.distill import Distill, Share
+from secateur.passes.quality import logits
+from secateur.passes.training.run import probe
+from secateur.passes.training.text import Text
+
+MERGED = 1e-3  # of the largest logit: more between adapted and merged model is no rounding
+
+
+@dataclass(frozen=True)
+class AdaptLora(Distill):
+    """Train low-rank adapters of all projections, then merge them.  Numerics: lossy.
+
+    Every linear module that holds a weight which produces or consumes a coupled group gets W + (alpha / rank) B A; only
+    A and B are trained, with cross entropy on the text or, by ``kl``, on what the dense model says.  The merged model
+    has the shapes it had, so it is saved like any other.
+
+    kl, ce: weights of the KL to the teacher and of the cross entropy of the text.
+    rank, alpha, dropout: of the adapters; dropout is that of their input while they are trained.
+    Source: Hu et al. 2021 (LoRA), arXiv:2106.09685, section 4.1; the defaults are those of Ma et al. 2023
+        (LLM-Pruner), arXiv:2305.11627: rank 8, alpha 16, dropout 0.05, learning rate 1e-4, all projections.
+    """
+
+    name: ClassVar[str] = "adapt-lora"
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    kl: Share = 0.0
+    ce: Share = 1.0
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+    @property
+    def cost(self) -> Cost:
+        """Of the moments of adapters alone; activations are those of full training."""
+        return Cost(3.0, 4.0)
+
+    def _prepare(self, model: nn.Module, student: Program, stays: bool) -> Callable[[Text], dict[str, Any]]:
+        if stays:
+            raise PipelineError(
+                "adapt-lora: adapters go into linear modules, and no stock class holds this shape: prune to a shape "
+                "that one holds, or use distill, which can train the graph itself"
+            )
+        targets = projections(model, student)
+        if not targets:
+            raise PipelineError("adapt-lora: no linear module holds a weight of a coupled group: use distill")
+        peft = _peft()
+        wanted = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
+        config = peft.LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets, bias="none"
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the adapters begin alike in every run; B is zero, so the model is what it was
+            adapted = peft.get_peft_model(model, config)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+        def finish(text: Text) -> dict[str, Any]:
+            inputs = probe(text, model)
+            before = _logits(model, inputs)
+            adapted.merge_and_unload()
+            gap = (before - _logits(model, inputs)).abs().max() / before.abs().max().clamp_min(1.0)
+            assert gap <= MERGED, f"merging changed the logits by {gap:.3g}"
+            for name, parameter in student.named_parameters():
+                parameter.requires_grad_(wanted[name])
+            return {"adapted": len(targets), "adapter_parameters": trained, "merge_difference": float(gap)}
+
+        return finish
+
+
+def projections(model: nn.Module, program: Program) -> list[str]:
+    """Paths of the linear modules whose weight produces or consumes a coupled group, but for the head.
+
+    Args: model: the stock model over the program's own Parameters.
+    """
+    roles = ("produces", "consumes")
+    names = {m.parameter for group in coupled_groups(program) for m in group.members if m.role in roles}
+    held = {id(parameter) for name, parameter in program.named_parameters() if name in names}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return [
+        path
+        for path, module in model.named_modules()
+        if module is not head and _is_linear(module) and id(module.weight) in held
+    ]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    return logits(model.eval()(**inputs)).double()
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise PipelineError("adapt-lora needs the package peft: pip install 'secateur[train]'") from error
+    return peft
