@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from secateur.graph import Program, SecateurError, Step, keep, with_parameters
+from secateur.graph import Cut, Program, SecateurError, Step, drop, keep, with_parameters
 from secateur.passes.journal import Entry, digest
 from secateur.runtime.resume_fingerprint import digests, graph_digest
 
@@ -40,6 +41,7 @@ def state_of(program: Program, source: Mapping[str, str]) -> Entry:
             "history": [dataclasses.asdict(step) for step in program.history],
             "scores": list(program.scores),
             "kept": list(kept),
+            "dropped": list(cut.dropped) if cut else [],
             "digests": list(held.items()),
             "graph": graph_digest(program),
         },
@@ -52,11 +54,12 @@ def rebuilt(source: Program, entry: Entry) -> Program:
     Args:  source: as it was captured.
     Raises: NotTheSame: what the replay gives is not what was stored."""
     facts = entry.facts
-    program = _valued(source, _under("dense ", entry))
-    edits = {name: entry.tensors[f"kept {place}"] for place, name in enumerate(facts["kept"])}
-    program = _valued(keep(program, edits) if edits else program, _under("now ", entry))
+    dense = _valued(source, _under("dense ", entry))
+    kept = {name: entry.tensors[f"kept {place}"] for place, name in enumerate(facts["kept"])}
+    program = _valued(_edited(dense, kept, facts["dropped"], facts["graph"]), _under("now ", entry))
     _check(program, facts)
     return program.replace(
+        cut=Cut(dense, MappingProxyType(kept), tuple(facts["dropped"])) if kept or facts["dropped"] else None,
         history=tuple(Step(**step) for step in facts["history"]),
         scores={name: entry.tensors[f"score {place}"] for place, name in enumerate(facts["scores"])},
     )
@@ -70,9 +73,19 @@ def _under(prefix: str, entry: Entry) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in entry.tensors.items() if name.startswith(prefix)}
 
 
+def _edited(dense: Program, kept: Mapping[str, Tensor], dropped: list[str], graph: str) -> Program:
+    """The edits once more: blocks together, or one after another where a block went after a part of it."""
+    for steps in ([dropped], [[name] for name in dropped]):
+        program = dense
+        for names in steps:
+            program = drop(program, names) if names else program
+        program = keep(program, kept) if kept else program
+        if graph_digest(program) == graph:
+            return program
+    raise NotTheSame("the replayed edits give another graph")
+
+
 def _check(program: Program, facts: JSON) -> None:
-    if graph_digest(program) != facts["graph"]:
-        raise NotTheSame("the replayed edits give another graph")
     found, stored = list(digests(program).items()), [(name, value) for name, value in facts["digests"]]
     if found != stored:
         wrong = sorted({name for name, _ in {*found} ^ {*stored}})

@@ -76,6 +76,8 @@ def compress_command(
         if dry_run:
             voice.result(plan.to_json(), plan_tables(plan))
             return
+        for one in plan.advice:
+            voice.note(f"warning: {one.name}: {one.says} ({one.source})")
         refuse([f"{plan.misfit}. {MISFIT_HINT}"] if plan.misfit else [])
         assert output is not None
         check_space(output, plan)
@@ -177,6 +179,7 @@ def result_json(
     return {
         "output": str(output),
         "pipeline": plan.pipeline,
+        "advice": [asdict(one) for one in plan.advice],
         "before": plan.before.to_json(),
         "after": after.to_json(),
         "data": None if windows is None else windows.describe(),

@@ -13,6 +13,7 @@ from torch import fx, nn
 from secateur.graph import Program
 from secateur.graph.calls import accept_calls_of
 from secateur.passes import Pipeline, PlannedEdit
+from secateur.tools.advice import Advice, advise
 from secateur.tools.footprint import Footprint, footprint
 from secateur.tools.machine import resident_bytes
 
@@ -45,6 +46,7 @@ class Plan:
 
     before, after: footprints.   edits: units kept by each group.   job: what the run would take.
     misfit: why no stock class can hold the result and what would make it fit, or None.
+    advice: what practice warns of.
     """
 
     pipeline: str
@@ -53,6 +55,7 @@ class Plan:
     edits: tuple[PlannedEdit, ...]
     job: Job
     misfit: str | None
+    advice: tuple[Advice, ...] = ()
 
     def to_json(self) -> JSON:
         """As JSON values."""
@@ -74,9 +77,11 @@ def make_plan(
         tokens, window: calibration tokens in all, and in one sequence.   capture_seconds: what capturing took here.
     Raises: PipelineError, EditError: the pipeline cannot run on this model; says why.
     """
-    light = on_meta(program)
-    edits = pipeline.plan(light)
-    smaller = pipeline.preview(light)
+    stages, edits = [on_meta(program)], list[PlannedEdit]()
+    for one in pipeline.passes:
+        edits += one.plan(stages[-1])
+        stages.append(one.preview(stages[-1]))
+    light, smaller = stages[0], stages[-1]
     before, after = footprint(light), footprint(smaller)
     loaded = 0 if any(p.is_meta for _, p in program.named_parameters()) else program.num_bytes
     job = estimate(
@@ -88,7 +93,8 @@ def make_plan(
         capture_seconds=capture_seconds,
         process_bytes=max(0, resident_bytes() - loaded),
     )
-    return Plan(pipeline.to_text(), before, after, tuple(edits), job, _misfit(smaller, stock))
+    advice = advise(pipeline, stages, edits, job.tokens)
+    return Plan(pipeline.to_text(), before, after, tuple(edits), job, _misfit(smaller, stock), tuple(advice))
 
 
 def estimate(

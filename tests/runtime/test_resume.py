@@ -13,7 +13,7 @@ import pytest
 import torch
 from runtime_models import SMALL, tiny
 
-from secateur.graph import Program, capture, with_parameters
+from secateur.graph import Program, capture, drop, with_parameters
 from secateur.graph.errors import ArtifactError
 from secateur.passes import Context, Hooks, Pass, PassResult, Pipeline, Sample, samples
 from secateur.passes.journal import Journal
@@ -93,6 +93,20 @@ def test_a_program_is_built_again_after_each_pass(
     assert same(found, program)
     assert torch.equal(found(input_ids=ids).logits, program(input_ids=ids).logits)
     assert (count > 1) == bool(entry.tensors and any(name.startswith("now ") for name in entry.tensors))
+
+
+@pytest.mark.parametrize(
+    "names", [["model.layers.1"], ["model.layers.2.mlp", "model.layers.0"], ["model.layers.2.mlp", "model.layers.2"]]
+)
+def test_removed_blocks_stay_removed(names: list[str], ids: torch.Tensor) -> None:
+    deep, deep_again = (capture(tiny("LlamaConfig", **{**SMALL, "num_hidden_layers": 4})) for _ in range(2))
+    program = Pipeline.parse(TEXT).run(deep, ids)
+    for name in names:
+        program = drop(program, [name])
+    program = Pipeline((Noise(),)).run(program, ids)
+    found = rebuilt(deep_again, state_of(program, digests(deep)))
+    assert same(found, program) and found.cut is not None and program.cut is not None
+    assert found.cut.dropped == program.cut.dropped
 
 
 def test_weights_changed_before_the_first_edit_are_kept_too(source: Program, again: Program, ids: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 from secateur.graph import Program
 from secateur.passes import IMPORTANCES, PASSES, PlannedEdit
 from secateur.passes.options import Options, options_table
+from secateur.tools.advice import Advice
 from secateur.tools.footprint import Footprint
 from secateur.tools.inspect import Inspection
 from secateur.tools.plan import Plan
@@ -44,7 +45,15 @@ def plan_tables(plan: Plan) -> list[Table]:
     job.add_row("peak memory", size(plan.job.peak_bytes))
     job.add_row("time", f"{duration(plan.job.seconds)}  (this machine multiplies at {plan.job.gflops:g} GFLOP/s)")
     job.add_row("stock checkpoint", "yes" if plan.misfit is None else f"no: {plan.misfit}")
-    return [sizes, edits, job]
+    return [sizes, edits, job, *advice_tables(plan.advice)]
+
+
+def advice_tables(advice: Iterable[Advice]) -> list[Table]:
+    """What practice warns of; no table where it warns of nothing."""
+    table = _table("what practice warns of", "", "", "source")
+    for one in advice:
+        table.add_row(one.name, escape(one.says), escape(one.source))
+    return [table] if table.row_count else []
 
 
 def footprint_table(before: Footprint, after: Footprint, title: str) -> Table:
