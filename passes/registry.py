@@ -1,6 +1,9 @@
 """The table of passes.  To add one: its file, its row here, its test."""
 
+from secateur.passes.adapt_lora import AdaptLora
+from secateur.passes.allocate import Allocate
 from secateur.passes.base import Pass
+from secateur.passes.compensate import Compensate
 from secateur.passes.distill import Distill
 from secateur.passes.importance import IMPORTANCES, Importance
 from secateur.passes.lower import Lower
@@ -15,10 +18,13 @@ PASSES: Table[Pass] = Table(
     "a pass",
     Score,
     PruneWidth,
+    Allocate,
     Repair,
+    Compensate,
     Quantize,
     Lower,
     Distill,
+    AdaptLora,
     base=Pass,
     plugins="secateur.passes",
 )

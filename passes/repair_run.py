@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from secateur.graph import Program
+from secateur.graph.calls import is_mutable
 from secateur.passes.data import Sample
 
 
@@ -29,6 +30,7 @@ class Lockstep(fx.Interpreter):
         self._nodes = list(program.gm.graph.nodes)
         self._place = {node.name: at for at, node in enumerate(self._nodes)}
         self._ends = _last_reads(self._nodes)
+        self._writes = any(is_mutable(node) for node in self._nodes)
         self._values: dict[str, Tensor] = {}
         self._at = 0
         self._environments: list[dict[fx.Node, Any]] = [{} for _ in data]
@@ -63,6 +65,25 @@ class Lockstep(fx.Interpreter):
                     self._enter(sample)
                     self.env[node] = self.run_node(node)
 
+    def finish(self, sample: int, values: Mapping[str, Tensor], chains: Iterable[Sequence[fx.Node]]) -> Any:
+        """What the graph gives for a sample from here to its end with other parameters; the state stays as it is.
+
+        Args: values: by target of the get_attr.   chains: for each, its get_attr and what follows from that alone.
+        Returns: the output node's value: flat, without the model's output class.
+        """
+        state, own = self._environments[sample], self._values
+        self.env = {node: _own_copy(value) if self._writes else value for node, value in state.items()}
+        self._values = {**own, **values}
+        try:
+            with torch.no_grad():
+                for node in (node for chain in chains for node in chain if node in self.env):
+                    self.env[node] = self.run_node(node)
+                for node in self._nodes[self._at : -1]:
+                    self._step_here(sample, node)
+                return self.run_node(self._nodes[-1])
+        finally:
+            self._values = own
+
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self._values[target] if target in self._values else super().get_attr(target, args, kwargs)
 
@@ -71,12 +92,19 @@ class Lockstep(fx.Interpreter):
 
     def _step(self, sample: int, node: fx.Node) -> None:
         self._enter(sample)
+        self._step_here(sample, node)
+
+    def _step_here(self, sample: int, node: fx.Node) -> None:
         if node.op == "placeholder":
             self.env[node] = self._inputs[sample].get(str(node.target))
             return
         self.env[node] = self.run_node(node)
         for done in self._ends.get(node, ()):
             self.env.pop(done, None)
+
+
+def _own_copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _last_reads(nodes: Sequence[fx.Node]) -> Mapping[fx.Node, list[fx.Node]]:
