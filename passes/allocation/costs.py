@@ -34,7 +34,7 @@ def cost_of(kind: CostKind, program: Program, group: CoupledGroup) -> Cost:
 def _entries(program: Program, group: CoupledGroup) -> list[tuple[Tensor, int, int]]:
     """(parameter, dim, entries of one unit) of every distinct member."""
     named = dict(program.named_parameters())
-    found = []
+    found: list[tuple[Tensor, int, int]] = []
     for member in distinct_members(group):
         weight = named[member.parameter]
         found.append((weight, member.dim, member.positions.shape[1] * weight.numel() // weight.shape[member.dim]))
