@@ -4,7 +4,6 @@ from secateur.passes.adapt_lora import AdaptLora
 from secateur.passes.allocate import Allocate
 from secateur.passes.base import Pass
 from secateur.passes.compensate import Compensate
-from secateur.passes.compensate import Compensate
 from secateur.passes.distill import Distill
 from secateur.passes.importance import IMPORTANCES, Importance
 from secateur.passes.lower import Lower
@@ -21,7 +20,6 @@ PASSES: Table[Pass] = Table(
     PruneWidth,
     Allocate,
     Repair,
-    Compensate,
     Compensate,
     Quantize,
     Lower,
