@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from secateur.graph import FAMILIES, CoupledGroup, Program, coupled_groups, keep
 from secateur.graph.errors import EditError
 from secateur.passes.base import Context, Pass, PassResult, PlannedEdit, log
+from secateur.passes.fold_heads import fold_heads
 from secateur.passes.importance.base import Normalization
 from secateur.passes.options import OptionError, did_you_mean
 from secateur.passes.width_shares import check_amount, global_counts, kept_count, top_units, unit_cost
@@ -47,6 +48,7 @@ class PruneWidth(Pass):
     ranking: family (all groups of a family compete in one ranking), global (all groups of all families do; what is
         asked for is then the parameters that go) or local (each group keeps its share); uniform=false only.
     normalize: scale on which groups compete in one ranking: none, sum, mean, max or standard.
+    fold_heads: the best heads that go move into the least that stay (Minitron's residual information).
     """
 
     name: ClassVar[str] = "prune-width"
@@ -72,6 +74,7 @@ class PruneWidth(Pass):
     uniform: bool = True
     ranking: Literal["family", "global", "local"] = "family"
     normalize: Normalization = "mean"
+    fold_heads: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,9 +127,18 @@ class PruneWidth(Pass):
             for edit in edits
             if counts[edit.group] < edit.units
         }
-        smaller = keep(program, cut) if cut else program
+        smaller = self._cut(program, cut, counts) if cut else program
         figures = {**_figures(program, smaller, edits, counts), "locked": self._locked(program)}
         return PassResult(smaller, modified=bool(cut), figures=figures)
+
+    def _cut(
+        self, program: Program, cut: Mapping[CoupledGroup | str, Sequence[int] | Tensor], counts: Mapping[str, int]
+    ) -> Program:
+        """The smaller Program; what repair aims at stays the dense one, whatever moved before the cut."""
+        smaller = keep(fold_heads(program, counts) if self.fold_heads else program, cut)
+        assert smaller.cut is not None
+        dense = program if program.cut is None else program.cut.dense
+        return smaller.replace(cut=replace(smaller.cut, dense=dense))
 
     def _locked(self, program: Program) -> dict[str, int]:
         """Why groups of the families asked for were left alone, and how many."""
