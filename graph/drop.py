@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from types import MappingProxyType
 from typing import Any
 
@@ -49,7 +49,7 @@ def drop(program: Program, names: Iterable[str]) -> Program:
 
 def resolve_drop(program: Program, names: Iterable[str]) -> list[Part]:
     """The named parts in the order of the graph; sub-blocks of a named block are left out."""
-    found: dict[str, Part] = {part.name: part for block in blocks(program) for part in (block, *block.sub_blocks)}
+    found = {part.name: part for part in _parts(program)}
     wanted = list(dict.fromkeys(names))
     for name in wanted:
         if name not in found:
@@ -61,6 +61,12 @@ def resolve_drop(program: Program, names: Iterable[str]) -> list[Part]:
         raise EditError("all residual blocks are named, and one must stay")
     covered = {sub.name for block in whole for sub in block.sub_blocks}
     return [part for name, part in found.items() if name in wanted and name not in covered]
+
+
+def _parts(program: Program) -> Iterator[Part]:
+    for block in blocks(program):
+        yield block
+        yield from block.sub_blocks
 
 
 def without(stage: Stage, names: Iterable[str]) -> fx.GraphModule:

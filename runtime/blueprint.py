@@ -94,10 +94,14 @@ class Blueprint:
         config._attn_implementation = self.source._attn_implementation
         return config
 
+    def model(self, settings: Settings) -> PreTrainedModel:
+        """The class under these values, on the meta device."""
+        return build_on_meta(self.cls, self.config(settings))
+
     def shapes(self, settings: Settings) -> dict[str, tuple[int, ...]] | None:
         """Shape of every unique parameter under these values, or None where the class refuses them."""
         try:
-            model = build_on_meta(self.cls, self.config(settings))
+            model = self.model(settings)
         except BUILD_FAILURES as error:
             self._words[_key(settings)] = innermost(error).strip().rstrip(".")
             return None
@@ -213,9 +217,16 @@ def _put(data: dict[str, Any], field: Field, value: Value) -> None:
 
 
 def _keep_layers(data: dict[str, Any], depth_field: str, kept: tuple[int, ...]) -> None:
-    """Set a depth, and keep the entries of those layers in every list that has one entry a layer."""
+    """Set a depth; keep the entries of those layers in every list that has one entry a layer, and their numbers, new, in
+    every list of layer numbers."""
     depth = data[depth_field]
     for key, value in data.items():
         if isinstance(value, list) and len(value) == depth:
             data[key] = [value[index] for index in kept]
+        elif isinstance(value, list) and "layer" in key and _are_numbers_below(depth, value):
+            data[key] = [kept.index(number) for number in value if number in kept]
     data[depth_field] = len(kept)
+
+
+def _are_numbers_below(depth: int, values: list[Any]) -> bool:
+    return all(type(value) is int and 0 <= value < depth for value in values) and values == sorted(set(values))

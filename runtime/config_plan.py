@@ -6,7 +6,7 @@ class has its name and exactly its shape.  Needs shapes only, so it can be asked
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import combinations, product
@@ -30,9 +30,9 @@ from secateur.runtime.blueprint import (
     dotted,
     slots,
 )
-from secateur.runtime.constants import changed
-from secateur.runtime.layers import depth_settings, renumber
-from secateur.runtime.misfit import explain
+from secateur.runtime.constants import Constant, changed
+from secateur.runtime.layers import broken, depth_settings, layer_facts, new_order, renumber, thresholds
+from secateur.runtime.misfit import explain, pattern_misfit, sub_block_misfit
 
 MAX_BUILDS = 2000
 MAX_DOUBTFUL = 8
@@ -48,7 +48,8 @@ class ConfigPlan:
 
     cls, config: the class and its new configuration.
     changes: dotted field -> (value before, value after).
-    names: first name of each parameter in the source model -> its name in the stock model (layers are renumbered).
+    names: name of each parameter (a tied one: its first) and buffer in the source model -> its name in the stock model:
+        layers are numbered anew where some were dropped.
     refused: values that were needed otherwise, and why the class takes them not.
     constants: numbers that the class derives from the configuration and that would change (dotted name -> old and new):
         a plan that has any is doubtful, and only the outputs can tell."""
@@ -83,11 +84,15 @@ def plans(program: Program, shapes: Mapping[str, Sequence[int]] | None = None) -
         )
     first = first_names(source.model)
     wanted = {first.get(name, name): tuple(shape) for name, shape in (shapes or _shapes(program)).items()}
-    search = Search(Blueprint(type(source.model), source.config), wanted)
+    search = Search(Blueprint(type(source.model), source.config), wanted, [n for n, _ in source.model.named_buffers()])
+    if lost := search.lost(first.get(name, name) for name in _removed(program)):
+        raise StockMisfit(sub_block_misfit(type(source.model).__name__, lost))
     doubtful: list[ConfigPlan] = []
-    found = False
+    found, wrong = False, dict[str, str]()
     for settings in search.solutions():
         found = True
+        if wrong := search.broken(settings):
+            continue
         plan = search.plan(settings)
         if not plan.constants:
             yield plan
@@ -99,6 +104,8 @@ def plans(program: Program, shapes: Mapping[str, Sequence[int]] | None = None) -
     yield from doubtful
     if not found:
         raise StockMisfit(explain(search.blueprint, search.wanted, search.nearest, search.refused))
+    if wrong:
+        raise StockMisfit(pattern_misfit(type(source.model).__name__, wrong))
 
 
 class Search:
@@ -107,12 +114,14 @@ class Search:
     wanted: shapes by the names of the stock class.   nearest: the settings with the fewest gaps so far.
     refused: values that would have closed a gap, and why the class takes them not."""
 
-    def __init__(self, blueprint: Blueprint, shapes: Shapes) -> None:
+    def __init__(self, blueprint: Blueprint, shapes: Shapes, buffers: Sequence[str] = ()) -> None:
         self.blueprint = blueprint
         base = blueprint.shapes({}) or {}
-        self.names = renumber(shapes, base)
+        self.order = new_order(shapes, base)
+        self.names = renumber([*shapes, *base, *buffers], self.order)
         self.wanted = {self.names[name]: shape for name, shape in shapes.items()}
-        start = dict(depth_settings(blueprint, shapes, base))
+        start = depth_settings(blueprint, shapes, base)
+        self.depths, self.thresholds = dict(start), thresholds(blueprint, start)
         base = blueprint.shapes(start) or base
         # Parameters that the computation never used are not in the program; they keep their place.
         self.target = slots({name: self.wanted.get(name, shape) for name, shape in base.items()} | self.wanted)
@@ -138,14 +147,30 @@ class Search:
                 yield settings
         yield from (more for settings in plain[:3] for more in self._silent_variants(settings))
 
+    def lost(self, removed: Iterable[str]) -> list[str]:
+        """Removed parameters that the class has all the same, because the rest of their layer stays."""
+        return sorted(self.passengers & {self.names[name] for name in removed if name in self.names})
+
+    def broken(self, settings: Settings) -> dict[str, str]:
+        """Where layers were dropped: settings by which the layers that stay would be of another kind."""
+        if not self.depths:
+            return {}
+        before = layer_facts(self.blueprint.model({}))
+        return broken(before, self.blueprint.model(settings), self.order)
+
     def plan(self, settings: Settings) -> ConfigPlan:
         """The plan that these settings make."""
         before = self.blueprint.value
         after = {path: len(v) if isinstance(v, tuple) else v for path, v in settings.items()}
         changes = {dotted(path): (before(path), value) for path, value in after.items() if before(path) != value}
-        constants = changed(self.constants, self.blueprint.constants(settings)) if changes else {}
+        constants = changed(self._known_constants(), self.blueprint.constants(settings)) if changes else {}
         config = self.blueprint.config(settings)
         return ConfigPlan(self.blueprint.cls, config, changes, self.names, self.refused, constants)
+
+    def _known_constants(self) -> dict[str, Constant]:
+        """The constants of the source under their new names."""
+        names = renumber(self.constants, self.order)
+        return {new: self.constants[old] for old, new in names.items()}
 
     def gaps(self, sizes: Sizes) -> list[Slot]:
         """Slots that these sizes and the target do not share."""
@@ -194,7 +219,8 @@ class Search:
         exact = line.solve(slot, self.target[slot]) if slot in self.target else None
         scaled = [line.values[0] * ratio for ratio in [*self._ratios(sizes, gaps), *self.ratios]]
         counts = [int(value) for value in scaled if value.denominator == 1 and value > 0]
-        return [v for v in dict.fromkeys([exact, *counts]) if v is not None and v != line.values[0]]
+        fewer = self.thresholds.get(line.field)
+        return [v for v in dict.fromkeys([exact, fewer, *counts]) if v is not None and v != line.values[0]]
 
     def _ratios(self, sizes: Sizes, gaps: list[Slot]) -> list[Fraction]:
         pairs = ((self.target.get(slot), sizes.get(slot)) for slot in sorted(gaps) if slot != COUNT)
@@ -242,6 +268,12 @@ class Search:
                 variant = {**settings, **{path: int(free[path] * ratio) for path in fields}}
                 if self.blueprint.sizes(variant) == sizes:
                     yield variant
+
+
+def _removed(program: Program) -> set[str]:
+    """Parameters that edits took out of the program."""
+    dense = program.cut.dense if program.cut else program
+    return {name for name, _ in dense.named_parameters()} - {name for name, _ in program.named_parameters()}
 
 
 def _shapes(program: Program) -> dict[str, tuple[int, ...]]:

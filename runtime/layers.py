@@ -5,21 +5,38 @@ A stack is everything before the first whole number in a name: ``model.layers`` 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
 
 from secateur.runtime.blueprint import Blueprint, Field, Shapes
 
 Stack = tuple[str, ...]
+Order = Mapping[Stack, Mapping[int, int]]
+"""By stack, the new number of each layer that stays."""
+Facts = Mapping[str, Any]
 
 
-def renumber(names: Iterable[str], base: Iterable[str]) -> dict[str, str]:
-    """New name of each name, with the layers of every stack counted from 0 without holes.
+def new_order(names: Iterable[str], base: Iterable[str]) -> Order:
+    """The layers of every stack counted from 0 without holes.
 
     Args:  names: of the parameters that stay.   base: of all parameters of the source model."""
-    names = list(names)
-    kept = stacks(names)
     full = stacks(base)
-    order = {stack: {old: new for new, old in enumerate(found)} for stack, found in kept.items() if stack in full}
-    return {name: _renumbered(name, order) for name in names}
+    return {stack: {old: new for new, old in enumerate(f)} for stack, f in stacks(names).items() if stack in full}
+
+
+def renumbered(name: str, order: Order) -> str | None:
+    """The new name of a parameter, buffer or attribute; None where its layer is gone."""
+    stack, index, rest = split(name)
+    if index is None or stack not in order:
+        return name
+    return ".".join((*stack, str(order[stack][index]), *rest)) if index in order[stack] else None
+
+
+def renumber(names: Iterable[str], order: Order) -> dict[str, str]:
+    """New name of each name whose layer stays."""
+    pairs = ((name, renumbered(name, order)) for name in names)
+    return {name: new for name, new in pairs if new is not None}
 
 
 def stacks(names: Iterable[str]) -> dict[Stack, tuple[int, ...]]:
@@ -41,7 +58,7 @@ def split(name: str) -> tuple[Stack, int | None, tuple[str, ...]]:
     return parts, None, ()
 
 
-def depth_settings(blueprint: Blueprint, wanted: Shapes, base: Shapes) -> Mapping[Field, tuple[int, ...]]:
+def depth_settings(blueprint: Blueprint, wanted: Shapes, base: Shapes) -> dict[Field, tuple[int, ...]]:
     """For each stack that lost layers, the field that counts them, set to the layers that stay."""
     full = stacks(base)
     found: dict[Field, tuple[int, ...]] = {}
@@ -49,6 +66,18 @@ def depth_settings(blueprint: Blueprint, wanted: Shapes, base: Shapes) -> Mappin
         if stack in full and len(kept) < len(full[stack]):
             positions = tuple(full[stack].index(index) for index in kept)
             found.update(_depth_field(blueprint, stack, len(full[stack]), positions))
+    return found
+
+
+def thresholds(blueprint: Blueprint, depths: Mapping[Field, tuple[int, ...]]) -> dict[Field, int]:
+    """For each number that may say how many of the first layers are of another kind, how many of those stay."""
+    found: dict[Field, int] = {}
+    for depth_field, kept in depths.items():
+        depth = blueprint.value(depth_field) or 0
+        for field in blueprint.fields:
+            value = blueprint.value(field) or 0
+            if field != depth_field and 0 < value <= depth:
+                found[field] = sum(layer < value for layer in kept)
     return found
 
 
@@ -61,8 +90,36 @@ def _depth_field(blueprint: Blueprint, stack: Stack, depth: int, kept: tuple[int
     return {}
 
 
-def _renumbered(name: str, order: Mapping[Stack, Mapping[int, int]]) -> str:
-    stack, index, rest = split(name)
-    if index is None or stack not in order:
-        return name
-    return ".".join((*stack, str(order[stack][index]), *rest))
+# ---------------------------------------------------------------------- what layers are beside their shapes
+def layer_facts(model: nn.Module) -> Facts:
+    """The settings in which the layers of a stack differ, by dotted name: windows, kinds of attention, scales.
+
+    A setting that counts the layers is none."""
+    by_setting: dict[tuple[Stack, tuple[str, ...]], dict[int, Any]] = {}
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            stack, index, rest = split(f"{path}.{key}" if path else key)
+            if index is not None and (value is None or isinstance(value, (bool, int, float, str))):
+                by_setting.setdefault((stack, rest), {})[index] = value
+    facts: dict[str, Any] = {}
+    for (stack, rest), values in by_setting.items():
+        if not rest[-1].startswith("_") and len({repr(v) for v in values.values()}) > 1 and not _counts(values):
+            facts |= {".".join((*stack, str(index), *rest)): value for index, value in values.items()}
+    return facts
+
+
+def broken(before: Facts, after: nn.Module, order: Order) -> dict[str, str]:
+    """Settings that a layer has in the smaller class and had not before, with both values in words."""
+    found: dict[str, str] = {}
+    now = {path: vars(module) for path, module in after.named_modules()}
+    for old, value in before.items():
+        path, _, key = (renumbered(old, order) or "").rpartition(".")
+        if key in now.get(path, {}) and now[path][key] != value:
+            found[f"{path}.{key}"] = f"{value!r} in layer {split(old)[1]} -> {now[path][key]!r}"
+    return found
+
+
+def _counts(values: Mapping[int, Any]) -> bool:
+    """Whether a setting is the layer's own number, or that and a constant."""
+    whole = all(type(value) is int for value in values.values())
+    return whole and len({value - index for index, value in values.items()}) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from secateur.runtime.blueprint import COUNT, Blueprint, Settings, Shapes, Slot, dotted, slots
 from secateur.runtime.layers import split
@@ -25,6 +25,26 @@ def explain(blueprint: Blueprint, wanted: Shapes, nearest: Settings, refused: Ma
     more = f" and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
     advice = _advice(blueprint, nearest, gaps[0]) if gaps else "Parameters were added or lost"
     return f"{name}: {'; '.join(said[:SHOWN])}{more}. {said_no(refused)}{advice}"
+
+
+def sub_block_misfit(name: str, lost: Sequence[str]) -> str:
+    """Parameters of dropped sub-blocks that the class has in every layer."""
+    more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
+    return (
+        f"{name} cannot hold this model: every layer of it has {', '.join(lost[:SHOWN])}{more}, and sub-blocks were "
+        "dropped from layers that stay. Drop whole blocks; or put the pass fill-dropped at the end, which brings them "
+        "back with an output of zero (opens everywhere, saves nothing); or keep the program with save_weights"
+    )
+
+
+def pattern_misfit(name: str, wrong: Mapping[str, str]) -> str:
+    """Settings that a class derives from the number of a layer."""
+    said = [f"{setting} ({words})" for setting, words in list(wrong.items())[:SHOWN]]
+    more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+    return (
+        f"{name} cannot hold this model: it derives the kind of a layer from its number, and layers that stay would "
+        f"change: {'; '.join(said)}{more}. Drop whole periods of the pattern, or the last layers"
+    )
 
 
 def said_no(refused: Mapping[str, str]) -> str:
