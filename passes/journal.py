@@ -47,6 +47,13 @@ class Journal:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
+    @property
+    def made(self) -> Path | None:
+        """The folder, made where there is none yet."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder
+
     def write(self, name: str, tensors: Mapping[str, Tensor] | None = None, facts: JSON | None = None) -> None:
         """Keep an entry; when this returns it is on the disk.  Floats in facts are kept exactly.
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 from secateur.graph import Program, with_parameters
 from secateur.passes.base import Context, Cost, Pass, PassResult
 from secateur.passes.data import CalibrationError
+from secateur.passes.journal import Entry, Journal
 from secateur.passes.repair_fit import Fit, Products, fit
 from secateur.passes.repair_run import Lockstep
 from secateur.passes.repair_sites import Site, Target, sites
@@ -31,6 +35,7 @@ class Repair(Pass):
     target: T: own (what the op gave in the dense model) or stream (what makes the sum that the op's result is added to
         that of the dense model, so that earlier errors are corrected too; where there is no such sum, own).
     bias: refit biases along with the weights, where the op has one.
+    offload: hold activations in memory-mapped files: the memory of one sequence, whatever the calibration data.
     Source: Meng et al. 2024 (OSSCAR), arXiv:2403.12983, section 3; the damped form and the centre are ours.
     """
 
@@ -41,6 +46,7 @@ class Repair(Pass):
 
     target: Target = "stream"
     bias: bool = True
+    offload: bool = False
 
     @property
     def needs_data(self) -> bool:
@@ -62,18 +68,25 @@ class Repair(Pass):
         found, refused = sites(program, self.target, self.bias)
         for name, reason in refused.items():
             context.log.info("repair leaves %s alone: %s", name, reason)
-        dense, pruned = Lockstep(program.cut.dense, data), Lockstep(program, data)
-        parameters = dict(program.named_parameters())
+        journal, parameters = Journal(context.resume), dict(program.named_parameters())
         values: dict[str, Tensor] = {}
         figures: dict[str, Any] = {}
-        for site in context.progress(found, "repair", len(found)):
-            made = fit(*_products(site, dense, pruned, parameters, len(data)))
-            figures[site.parameter] = _figures(made)
-            if made.delta_NK is None:
-                context.log.info("repair leaves %s alone: no fit lowers the error on held-back tokens", site.parameter)
-            for name, value in _changed(site, made, parameters).items():
-                values[name] = value
-                pruned.replace(name, value, site.chain if name == site.parameter else site.bias_chain)
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(TemporaryDirectory(dir=journal.made))) if self.offload else None
+            dense, pruned = (Lockstep(one, data, folder) for one in (program.cut.dense, program))
+            for site in context.progress(found, "repair", len(found)):
+                kept = journal.read(site.parameter)
+                if kept is None:
+                    made = fit(*_products(site, dense, pruned, parameters, len(data)))
+                    kept = Entry(_changed(site, made, parameters), _figures(made))
+                    journal.write(site.parameter, kept.tensors, kept.facts)
+                if not kept.tensors:
+                    context.log.info("repair leaves %s alone: no fit serves the held-back tokens", site.parameter)
+                pruned.advance(site.node.name)
+                figures[site.parameter] = kept.facts
+                for name, value in kept.tensors.items():
+                    values[name] = value.to(parameters[name].device)
+                    pruned.replace(name, values[name], site.chain if name == site.parameter else site.bias_chain)
         repaired = with_parameters(program, values).replace(scores={}) if values else program
         summary = {"tokens": sum(s.tokens for s in data), "sequences": len(data), "left_alone": refused}
         return PassResult(repaired, bool(values), {**summary, "consumers": figures})

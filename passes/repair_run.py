@@ -1,13 +1,16 @@
-"""All calibration sequences advance together through a graph, node by node.
+"""All calibration sequences advance together through a graph, from stop to stop.
 
-At any moment only the values that are still to be read are held, for every sequence: the memory of one layer's
-activations over the calibration tokens, whatever the depth.  Weights may change on the way; what was computed before
-stays as it was, what comes after sees the new ones.
+Between stops each sequence runs alone.  At a stop only the values that are still to be read are held, for every
+sequence: the memory of one layer's activations over the calibration tokens, whatever the depth; or of one sequence,
+where the held values lie on the disk.  Weights may change at a stop; what was computed before stays as it was, what
+comes after sees the new ones.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +20,18 @@ from secateur.graph import Program
 from secateur.graph.calls import is_mutable
 from secateur.passes.data import Sample
 
+LARGE = 1 << 16  # bytes from which a held value is worth a file
+
 
 class Lockstep(fx.Interpreter):
     """A Program that runs all samples at once and can be stopped before any node.
 
     data: the sequences.
+    folder: where held values go as memory-mapped files without a name, which the system frees however the process
+        ends; None: in memory.
     """
 
-    def __init__(self, program: Program, data: Sequence[Sample]) -> None:
+    def __init__(self, program: Program, data: Sequence[Sample], folder: Path | None = None) -> None:
         super().__init__(program.gm, garbage_collect_values=False)
         self.extra_traceback = False
         self._nodes = list(program.gm.graph.nodes)
@@ -34,15 +41,19 @@ class Lockstep(fx.Interpreter):
         self._values: dict[str, Tensor] = {}
         self._at = 0
         self._environments: list[dict[fx.Node, Any]] = [{} for _ in data]
+        self._folder = folder
+        self._mapped: list[set[fx.Node]] = [set() for _ in data]
         self._inputs = [{**program.source.example_inputs, **sample.inputs} for sample in data]
 
     def advance(self, name: str) -> None:
         """Run every sample up to the named node, itself excluded; nothing to do where that was passed before."""
         stop = self._place[name]
         with torch.no_grad():
-            for node in self._nodes[self._at : stop]:
-                for sample in range(len(self._environments)):
+            for sample in range(len(self._environments)) if stop > self._at else ():
+                self._enter(sample)
+                for node in self._nodes[self._at : stop]:
                     self._step(sample, node)
+                self._hold(sample)
         self._at = max(self._at, stop)
 
     def value(self, sample: int, name: str) -> Any:
@@ -79,7 +90,7 @@ class Lockstep(fx.Interpreter):
                 for node in (node for chain in chains for node in chain if node in self.env):
                     self.env[node] = self.run_node(node)
                 for node in self._nodes[self._at : -1]:
-                    self._step_here(sample, node)
+                    self._step(sample, node)
                 return self.run_node(self._nodes[-1])
         finally:
             self._values = own
@@ -90,17 +101,31 @@ class Lockstep(fx.Interpreter):
     def _enter(self, sample: int) -> None:
         self.env = self._environments[sample]
 
-    def _step(self, sample: int, node: fx.Node) -> None:
-        self._enter(sample)
-        self._step_here(sample, node)
+    def _hold(self, sample: int) -> None:
+        """Move the large values of a sample that are held onto the disk, where that is asked for."""
+        if self._folder is None or self._writes:
+            return
+        held, known = self._environments[sample], self._mapped[sample]
+        for node, value in held.items():
+            large = isinstance(value, Tensor) and value.nbytes >= LARGE and value.device.type == "cpu"
+            if large and node.op != "get_attr" and node not in known:
+                held[node] = mapped(value, self._folder)
+                known.add(node)
 
-    def _step_here(self, sample: int, node: fx.Node) -> None:
+    def _step(self, sample: int, node: fx.Node) -> None:
         if node.op == "placeholder":
             self.env[node] = self._inputs[sample].get(str(node.target))
             return
         self.env[node] = self.run_node(node)
         for done in self._ends.get(node, ()):
             self.env.pop(done, None)
+
+
+def mapped(value: Tensor, folder: Path) -> Tensor:
+    """A copy of a CPU tensor in a file that has no name any more: its memory can be written back to the disk."""
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        copy = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
+    return copy.view(value.shape).copy_(value)
 
 
 def _own_copy(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from zoo.models import tiny_model
 from secateur.graph import Program, capture, coupled_groups, keep, verify
 from secateur.graph.errors import PipelineError
 from secateur.passes import CalibrationError, Context, Pipeline, Repair, samples
+from secateur.passes.journal import Journal
 from secateur.passes.repair import held_back
 from secateur.passes.repair_fit import Products, fit
-from secateur.passes.repair_run import Lockstep
+from secateur.passes.repair_run import Lockstep, mapped
 from secateur.passes.repair_sites import kept_positions, sites
 
 ByKind = Callable[[str], Program]
@@ -233,3 +235,70 @@ def test_held_back_sequences() -> None:
     assert held_back(2) == {1}
     assert held_back(20) == {2, 7, 12, 17}
     assert all(len(held_back(n)) == max(1, n // 5) and max(held_back(n)) < n for n in range(2, 50))
+
+
+# ---------------------------------------------------------------------- kills and disks
+def halved(llama: Program) -> Program:
+    return keep(llama, {g.name: range(g.units // 2) for g in coupled_groups(llama) if g.family in ("mlp", "kv_heads")})
+
+
+def same_weights(a: Program, b: Program) -> bool:
+    others = dict(b.named_parameters())
+    return all(torch.equal(value, others[name]) for name, value in a.named_parameters())
+
+
+def test_a_killed_repair_goes_on_and_ends_the_same(program_of: ByKind, tmp_path: Path) -> None:
+    cut = halved(program_of("llama"))
+    data, seen = samples([tokens(6, 12, 128)], cut), list[str]()
+
+    def dies(items: Any, description: str, total: int | None = None) -> Any:
+        for item in items:
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+            yield item
+            seen.append(item.parameter)
+
+    with pytest.raises(KeyboardInterrupt):
+        Repair()(cut, Context(data=data, resume=tmp_path, progress=dies))
+    assert Journal(tmp_path).names() == sorted(seen)
+    resumed = Repair()(cut, Context(data=data, resume=tmp_path))
+    whole = Repair()(cut, Context(data=data))
+    assert not same_weights(whole, cut) and same_weights(whole, resumed)
+    assert whole.history[-1].figures["consumers"] == resumed.history[-1].figures["consumers"]
+
+
+def test_what_a_killed_repair_finished_is_not_worked_out_again(program_of: ByKind, tmp_path: Path) -> None:
+    cut = halved(program_of("llama"))
+    context = Context(data=samples([tokens(6, 12, 128)], cut), resume=tmp_path)
+    Repair()(cut, context)
+    journal = Journal(tmp_path)
+    name = next(n for n in journal.names() if "down_proj" in n)
+    entry = journal.read(name)
+    assert entry is not None
+    journal.write(name, {key: torch.full_like(value, 0.5) for key, value in entry.tensors.items()}, entry.facts)
+    again = dict(Repair()(cut, context).named_parameters())
+    assert bool((again[name] == 0.5).all())
+
+
+def test_activations_on_the_disk_change_no_bit_and_leave_nothing(
+    program_of: ByKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secateur.passes.repair_run.LARGE", 1)
+    cut = halved(program_of("llama"))
+    data = samples([tokens(6, 12, 128)], cut)
+    moved = list[int]()
+    monkeypatch.setattr(
+        "secateur.passes.repair_run.mapped",
+        lambda value, folder: (moved.append(value.nbytes), mapped(value, folder))[1],
+    )
+    on_disk = Repair(offload=True)(cut, Context(data=data, resume=tmp_path / "new"))
+    assert len(moved) > 20 and same_weights(on_disk, Repair()(cut, Context(data=data)))
+    assert all(file.suffix == ".safetensors" for file in (tmp_path / "new").iterdir())
+
+
+def test_a_mapped_value_lies_in_a_file_without_a_name(tmp_path: Path) -> None:
+    value = torch.randn(3, 5)
+    copy = mapped(value, tmp_path)
+    assert torch.equal(copy, value) and copy.data_ptr() != value.data_ptr() and not list(tmp_path.iterdir())
+    files = {line.split()[-2] for line in Path("/proc/self/maps").read_text().splitlines() if "(deleted)" in line}
+    assert any(str(tmp_path) in file for file in files)
