@@ -15,7 +15,6 @@ from secateur.passes.importance import IMPORTANCES, Importance, Taylor, aggregat
 from secateur.passes.importance.base import Aggregation, Normalization
 
 Metric = Annotated[InstanceOf[Importance], BeforeValidator(IMPORTANCES.build)]
-COSTS = {"nothing": Cost(), "gradients": Cost(3.0, 4.0), "activations": Cost(1.0, 0.0)}
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Score(Pass):
 
     @property
     def cost(self) -> Cost:
-        return COSTS[self.metric.needs]
+        return self.metric.cost
 
     def requires(self, program: Program) -> list[str]:
         on_meta = any(p.is_meta for _, p in program.named_parameters())

@@ -6,6 +6,7 @@ from secateur.passes.importance.fisher import Fisher
 from secateur.passes.importance.flap import Flap
 from secateur.passes.importance.magnitude import Magnitude
 from secateur.passes.importance.obs import Obs
+from secateur.passes.importance.perplexity import Perplexity
 from secateur.passes.importance.random import Random
 from secateur.passes.importance.taylor import Taylor
 from secateur.passes.importance.wanda import Wanda
@@ -21,6 +22,7 @@ IMPORTANCES: Table[Importance] = Table(
     Flap,
     Fisher,
     Obs,
+    Perplexity,
     base=Importance,
     plugins="secateur.importances",
 )
@@ -33,6 +35,7 @@ __all__ = [
     "Importance",
     "Magnitude",
     "Obs",
+    "Perplexity",
     "Random",
     "Taylor",
     "Wanda",

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from secateur.graph import CoupledGroup, Member, Program
-from secateur.passes.base import Context
+from secateur.passes.base import Context, Cost
 from secateur.passes.options import Options
 
 Needs = Literal["nothing", "gradients", "activations"]
 Aggregation = Literal["sum", "mean", "max", "prod", "last"]
 Normalization = Literal["none", "sum", "mean", "max", "standard"]
 MemberScores = Mapping[str, Sequence[Tensor]]
+COSTS: Mapping[Needs, Cost] = {"nothing": Cost(), "gradients": Cost(3.0, 4.0), "activations": Cost(1.0, 0.0)}
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Importance(Options):
     """
 
     needs: ClassVar[Needs]
+
+    @property
+    def cost(self) -> Cost:
+        """Rough work, for estimates."""
+        return COSTS[self.needs]
 
     @abstractmethod
     def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
