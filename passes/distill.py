@@ -61,6 +61,11 @@ class Distill(TrainingPass):
     teacher_device: str | None = None
     correct_tokens: Annotated[int, Field(ge=0)] = 0
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        teacher = () if self.teacher is None else (Path(self.teacher).expanduser(),)
+        return (*super().files, *teacher)
+
     def requires(self, program: Program) -> list[str]:
         checks = {
             f"{MISSING['cut']}, or name a teacher folder": bool(self.kl) and program.cut is None and not self.teacher,

@@ -82,13 +82,21 @@ class SaveReport:
     seconds: float = 0.0
 
 
-def save(program: Program, path: str | Path, *, force: bool = False, check: bool = True) -> SaveReport:
+def save(
+    program: Program,
+    path: str | Path,
+    *,
+    force: bool = False,
+    check: bool = True,
+    figures: Mapping[str, Any] | None = None,
+) -> SaveReport:
     """Save as a stock checkpoint: configuration, safetensors, tokenizer and generation files, and the manifest.
 
     Before the folder appears, a fresh process opens it with plain transformers and proves that no key is missing,
     unexpected or mismatched, that every parameter is bit-equal, that the outputs agree, and that generation with the
     cache gives the tokens of generation without it.
     Args:  force: replace a folder that is not an artifact.   check: False skips the fresh process.
+        figures: JSON values to stand in the manifest beside those of the proof.
     Raises: StockMisfit: no stock class holds the program.   ArtifactError: cannot be written, or the proof failed;
         nothing is left behind."""
     started = time.perf_counter()
@@ -100,16 +108,17 @@ def save(program: Program, path: str | Path, *, force: bool = False, check: bool
     assert raised.difference is not None
     with writing(path, needed_bytes=program.num_bytes + SPARE_BYTES, force=force) as draft:
         _write_model(raised.model, draft.folder, _source_folder(program))
-        figures = prove_reload(program, raised, draft.folder) if check else {}
+        proved = prove_reload(program, raised, draft.folder) if check else {}
         packed = write_packed(program, raised.model, draft.folder)
-        _describe(draft, program, raised, figures)
+        _describe(draft, program, raised, proved)
+        draft.figures |= dict(figures or {})
     return SaveReport(
         path=path,
         num_bytes=read_manifest(path).num_bytes,
         num_parameters=program.num_parameters,
         changes=raised.plan.changes,
         difference=raised.difference,
-        reload=figures,
+        reload=proved,
         packed=packed,
         seconds=time.perf_counter() - started,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -14,9 +15,11 @@ import typer
 
 from secateur.graph import Program
 from secateur.passes import DataSpec, Hooks, Pipeline, samples
+from secateur.passes.training.plan import TrainingPass
 from secateur.runtime import check_target, plan_config, raise_model, save, working
 from secateur.tools import opening
-from secateur.tools.corpus import TokenWindows, calibration_windows, read_documents
+from secateur.tools.advice import document_digests
+from secateur.tools.corpus import TokenWindows, calibration_windows, read_documents, shuffled
 from secateur.tools.footprint import footprint
 from secateur.tools.opening import Debug, Json, ModelArgument, Verbose
 from secateur.tools.plan import Plan, make_plan
@@ -39,6 +42,7 @@ def compress_command(
     data: Annotated[
         Path | None, typer.Option(help="Calibration text: .jsonl with a field text, or plain text.")
     ] = None,
+    train: Annotated[Path | None, typer.Option(help="Text to retrain on, where a pass does not name its own.")] = None,
     tokens: Annotated[int | None, typer.Option(min=2, help="Calibration tokens in all (default 10240).")] = None,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens in one sequence (default 256).")] = None,
     seed: Annotated[int | None, typer.Option(help="What all randomness derives from (default 0).")] = None,
@@ -60,7 +64,7 @@ def compress_command(
     """
     voice = opening.start(as_json, verbose)
     with before_work():
-        passes = read_pipeline(pipeline, recipe)
+        passes = trained_on(read_pipeline(pipeline, recipe), train)
         spec = data_spec(passes.data, recipe, data, tokens, window)
         check_request(passes, spec, output, dry_run=dry_run, force=force)
     if data is not None and not passes.needs_data:
@@ -81,7 +85,7 @@ def compress_command(
         refuse([f"{plan.misfit}. {MISFIT_HINT}"] if plan.misfit else [])
         assert output is not None
         check_space(output, plan)
-        windows = read_windows(program, spec, passes.seed) if passes.needs_data else None
+        windows, calibration = read_windows(program, spec, passes.seed) if passes.needs_data else (None, None)
     with ExitStack() as held:
         with before_work():
             data_read = samples(windows, program) if windows is not None else None
@@ -89,7 +93,7 @@ def compress_command(
             work = held.enter_context(kept)
         smaller = passes.run(program, windows, voice.progress, raise_model=raise_model, checkpoints=work)
         with voice.waiting("saving, and opening the result in a fresh process"):
-            saved = save(smaller, output, force=force)
+            saved = save(smaller, output, force=force, figures={"calibration": calibration})
     after = footprint(smaller)
     tables = run_tables(program, smaller, plan.before, after)
     voice.result(result_json(plan, smaller, after, windows, output, saved), tables)
@@ -103,6 +107,19 @@ def read_pipeline(text: str | None, recipe: str | None) -> Pipeline:
     if recipe is not None:
         return Pipeline.from_recipe(recipe)
     return Pipeline.parse(text or "")
+
+
+def trained_on(passes: Pipeline, file: Path | None) -> Pipeline:
+    """The pipeline whose training passes read a file, where they do not name one themselves."""
+    if file is None:
+        return passes
+    if not file.is_file():
+        raise BadInput(f"the training text {file} is no file")
+    open_ = [isinstance(one, TrainingPass) and one.data is None for one in passes.passes]
+    if not any(open_):
+        raise BadInput(f"{file} would not be used: no pass of this pipeline trains on a text that it does not name")
+    pairs = zip(passes.passes, open_, strict=True)
+    return replace(passes, passes=tuple(replace(one, data=str(file)) if open else one for one, open in pairs))
 
 
 def data_spec(
@@ -119,6 +136,8 @@ def check_request(passes: Pipeline, spec: DataSpec, output: Path | None, *, dry_
     """What can be known to be wrong before the model is opened."""
     if spec.window > spec.tokens:
         raise BadInput(f"--window {spec.window} is longer than --tokens {spec.tokens}: no sequence fits")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInput("compress runs in one process: start it without torchrun")
     if dry_run:
         return
     if output is None:
@@ -160,8 +179,8 @@ def refuse(reasons: list[str]) -> None:
         raise BadInput("; ".join(reasons))
 
 
-def read_windows(program: Program, spec: DataSpec, seed: int) -> TokenWindows:
-    """Calibration windows in the tokens of the model."""
+def read_windows(program: Program, spec: DataSpec, seed: int) -> tuple[TokenWindows, dict[str, Any]]:
+    """Calibration windows in the tokens of the model, and what the manifest will say of them."""
     from transformers import AutoTokenizer
 
     documents = read_documents([spec.file or ""])
@@ -169,7 +188,9 @@ def read_windows(program: Program, spec: DataSpec, seed: int) -> TokenWindows:
         tokenizer = AutoTokenizer.from_pretrained(program.source.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise BadInput(f"{program.source.folder} has no tokenizer that opens: {error}") from error
-    return calibration_windows(documents, tokenizer, tokens=spec.tokens, window=spec.window, seed=seed)
+    windows = calibration_windows(documents, tokenizer, tokens=spec.tokens, window=spec.window, seed=seed)
+    used = shuffled(documents, seed)[: windows.documents]
+    return windows, {**windows.describe(), "documents": document_digests(used)}
 
 
 def result_json(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from secateur.runtime import open_model
+from secateur.runtime import open_model, read_manifest
+from secateur.runtime.artifact import MANIFEST
+from secateur.tools.advice import same_text
 from secateur.tools.corpus import read_documents, token_stream
 from secateur.tools.evaluate_tasks import TaskScore, read_tasks, run_tasks
 from secateur.tools.evaluate_text import Text, TextReport, score_text
@@ -57,6 +59,9 @@ def evaluate_command(
         tokenizers = {n: open_tokenizer(names[n], model) for n, model in opened.items()}
         what = shared_text(documents, tokenizers, tokens, window, stride, bos) if documents else None
         spans = what.spans() if what is not None else []
+    for name, path in names.items():
+        if (known := same_text(recorded(path), documents)) is not None:
+            voice.note(f"warning: {name}: {known.says} ({known.source})")
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in opened.items()}
     if dry_run:
         voice.result(*dry(opened, sizes, what, len(spans), [task["task"] for task in found_tasks]))
@@ -91,6 +96,11 @@ def named(models: Sequence[str], reference: str | None) -> dict[str, str]:
     paths = list(dict.fromkeys([*([reference] if reference is not None and reference not in models else []), *models]))
     short = [Path(path).name or path for path in paths]
     return {name if short.count(name) == 1 else path: path for name, path in zip(short, paths, strict=True)}
+
+
+def recorded(model: str) -> Mapping[str, Any]:
+    """What a model's manifest tells of how it was made; nothing for models of other origin."""
+    return read_manifest(model).figures if (Path(model) / MANIFEST).is_file() else {}
 
 
 def open_one(model: str, voice: Voice, where: torch.device, dtype: str, *, weights: bool) -> Any:

@@ -64,6 +64,10 @@ class TrainingPass(Pass):
         return self.data is None
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        return () if self.data is None else (Path(self.data).expanduser(),)
+
+    @property
     def cost(self) -> Cost:
         """Weights, gradients and two moments in float32; the work depends on tokens, not on the calibration data."""
         return Cost(4.0, 16.0)

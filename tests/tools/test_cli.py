@@ -85,6 +85,16 @@ def test_compress_writes_a_checkpoint_that_loads(
     assert told["data"]["seed"] == told["history"][0]["figures"]["seed"] == 3
     assert told["after"]["parameters"] < told["before"]["parameters"]
     assert told["check"]["reload"]
+    assert [one["name"] for one in told["advice"]] == [
+        "much removed without retraining",
+        "tensor cores idle",
+    ]
+    remembered = json.loads((target / "secateur.json").read_text())["figures"]["calibration"]
+    assert remembered["sha256"] == told["data"]["sha256"] and len(remembered["documents"]) == told["data"]["documents"]
+    evaluate = ["evaluate", str(target), str(model_folder), "--text", str(text_file), "--window", "64", "--dry-run"]
+    assert run(evaluate) == 0
+    warned = " ".join(capsys.readouterr().err.split())
+    assert "warning: smaller: 3 of 8 documents were calibrated on" in warned and warned.count("calibrated on") == 1
     model = secateur.load(target)
     assert model.num_parameters() == told["after"]["parameters"]
     assert (model.config.intermediate_size, model.config.hidden_size, model.config.num_key_value_heads) == (72, 48, 1)
@@ -176,6 +186,26 @@ def test_a_recipe_is_found_by_name(model_folder: Path, text_file: Path, tmp_path
     assert [step["name"] for step in told["history"]] == ["score", "prune-width", "repair"]
     assert run(["compress", str(model_folder), "--recipe", "two-shots", "-o", str(tmp_path / "out")]) == 2
     assert "`secateur recipes` lists those that have a name" in capsys.readouterr().err
+
+
+def test_the_text_to_train_on(model_folder: Path, text_file: Path, tmp_path: Path, capsys: Output) -> None:
+    text = "score{metric=random},prune-width{mlp=0.25},distill,distill{data=own.txt}"
+    arguments = ["compress", str(model_folder), "-p", text, "--dry-run", "--json"]
+    assert run([*arguments, "--train", str(text_file)]) == 0
+    told = json.loads(capsys.readouterr().out)["pipeline"]
+    assert f"distill{{data={text_file}}},distill{{data=own.txt}}" in told.replace('"', "")
+    assert run([*arguments, "--train", str(tmp_path / "nothing.txt")]) == 2
+    assert "nothing.txt is no file" in capsys.readouterr().err
+    assert run(["compress", str(model_folder), "-p", PRUNE, "--dry-run", "--train", str(text_file)]) == 2
+    assert "no pass of this pipeline trains" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(["compress", str(model_folder), "-p", PRUNE, "-o", str(tmp_path / "out")]) == 2
+    assert "without torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("unproved")
