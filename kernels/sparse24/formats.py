@@ -85,8 +85,8 @@ class Packed24:
 
     def to(self, device: torch.device | str) -> Packed24:
         """The same on another device."""
-        moved = {name: t.to(device) for name, t in self.to_tensors().items()}
-        return replace(self, **moved)
+        scale = None if self.scale is None else self.scale.to(device)
+        return replace(self, values=self.values.to(device), mask=self.mask.to(device), scale=scale)
 
     def levels(self) -> Tensor:
         """Dense [N, K] of what is stored: the floats, or int8 levels of a quantised kind."""
@@ -139,6 +139,19 @@ def pack(weight: Tensor, kind: str | None = None, scale: Tensor | None = None) -
     return Packed24(kind, (rows, columns), packed, nibbles[:, 0::2] | nibbles[:, 1::2] << 4, scale)
 
 
+def pack_dense(levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, scale) of a dense quantised weight as the ops ``linear_int8`` and ``linear_int4`` take them.
+
+    Args:  levels: int8 [N, K].   scale: [N] for int8, [N, ceil(K/128)] for int4.
+    Returns: int8 [N, S] and float32, or uint8 [N, S/2] and bfloat16.
+    Raises: FormatError: out of range, or shapes disagree.
+    """
+    kind = "int8" if scale.ndim == 1 else "int4"
+    _check_weight(levels, kind, scale)
+    padded = torch.nn.functional.pad(levels.detach(), (0, stored(levels.shape[1]) - levels.shape[1]))
+    return pack_nibbles(padded) if kind == "int4" else padded.contiguous(), scale.detach().to(SCALE_DTYPE[kind])
+
+
 def is_24(weight: Tensor) -> bool:
     """Whether a matrix [N, K] has at most two non-zeros in every four neighbours along K."""
     columns = weight.shape[-1]
@@ -175,6 +188,53 @@ def indices_to_mask(indices: Tensor) -> Tensor:
     one = torch.ones_like(indices)
     nibbles = one << (indices & 3) | one << (indices >> 2)
     return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+
+def to_cutlass(packed: Packed24) -> tuple[Tensor, Tensor]:
+    """(values, words) in the layout of torch's CUTLASS kernels (``torch.sparse.SparseSemiStructuredTensorCUTLASS``).
+
+    Values are ours.  words: int16 [N, K/16] for 16-bit floats, int32 [N, K/32] for int8: four bits of indices a group,
+    low group first, in the interleaved order of CUTLASS's reorder_meta (host_reorder.h).
+    Raises: FormatError: another kind, or N and K are no multiples of 32 and 64 (int8: 16 and 128).
+    """
+    words = mask_to_indices(packed.mask)
+    bytes_ = words[:, 0::2] | words[:, 1::2] << 4
+    axes, shape, dtype = _cutlass(packed.kind, *packed.shape)
+    rows, columns = packed.shape
+    flat = bytes_.contiguous().view(dtype).view(shape).permute(axes)
+    return packed.values, flat.reshape(rows, columns // (8 * dtype.itemsize))
+
+
+def from_cutlass(values: Tensor, words: Tensor) -> Packed24:
+    """The canonical form of ``to_cutlass``'s pair; the scale of int8 levels is one, torch keeps none.
+
+    Raises: FormatError: as ``to_cutlass``, or the words are no valid indices.
+    """
+    kind = str(values.dtype).removeprefix("torch.")
+    rows, columns = values.shape[0], 2 * values.shape[1]
+    axes, shape, _ = _cutlass(kind, rows, columns)
+    permuted = words.contiguous().view([shape[axis] for axis in axes])
+    inverse = sorted(range(len(axes)), key=axes.__getitem__)
+    bytes_ = permuted.permute(inverse).reshape(rows, -1).contiguous().view(torch.uint8)
+    indices = torch.stack([bytes_ & 15, bytes_ >> 4], -1).flatten(1)
+    scale = torch.ones(rows, device=values.device) if kind == "int8" else None
+    packed = Packed24(kind, (rows, columns), values, indices_to_mask(indices), scale)
+    check(packed)
+    return packed
+
+
+def _cutlass(kind: str, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+    """How index words [N, words a row], viewed in a shape, are permuted; that shape; the type of a word."""
+    known = {"float16": (32, 64), "bfloat16": (32, 64), "int8": (16, 128)}
+    if kind not in known:
+        raise FormatError(f"torch's CUTLASS layout knows {', '.join(known)}, not {kind}")
+    n, k = known[kind]
+    if rows % n or columns % k:
+        raise FormatError(f"torch's CUTLASS layout of {kind} takes multiples of {n} x {k}, got {rows} x {columns}")
+    if kind == "int8":  # row 16a + 8p + g, word 2b + h  ->  [b, a, g, h, p]
+        return (3, 0, 2, 4, 1), (rows // 16, 2, 8, columns // 64, 2), torch.int32
+    # row 32a + 16p + 8q + g, word 2b + h  ->  [b, a, g, p, h, q]
+    return (4, 0, 3, 1, 5, 2), (rows // 32, 2, 2, 8, columns // 32, 2), torch.int16
 
 
 def pack_nibbles(levels: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.kernels.sparse24 import reference
+from secateur.kernels.sparse24 import cpu, reference
 from secateur.kernels.sparse24.formats import ALIGN, FLOAT_KINDS, QUANTIZED_KINDS
 
 FLOATS = tuple(FLOAT_KINDS.values())
@@ -76,10 +76,12 @@ def linear(
     Args:  x: [..., K].   values, mask, scale: of a ``Packed24``; mask None: dense and quantised.   bias: [N].
     Returns: [..., N], dtype of x.
     """
-    kind = {torch.int8: "int8", torch.uint8: "int4"}.get(values.dtype, "float32")
-    op = getattr(torch.ops.secateur, op_of(kind, mask is not None))
-    result: Tensor = op(x, values, *(t for t in (mask, scale) if t is not None), bias)
-    return result
+    if scale is None:
+        return _LINEAR["linear_24"](x, values, mask, bias)
+    kind = "int4" if values.dtype == torch.uint8 else "int8"
+    if mask is None:
+        return _LINEAR[f"linear_{kind}"](x, values, scale, bias)
+    return _LINEAR[f"linear_24_{kind}"](x, values, mask, scale, bias)
 
 
 def columns_of(values: Tensor, mask: Tensor | None) -> int:
@@ -120,6 +122,9 @@ def _operands(name: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor 
 
 def _kernel(name: str) -> Callable[..., Tensor]:
     def run(*args: Any) -> Tensor:
+        if args[0].device.type == "cpu" and cpu.active():  # from now on the compiled kernel holds the CPU key
+            result: Tensor = getattr(torch.ops.secateur, name)(*args)
+            return result
         check_operands(*_operands(name, args), name)
         return reference.linear(*_operands(name, args))
 
@@ -220,3 +225,4 @@ def _register() -> None:
 
 
 _register()
+_LINEAR: dict[str, Callable[..., Tensor]] = {name: getattr(torch.ops.secateur, name).default for name in PLACES}
