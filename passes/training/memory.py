@@ -17,8 +17,10 @@ JSON = dict[str, Any]
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of one that may be spread over processes (then on the CPU); every process must call this."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather().clone().cpu()  # the clone waits for what is still on its way
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    full: Tensor = tensor.full_tensor()
+    return full.clone().cpu()  # the clone waits for what is still on its way
 
 
 def spread_like(value: Tensor, like: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from secateur.passes.training.teachers import Teacher
 from secateur.passes.training.text import Text
 
 POINTS = 64  # of a curve that goes into the history; all points go to the output folder
+FREE = ("save_every", "data", "store")  # options that may change in a run that goes on; the text itself is compared
 PROBE = 16  # tokens of the sequence that a network is tried with
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # as transformers calls it now, and before
 
@@ -156,9 +157,10 @@ def fingerprint(model: nn.Module, text: Text, goal: Goal, options: TrainingPass,
     every = hashlib.sha256()
     for name, parameter in model.named_parameters():
         every.update(f"{name} {digest(whole(parameter))} ".encode())
-    passing = {"save_every": None, "data": None}
+    chosen = {f"option {name}": json.dumps(value) for name, value in options.to_json().items() if name not in FREE}
     return {
-        "options": json.dumps({**options.to_json(), **passing, "goal": repr(goal)}, sort_keys=True),
+        **chosen,
+        "part": repr(goal),
         "weights": every.hexdigest(),
         "text": text.sha256(),
         "seed": str(seed),

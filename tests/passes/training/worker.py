@@ -1,15 +1,21 @@
-"""What the tests of training run in processes of their own: one distillation of a tiny model.
+"""What the tests of training run in a process of its own: distillations of a tiny model, some of them killed.
 
-python worker.py OUT [key=value ...]: writes OUT/weights.safetensors and OUT/figures.json (process 0).
+python worker.py OUT [kind=gpt2] [resume=DIR] [kills=3,1] [random=5] [stop_at=7] [option=JSON ...]: writes OUT/weights.safetensors
+and OUT/figures.json (process 0).  kills: before, the run is started and killed after so many of its steps, one run a
+number.  random: before, the run is started and killed at so many random moments.
+stop_at: it ends after so many steps.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +32,21 @@ from secateur.runtime import raise_model
 
 LENGTH, BELOW = 24, 128
 SMALL: dict[str, Any] = {
-    "tokens": 1440,
-    "batch_tokens": 96,
-    "micro_batch": 2,
-    "held_out": 4,
-    "evaluations": 3,
-    "lr": 1e-3,
+    **{"tokens": 1440, "batch_tokens": 96, "micro_batch": 2},
+    **{"held_out": 4, "evaluations": 3, "lr": 1e-3, "save_every": 2},
 }
 
 
-def pruned(
-    kind: str = "llama", pipeline: str = "score{metric=magnitude},prune-width{mlp=0.5}"
-) -> tuple[Program, Context]:
+def pruned(kind: str = "llama") -> tuple[Program, Context]:
     """A tiny model without half of its neurons, and data to train it on."""
     program = capture(tiny_model(kind))
     ids = torch.randint(0, BELOW, (24, LENGTH), generator=torch.Generator().manual_seed(1))
     context = Context(data=samples(ids, program), raise_model=raise_model)
-    return Pipeline.parse(pipeline)(program, context), context
+    return Pipeline.parse("score{metric=magnitude},prune-width{mlp=0.5}")(program, context), context
 
 
-def distilled(
-    out: Path, options: dict[str, Any], resume: Path | None = None, progress: Callable[..., Any] | None = None
-) -> None:
+def distilled(out: Path, small: Program, context: Context, options: dict[str, Any]) -> None:
     """One run, its weights and figures left in ``out``."""
-    torch.set_num_threads(1)
-    small, context = pruned()
-    more = {} if progress is None else {"progress": progress}
-    context = Context(context.data, raise_model=raise_model, resume=resume, **more)
     result = Distill(**{**SMALL, **options})(small, context)
     if int(os.environ.get("RANK", "0")) == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -60,19 +54,66 @@ def distilled(
         save_file({name: p.detach().contiguous() for name, p in result.named_parameters()}, out / "weights.safetensors")
 
 
-def killed(out: Path, options: dict[str, Any], resume: Path, at: int) -> None:
-    """The same, killed by the kernel after ``at`` steps of this call."""
+def killed_after(steps: int, run: Callable[..., None]) -> int:
+    """Run in a child that its own hand kills after so many steps; returns the signal that ended it."""
 
     def until(items: Any, description: str, total: int | None = None) -> Any:
         for count, item in enumerate(items):
-            if count == at:
+            if count == steps:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield item
 
-    distilled(out, options, resume, until)
+    return _in_child(lambda: run(until), None)
+
+
+def killed_within(seconds: float, run: Callable[..., None]) -> int:
+    """Run in a child that is killed after a time, whatever it does then; 0 if it ended before."""
+    return _in_child(lambda: run(None), seconds)
+
+
+def _in_child(work: Callable[[], None], seconds: float | None) -> int:
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1] & 127
+
+
+def main(out: Path, given: dict[str, str]) -> None:
+    kind, kept = given.pop("kind", "llama"), given.pop("resume", None)
+    kills, moments = json.loads(f"[{given.pop('kills', '')}]"), int(given.pop("random", "0"))
+    stop = int(given.pop("stop_at", "-1"))
+    options = {key: json.loads(value) for key, value in given.items()}
+
+    torch.set_num_threads(1)  # no other thread, so that a child can be forked
+    small, context = pruned(kind)
+    context = replace(context, resume=Path(kept) if kept else None)
+
+    def run(progress: Callable[..., Any] | None) -> None:
+        distilled(out, small, context if progress is None else replace(context, progress=progress), options)
+
+    for steps in kills:
+        assert killed_after(steps, run) == signal.SIGKILL
+    draw = random.Random(0)
+    for _ in range(moments):
+        killed_within(draw.uniform(0.5, 6.0), run)
+    run(stopping(stop) if stop >= 0 else None)
+
+
+def stopping(steps: int) -> Callable[..., Any]:
+    """A reporter that ends the process after so many steps."""
+
+    def until(items: Any, description: str, total: int | None = None) -> Any:
+        for count, item in enumerate(items):
+            if count == steps:
+                raise SystemExit(0)
+            yield item
+
+    return until
 
 
 if __name__ == "__main__":
-    given = dict(pair.split("=", 1) for pair in sys.argv[2:])
-    kept = given.pop("resume", None)
-    distilled(Path(sys.argv[1]), {k: json.loads(v) for k, v in given.items()}, Path(kept) if kept else None)
+    main(Path(sys.argv[1]), dict(pair.split("=", 1) for pair in sys.argv[2:]))

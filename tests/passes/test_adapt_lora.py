@@ -1,0 +1,72 @@
+"""Adapters are trained, merged, and gone."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from zoo.models import tiny_model
+
+from secateur.graph import Program, capture
+from secateur.graph.errors import PipelineError
+from secateur.passes import Context
+from secateur.passes.adapt_lora import AdaptLora, projections
+from secateur.runtime import raise_model, save
+
+sys.path.insert(0, str(Path(__file__).parent / "training"))
+from worker import pruned
+
+QUICK = {"tokens": 1440, "batch_tokens": 96, "held_out": 4, "evaluations": 2, "lr": 5e-3, "warmup": 0.0}
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[Program, Context]:
+    torch.manual_seed(0)
+    return pruned()
+
+
+def test_all_projections_are_found_in_the_graph_and_no_others() -> None:
+    program = capture(tiny_model("llama"))
+    layer = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    layer += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    expected = [f"model.layers.{i}.{name}" for i in range(2) for name in layer]
+    assert projections(raise_model(program), program) == expected
+    other = capture(tiny_model("gpt2"))
+    names = {name.rpartition("h.")[2] for name in projections(raise_model(other), other)}
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert names == {f"{i}.{part}" for i in range(2) for part in parts}
+
+
+@pytest.mark.parametrize("loss", [{}, {"kl": 1.0, "ce": 0.0}], ids=["text", "teacher"])
+def test_the_merged_model_is_the_adapted_one(made: tuple[Program, Context], loss: dict[str, float], tmp_path: Path) -> None:
+    small, context = made
+    before = {name: p.detach().clone() for name, p in small.named_parameters()}
+    adapted = AdaptLora(**QUICK, **loss)(small, context)
+    told = adapted.history[-1].figures
+    measure = "kl" if "kl" in loss else "ce"
+    assert told["held_out"][-1][measure] < told["held_out"][0][measure] or measure == "ce"
+    assert told["curve"][-1]["loss"] < told["curve"][0]["loss"]
+    assert told["merge_difference"] <= 1e-5 and told["adapted"] == 14
+    assert told["adapter_parameters"] == sum(8 * sum(p.shape) for n, p in small.named_parameters() if "proj" in n)
+    changed = {name for name, p in adapted.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "proj" in name}
+    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in small.named_parameters())
+    assert all(p.requires_grad for _, p in adapted.named_parameters())
+    assert [name for name, _ in raise_model(adapted).named_parameters()] == list(before)
+    save(adapted, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*adapter*"))
+
+
+def test_it_needs_a_stock_model(made: tuple[Program, Context]) -> None:
+    small, context = made
+    with pytest.raises(PipelineError, match="no stock class holds this shape"):
+        AdaptLora(**QUICK)(small, replace(context, raise_model=None))
+
+
+def test_text_alone_needs_no_cut(made: tuple[Program, Context]) -> None:
+    small, _ = made
+    assert AdaptLora().requires(small.replace(cut=None)) == []
+    assert AdaptLora(kl=1.0).requires(small.replace(cut=None)) != []
