@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 from secateur.graph.errors import ArtifactError
 from secateur.graph.program import Program
 from secateur.kernels.sparse24 import formats
+from secateur.kernels.sparse24.backends import backend_report
+from secateur.kernels.sparse24.ops import op_of
 from secateur.passes.lower import DTYPES, LayerPlan, Lowering, bits_of, planned
 from secateur.passes.lower_cost import DENSE
 from secateur.passes.quantize_grid import Grid, find_grid, grid_of
@@ -237,21 +239,21 @@ def _running(name: str, module: Any, reason: str) -> Running:
     width = first.bias.dtype.itemsize if first.bias is not None else None
     width = width or (first.values.dtype.itemsize if first.values.is_floating_point() else 2)
     dense = module.out_features * module.in_features * width
-    return Running(
-        name, module.kind, f"secateur::{op}", backend_of(op, first.values), reason, round(first.nbytes * share), dense
-    )
+    return Running(name, module.kind, f"secateur::{op}", backend_of(first), reason, round(first.nbytes * share), dense)
 
 
 def op_name(module: PackedLinear) -> str:
     """The op that a module calls."""
-    from secateur.kernels.sparse24.ops import op_of
-
     quantized = {torch.int8: "int8", torch.uint8: "int4"}.get(module.values.dtype, "float32")
     return op_of(quantized, module.mask is not None)
 
 
-def backend_of(op: str, values: Tensor) -> str:
-    """Which kernel serves an op on these tensors."""
+def backend_of(module: PackedLinear) -> str:
+    """Which kernel serves a module's op where its tensors are, and why not a faster one."""
+    op, device = op_name(module), module.values.device.type
+    for row in backend_report():
+        if (row.device, row.op) == (device, op):
+            return row.backend if row.backend != "reference" else f"reference: {row.reason}"
     return "reference"
 
 
