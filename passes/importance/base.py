@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -115,13 +115,24 @@ def parameter_scores(
         vectors: as in ``per_unit``.
     """
     named = dict(program.named_parameters())
+    names = dict.fromkeys(member.parameter for group in groups for member in group.members)
+    return scores_of(groups, ((name, salience(name, named[name].detach())) for name in names), vectors)
+
+
+def scores_of(
+    groups: Sequence[CoupledGroup], saliences: Iterable[tuple[str, Tensor]], vectors: bool = False
+) -> dict[str, list[Tensor]]:
+    """Member scores from the salience of every entry of each parameter, by name, one after another in any order.
+
+    Args: vectors: as in ``per_unit``.
+    """
     wanted: dict[str, list[tuple[str, int, Member]]] = {}
     for group in groups:
         for place, member in enumerate(distinct_members(group)):
             wanted.setdefault(member.parameter, []).append((group.name, place, member))
     found: dict[str, dict[int, Tensor]] = {}
-    for name, members in wanted.items():
-        value = salience(name, named[name].detach())
-        for group_name, place, member in members:
+    for name, value in saliences:
+        for group_name, place, member in wanted[name]:
             found.setdefault(group_name, {})[place] = per_unit(value, member, vectors).float()
-    return {name: [by_place[i] for i in sorted(by_place)] for name, by_place in found.items()}
+    scored = {group.name: found[group.name] for group in groups if group.name in found}
+    return {name: [by_place[i] for i in sorted(by_place)] for name, by_place in scored.items()}

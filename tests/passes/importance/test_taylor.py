@@ -14,7 +14,7 @@ from zoo.models import tiny_model
 from secateur.graph import Program, capture
 from secateur.passes import CalibrationError, Context, Score, samples
 from secateur.passes.importance import Taylor
-from secateur.passes.importance.taylor import mean_gradients
+from secateur.passes.importance.gradients import mean_gradients
 
 ByKind = Callable[[str], Program]
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from secateur.graph import Program, coupled_groups
 from secateur.passes import Context, Score, samples
 from secateur.passes.importance import Taylor
-from secateur.passes.importance.taylor import SALIENCE, gradients
+from secateur.passes.importance.gradients import gradients
+from secateur.passes.importance.taylor import SALIENCE
 
 Named = dict[str, Tensor]
 # (w, g, a) -> what an entry adds to its row or column; vector: the absolute value comes after the sum.
