@@ -35,6 +35,7 @@ from secateur.kernels.sparse24.formats import (
     GROUP_INT4,
     FormatError,
     Packed24,
+    check,
     indices_to_mask,
     mask_to_indices,
     pack_nibbles,
@@ -80,8 +81,9 @@ class Fragments:
 def pack_fragments(packed: Packed24) -> Fragments:
     """The canonical weight in fragment order, on the same device.
 
-    Raises: FormatError: kind float32, which the sparse tensor cores do not take.
+    Raises: FormatError: kind float32, which the sparse tensor cores do not take; or the packed weight is damaged.
     """
+    check(packed)
     kind = packed.kind
     if kind not in BLOCK_K:
         raise FormatError(f"a {kind} weight has no fragment order: convert it to bfloat16 or float16 first")

@@ -80,7 +80,7 @@ def unpack_int4(words, F16: gl.constexpr):
 
 @gluon.jit
 def scale_pair(word, reg):
-    """fp32 scale of accumulator register `reg` out of two bf16: row g (registers 0, 1) in the low half, row g + 8 in the high."""
+    """fp32 scale of accumulator register `reg` out of two bf16: rows g (low half; registers 0, 1) and g + 8."""
     return gl.where(reg < 2, word << 16, word & -65536).to(gl.float32, bitcast=True)
 
 

@@ -1,0 +1,130 @@
+"""Choice, launch, self-test and fallback, end to end on CPU; test_portable.py runs this with TRITON_INTERPRET=1.
+
+The tensor-core kernels run under the stand-in, the plain ones in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from gluon_standin import Kernels
+
+from secateur.kernels.sparse24.gpu import api, configs, health, launch, portable
+from secateur.kernels.sparse24.gpu.configs import Choice
+from secateur.kernels.sparse24.gpu.fragments import FLOATS, pack_fragments
+
+CPU = torch.device("cpu")
+KINDS = ("bfloat16", "float16", "int8", "int4")
+
+
+class Launcher:
+    """kernel[grid](...) as Triton spells it, under the stand-in."""
+
+    def __init__(self, kernels: Kernels, kernel: Any) -> None:
+        self.kernels, self.kernel = kernels, kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*args: Any, num_warps: int, **rest: Any) -> None:
+            self.kernels.launch(self.kernel, grid, *args, **rest)
+
+        return run
+
+
+def modules(kernels: Kernels) -> SimpleNamespace:
+    def module(name: str) -> SimpleNamespace:
+        found = vars(getattr(kernels, name))
+        return SimpleNamespace(**{**found, name: Launcher(kernels, found[name])})
+
+    return SimpleNamespace(**{name: module(name) for name in ("decode", "gemm", "wgmma")}, portable=portable)
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The CPU as a Hopper of four multiprocessors."""
+    monkeypatch.setattr(launch, "kernels", lambda: modules(Kernels()))
+    monkeypatch.setattr(health, "chip", lambda device: health.Chip("emulated", 90, 4))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    yield monkeypatch
+    health.trouble.cache_clear()
+    launch.layouts.cache_clear()
+
+
+def half(kind: str) -> torch.dtype:
+    return FLOATS.get(kind, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("kind", "at"), [("bfloat16", 0), ("float16", 3), ("int8", 3), ("int4", 0)])
+def test_decode_and_gemm_pass_their_self_test(kind: str, at: int) -> None:
+    values = configs.value_kind(kind)
+    for choice in (Choice("decode", configs.DECODE[values][at]), Choice("gemm", configs.GEMM[values][at])):
+        assert health.self_test(choice, kind, half(kind), CPU) == ""
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_wgmma_passes_its_self_test(kind: str) -> None:
+    assert health.self_test(Choice("wgmma", configs.WGMMA[1]), kind, half(kind), CPU) == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["portable", "expand", "torch"])
+def test_the_others_pass_their_self_test(kind: str, backend: configs.Backend) -> None:
+    assert health.self_test(Choice(backend), kind, half(kind), CPU) == ""
+
+
+@pytest.mark.parametrize(("batch", "backend"), [(1, "decode"), (11, "decode"), (40, "gemm"), (300, "expand")])
+@pytest.mark.parametrize("kind", ["bfloat16", "int4"])
+def test_any_batch_is_served_by_the_kernel_chosen_for_it(kind: str, batch: int, backend: str) -> None:
+    packed = health.random_weight(40, 196, kind)
+    weight = pack_fragments(packed)
+    x, bias = torch.randn(batch, 196).to(torch.bfloat16), torch.randn(40).to(torch.bfloat16)
+    y = api.linear_24_fragment(x[None], weight.values, weight.indices, weight.scale, bias, kind, 40)
+    assert y.shape == (1, batch, 40)
+    assert health.difference(y[0], x, packed, bias, backend == "expand") == ""
+    assert api.serving(weight, batch, torch.bfloat16, CPU).backend == backend
+
+
+def test_a_faulty_kernel_does_not_serve_and_the_report_says_why(
+    device: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Kernels(("decode", "(row < N))", "(row < N - 1))"))
+    device.setattr(launch, "kernels", lambda: modules(broken))
+    weight = pack_fragments(health.random_weight(40, 196, "int8"))
+    chosen = [api.serving(weight, 2, torch.bfloat16, CPU) for _ in range(2)]
+    assert [c.backend for c in chosen] == ["expand", "expand"]
+    assert "decode: self-test, K in 1: " in chosen[0].reason and "results are wrong" in chosen[0].reason
+    assert len([r for r in caplog.records if "does not serve" in r.message]) == 1
+    asked = [a for a in api.report() if a.backend == "decode" and a.kind == "int8"]
+    assert "results are wrong" in asked[-1].trouble
+
+
+def test_where_nothing_compiles_plain_torch_serves(device: pytest.MonkeyPatch) -> None:
+    def missing() -> SimpleNamespace:
+        raise RuntimeError("the GPU kernels need Triton: pip install 'secateur[kernels]'")
+
+    device.setattr(launch, "kernels", missing)
+    packed = health.random_weight(24, 64, "float16")
+    weight, x = pack_fragments(packed), torch.randn(3, 64).half()
+    y = api.linear_24_fragment(x, weight.values, weight.indices, None, None, "float16", 24)
+    assert health.difference(y, x, packed) == ""
+    chosen = api.serving(weight, 3, torch.float16, CPU)
+    assert chosen.backend == "torch" and "pip install 'secateur[kernels]'" in chosen.reason
+
+
+def test_no_rows_give_no_rows_and_rows_that_are_not_aligned_are_copied() -> None:
+    packed = health.random_weight(24, 64, "bfloat16")
+    weight = pack_fragments(packed)
+    arguments = (weight.values, weight.indices, None, None, "bfloat16", 24)
+    assert api.linear_24_fragment(torch.zeros(2, 0, 64, dtype=torch.bfloat16), *arguments).shape == (2, 0, 24)
+    x = torch.randn(129).to(torch.bfloat16)[1:].view(2, 64)
+    assert launch.aligned(x, 64).data_ptr() % 16 == 0
+    assert health.difference(api.linear_24_fragment(x, *arguments), x, packed) == ""
+
+
+def test_warm_up_names_a_choice_for_each_weight_and_batch() -> None:
+    weight = pack_fragments(health.random_weight(24, 64, "bfloat16"))
+    assert [c.backend for c in api.warm_up([weight], [1, 20], torch.bfloat16)] == ["decode", "gemm"]
