@@ -47,7 +47,7 @@ class AdaptLora(Distill):
     @property
     def cost(self) -> Cost:
         """Of the moments of adapters alone; activations are those of full training."""
-        return Cost(3.0, 4.0)
+        return Cost(3.0, 4.0, tokens=self.tokens)
 
     def _prepare(self, model: nn.Module, student: Program, stays: bool) -> Callable[[Text], dict[str, Any]]:
         if stays:

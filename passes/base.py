@@ -85,10 +85,16 @@ class Cost:
 
     flops: in units of one forward pass over the calibration data (forward and backward together are 3).
     bytes_per_parameter: memory that it needs beside the weights.
+    tokens: that it runs instead of the calibration tokens, where it has a number of its own.
+    holds: whether all calibration tokens are held at one place of the graph, in how many models.
+    solves: whether it sums products of inputs, in how many square matrices (float64) of the widest refitted input.
     """
 
     flops: float = 0.0
     bytes_per_parameter: float = 0.0
+    tokens: int | None = None
+    holds: int = 0
+    solves: int = 0
 
 
 @dataclass(frozen=True)

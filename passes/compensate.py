@@ -45,7 +45,7 @@ class Compensate(Pass):
 
     @property
     def cost(self) -> Cost:
-        return Cost(2.0, 0.0)
+        return Cost(2.0, 0.0, holds=2)
 
     def requires(self, program: Program) -> list[str]:
         on_meta = any(p.is_meta for _, p in program.named_parameters())

@@ -113,7 +113,11 @@ class Pipeline(Pass):
     @property
     def cost(self) -> Cost:
         costs = [p.cost for p in self.passes]
-        return Cost(sum(c.flops for c in costs), max((c.bytes_per_parameter for c in costs), default=0.0))
+        largest = (
+            max((getattr(c, name) for c in costs), default=0) for name in ("bytes_per_parameter", "holds", "solves")
+        )
+        held, holds, solves = largest
+        return Cost(sum(c.flops for c in costs), held, holds=holds, solves=solves)
 
     def requires(self, program: Program) -> list[str]:
         """What the order of the passes leaves missing, told before any work."""

@@ -54,7 +54,7 @@ class Repair(Pass):
 
     @property
     def cost(self) -> Cost:
-        return Cost(3.0, 1.0)
+        return Cost(3.0, 4.0, holds=0 if self.offload else 2, solves=6)
 
     def requires(self, program: Program) -> list[str]:
         on_meta = any(p.is_meta for _, p in program.named_parameters())

@@ -117,7 +117,7 @@ def _magnitude(s: Situation) -> str | None:
 def _solve(s: Situation) -> str | None:
     if not any(one.name == "repair" for one in s.pipeline.passes):
         return None
-    width, fitted = widest_input(s), s.tokens * (HELD_BACK - 1) // HELD_BACK
+    width, fitted = widest_input(s.after, s.edits), s.tokens * (HELD_BACK - 1) // HELD_BACK
     if fitted >= width:
         return None
     return (
@@ -149,11 +149,11 @@ ROWS: Mapping[str, Row] = {
 }
 
 
-def widest_input(s: Situation) -> int:
-    """Inputs of the widest op that repair refits."""
-    edited = {edit.group for edit in s.edits if edit.kept < edit.units}
-    shapes = {name: p.shape for name, p in s.after.named_parameters()}
-    reading = (m for g in coupled_groups(s.after) if g.name in edited for m in g.members if m.role == "consumes")
+def widest_input(smaller: Program, edits: Iterable[PlannedEdit]) -> int:
+    """Inputs of the widest op that consumes units of which some are gone."""
+    edited = {edit.group for edit in edits if edit.kept < edit.units}
+    shapes = {name: p.shape for name, p in smaller.named_parameters()}
+    reading = (m for g in coupled_groups(smaller) if g.name in edited for m in g.members if m.role == "consumes")
     return max((shapes[m.parameter][m.dim] for m in reading), default=0)
 
 

@@ -83,6 +83,8 @@ class Footprint:
         model does not generate, has an encoder (two lengths decide), or its attention is not seen.
     activation_bytes_per_token: all results of the forward pass that own their memory: what a backward pass keeps.
     largest_bytes_per_token: the largest single one (the logits, mostly).
+    live_bytes_per_token: the results that are still to be read, where those are most before the last product: what it
+        takes to hold all tokens at one place of the graph.
     uncounted: ops that multiply but are not counted, with how often they stand in the graph.
     """
 
@@ -94,6 +96,7 @@ class Footprint:
     sequence: int
     activation_bytes_per_token: float
     largest_bytes_per_token: float
+    live_bytes_per_token: float
     uncounted: Mapping[str, int]
 
     def to_json(self) -> JSON:
@@ -120,6 +123,7 @@ def footprint(program: Program, *, batch: int = BATCH, sequence: int = SEQUENCE)
         sequence=shape[1],
         activation_bytes_per_token=counter.activation_bytes / tokens,
         largest_bytes_per_token=counter.largest_bytes / tokens,
+        live_bytes_per_token=counter.live_bytes() / tokens,
         uncounted=dict(counter.uncounted),
     )
 
@@ -186,6 +190,26 @@ class _Counter(fx.Interpreter):
         if name == "aten.scaled_dot_product_attention":
             self.cache_bytes += sum(math.prod(self._smallest(arg)) for arg in n.args[1:3])
         return value
+
+    def live_bytes(self) -> int:
+        """The largest sum of results that are still to be read, before the last product; views live in their base."""
+        nodes = list(self.program.gm.graph.nodes)
+        base: dict[fx.Node, fx.Node] = {}
+        ends: dict[fx.Node, int] = {}
+        for at, node in enumerate(nodes):
+            shared = op_name(node) in VIEWS and node.all_input_nodes
+            base[node] = base[node.all_input_nodes[0]] if shared else node
+            ends |= {base[read]: at for read in node.all_input_nodes}
+        products = [at for at, node in enumerate(nodes) if op_name(node) in FLOPS]
+        peak = live = 0
+        dying = Counter[int]()
+        for at, node in enumerate(nodes[: products[-1]] if products else ()):
+            if node.op == "call_function" and base[node] is node and node in self.sizes:
+                live += math.prod(self.sizes[node])
+                dying[ends.get(node, at)] += math.prod(self.sizes[node])
+            peak = max(peak, live)
+            live -= dying.pop(at, 0)
+        return peak
 
     def _smallest(self, node: Any) -> tuple[int, int]:
         """(elements, bytes an element) of the smallest value on the way here: keys before heads repeat them."""

@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from secateur.graph import Program
 from secateur.graph.calls import accept_calls_of
-from secateur.passes import Pipeline, PlannedEdit
-from secateur.tools.advice import Advice, advise
+from secateur.passes import Pass, Pipeline, PlannedEdit
+from secateur.tools.advice import Advice, advise, widest_input
 from secateur.tools.footprint import Footprint, footprint
 from secateur.tools.machine import resident_bytes
 
@@ -24,20 +24,32 @@ Stock = Callable[[Program], Any]
 
 
 @dataclass(frozen=True)
+class Share:
+    """One pass's share of the job: seconds, and bytes beside the weights."""
+
+    name: str
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Job:
     """Rough needs of the job itself.
 
-    peak_bytes: this process and its libraries, weights, what the passes hold beside them, and either the activations of
-        one sequence (kept for the backward pass where there is one) or the smaller copy.
+    peak_bytes: this process and its libraries, the weights before and after, and what the hungriest pass holds beside
+        them: parameters and their gradients or moments, the activations of one sequence (kept for the backward pass
+        where there is one) or of all calibration tokens at one place of the graph, and products of inputs.
     seconds: from the counted FLOPs and the speed of a short matrix product on this machine, half of which is taken to
         be reached; plus capture and disk.  Rough: expect a factor of two either way.
     gflops: the measured speed of that product, 1e9 a second, float32.
+    passes: what each takes.
     """
 
     tokens: int
     peak_bytes: int
     seconds: float
     gflops: float
+    passes: tuple[Share, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,7 @@ def make_plan(
         window=window,
         capture_seconds=capture_seconds,
         process_bytes=max(0, resident_bytes() - loaded),
+        width=widest_input(smaller, edits),
     )
     advice = advise(pipeline, stages, edits, job.tokens)
     return Plan(pipeline.to_text(), before, after, tuple(edits), job, _misfit(smaller, stock), tuple(advice))
@@ -106,20 +119,33 @@ def estimate(
     window: int,
     capture_seconds: float = 0.0,
     process_bytes: int = 0,
+    width: int = 0,
 ) -> Job:
-    """Rough memory and time of running a pipeline; process_bytes: what this process holds without the weights."""
-    cost, speed = pipeline.cost, probe_gflops()
-    if not pipeline.needs_data:
-        tokens = 0
-    backward = cost.bytes_per_parameter > 0
-    activations = (
-        window * (before.activation_bytes_per_token if backward else 0) + 3 * window * before.largest_bytes_per_token
-    )
-    held = cost.bytes_per_parameter * before.parameters + (activations if pipeline.needs_data else 0)
-    peak = process_bytes + before.bytes + max(held, after.bytes)
-    working = cost.flops * before.flops_per_token * tokens / (0.5e9 * speed)
+    """Rough memory and time of running a pipeline.
+
+    Args: process_bytes: what this process holds without the weights.   width: inputs of the widest op that is refitted.
+    """
+    speed, tokens = probe_gflops(), tokens if pipeline.needs_data else 0
+    shares = [_share(one, before, tokens, window, width, speed) for one in pipeline.passes]
+    held = max((share.bytes for share in shares), default=0)
+    smaller = after.bytes if after.parameters < before.parameters else 0
+    peak = process_bytes + before.bytes + max(smaller + held, after.bytes)
     disk = (before.bytes + 3 * after.bytes) / DISK_BYTES_PER_SECOND
-    return Job(tokens, round(peak), round(working + disk + capture_seconds, 1), round(speed, 1))
+    seconds = sum(share.seconds for share in shares) + disk + capture_seconds
+    return Job(tokens, round(peak), round(seconds, 1), round(speed, 1), tuple(shares))
+
+
+def _share(one: Pass, before: Footprint, tokens: int, window: int, width: int, speed: float) -> Share:
+    """What one pass takes; speed: 1e9 FLOPs a second, half of which it is taken to reach."""
+    cost = one.cost
+    run = cost.tokens if cost.tokens is not None else tokens if one.needs_data else 0
+    held = cost.bytes_per_parameter * before.parameters + cost.solves * 8 * width**2
+    if cost.holds:
+        held += cost.holds * tokens * before.live_bytes_per_token
+    elif run:
+        kept = before.activation_bytes_per_token if cost.bytes_per_parameter else 0
+        held += window * (kept + 3 * before.largest_bytes_per_token)
+    return Share(one.name, round(cost.flops * before.flops_per_token * run / (0.5e9 * speed), 1), round(held))
 
 
 def probe_gflops(seconds: float = 0.2) -> float:

@@ -33,6 +33,24 @@ def test_a_transformer(llama: Program) -> None:
     assert found.uncounted == {}
 
 
+def test_what_is_alive_at_once() -> None:
+    """Two rows of ten, and where the third is made, three; views cost nothing, and the last product is left out."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(10, 10, bias=False), nn.Linear(10, 1000, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.first(x)
+            b = torch.relu(a).reshape(-1, 10).reshape(x.shape)
+            return self.last(a + b)
+
+    found = footprint(capture(Rows(), {"x": torch.zeros(2, 7, 10)}), batch=1, sequence=7)
+    assert found.live_bytes_per_token == 7 * 3 * 10 * 4  # of a sample, as this is no text
+    assert found.largest_bytes_per_token == 7 * 1000 * 4
+
+
 def test_a_pruned_one(llama: Program) -> None:
     cut = {f"mlp@model.layers.{i}.mlp": range(40) for i in range(2)}
     cut |= {f"kv_heads@model.layers.{i}.self_attn": range(1) for i in range(2)}

@@ -91,5 +91,24 @@ def test_estimates_grow_with_the_work(llama: Program) -> None:
     assert jobs["taylor"].peak_bytes > jobs["activation"].peak_bytes > size.bytes
 
 
+def test_each_pass_has_its_share(llama: Program) -> None:
+    size, mega = footprint(llama), 10**6
+    text = "score{metric=wanda},prune-width{mlp=0.25},repair,distill{tokens=5_000_000}".replace("_", "")
+    job = estimate(Pipeline.parse(text), size, size, tokens=mega, window=256, width=72)
+    score, prune, repair, distill = job.passes
+    assert [share.name for share in job.passes] == ["score", "prune-width", "repair", "distill"]
+    assert (prune.seconds, prune.bytes) == (0, 0)
+    assert repair.bytes == round(4 * size.parameters + 6 * 8 * 72**2 + 2 * mega * size.live_bytes_per_token)
+    assert score.bytes == round(256 * 3 * size.largest_bytes_per_token)
+    assert distill.bytes > 16 * size.parameters
+    assert distill.seconds == pytest.approx(5 * 4 / 3 * repair.seconds, rel=0.1)
+    assert job.peak_bytes >= repair.bytes + size.bytes
+    held = [
+        estimate(Pipeline.parse(t), size, size, tokens=mega, window=256).passes[0].bytes
+        for t in ("repair", "repair{offload=true}")
+    ]
+    assert held[1] < held[0] / 10
+
+
 def test_the_probe_measures() -> None:
     assert 0.01 < probe_gflops(0.01) < 1e6

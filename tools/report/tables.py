@@ -44,6 +44,8 @@ def plan_tables(plan: Plan) -> list[Table]:
     job.add_row("calibration tokens", f"{plan.job.tokens:,}")
     job.add_row("peak memory", size(plan.job.peak_bytes))
     job.add_row("time", f"{duration(plan.job.seconds)}  (this machine multiplies at {plan.job.gflops:g} GFLOP/s)")
+    for share in plan.job.passes:
+        job.add_row(f"- {share.name}", f"{duration(share.seconds)}, {size(share.bytes)} beside the weights")
     job.add_row("stock checkpoint", "yes" if plan.misfit is None else f"no: {plan.misfit}")
     return [sizes, edits, job, *advice_tables(plan.advice)]
 
