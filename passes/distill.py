@@ -38,7 +38,7 @@ class Distill(TrainingPass):
     store: with top_k: a folder where the teacher's word on each sequence is written down once, before training.
     states: pairs [teacher, student] of hidden states to bring together by cosine, weighted as much as the KL; 0 is the
         embeddings, -1 the last.  Published: of use only where many layers were removed, then [[0,0],[-3,-3]].
-    teacher: a model folder; without it the dense model that was pruned.
+    teacher: a model folder; without it the dense model that was pruned.  Where kl is 0 it is only measured by.
     teacher_dtype, teacher_device: of the teacher, as a copy of its own; a device as torch names it.
     correct_tokens: first fine-tune the teacher on so many tokens of the text (cross entropy, a fifth of lr), for text
         that is not like what it was trained on; 0 for not.
@@ -108,7 +108,7 @@ class Distill(TrainingPass):
     # ------------------------------------------------------------------ the teacher
     def _teacher(self, program: Program, text: Text, context: Context) -> tuple[Teacher, int | None, Trained | None]:
         """The teacher, the width of its hidden states, and what its correction did."""
-        if not self.kl:
+        if program.cut is None and self.teacher is None:
             return NoTeacher(), None, None
         model, stays = self._teacher_model(program, context)
         trained = None

@@ -48,15 +48,16 @@ class Text:
 
 
 def split(sequences: Sequence[Sample], held_out: int) -> Text:
-    """The last ``held_out`` sequences held back, fewer where that would be more than one in five.
+    """The first ``held_out`` sequences held back, fewer where that would be more than one in five: the same ones
+    however many follow.
 
     Raises: TextError: no sequence to train on.
     """
     back = min(held_out, len(sequences) // 5)
-    kept = tuple(sequences[: len(sequences) - back])
+    kept = tuple(sequences[back:])
     if not kept:
         raise TextError("there is no sequence to train on: give calibration data or data=FILE")
-    return Text(kept, tuple(sequences[len(kept) :]))
+    return Text(kept, tuple(sequences[:back]))
 
 
 def read_windows(file: Path, program: Program, *, tokens: int, window: int, seed: int) -> tuple[Sample, ...]:

@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from secateur.graph.errors import SecateurError
 from secateur.passes.journal import Entry, Journal
-from secateur.passes.training.learner import Learner
+from secateur.passes.training.learner import Learner, Lesson
 from secateur.passes.training.memory import (
     optimizer_state,
     prefixed,
@@ -74,6 +74,7 @@ class Tutor(Trainer):
         self.curve: list[dict[str, float]] = []
         self.held_out: list[dict[str, float]] = []
         self._parts: list[Tensor] = []
+        self.learns_from_teacher = bool(learner.weights.kl)
         self._kept: Entry | None = None
         self._before = 0
         super().__init__(
@@ -101,7 +102,7 @@ class Tutor(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        losses = model(inputs, self.teacher(inputs))
+        losses = model(inputs, self.teacher(inputs) if self.learns_from_teacher else Lesson(None))
         parts = (losses.total.detach(), losses.kl, losses.ce, losses.states)
         self._parts.append(torch.stack([part.float() for part in parts]))
         return losses.total  # type: ignore[no-any-return]

@@ -83,7 +83,7 @@ def test_the_first_loss_is_the_divergence_written_out(made: Made) -> None:
     found = figures(Distill(**QUICK)(small, context))["held_out"][0]
     total, count, ce = 0.0, 0, 0.0
     with torch.no_grad():
-        for sample in context.data[-4:]:
+        for sample in context.data[:4]:
             ids = sample.inputs["input_ids"]
             log_p = small.cut.dense(input_ids=ids).logits.log_softmax(-1)
             log_q = small(input_ids=ids).logits.log_softmax(-1)
@@ -116,9 +116,9 @@ def test_weights_of_low_precision_are_trained_as_float32_and_rounded_at_the_end(
     ids = torch.randint(0, 128, (12, 24), generator=torch.Generator().manual_seed(1))
     context = Context(data=samples(ids, program), raise_model=raise_model)
     small = Pipeline.parse("score{metric=magnitude},prune-width{mlp=0.5}")(program, context)
-    trained = Distill(**{**QUICK, "held_out": 2, "lr": 3e-3})(small, context)
+    trained = Distill(**{**QUICK, "held_out": 2})(small, context)
     assert {p.dtype for _, p in trained.named_parameters()} == {torch.bfloat16}
-    assert figures(trained)["held_out"][-1]["kl"] < figures(trained)["held_out"][0]["kl"]
+    assert sum(kls(trained)[-3:]) < sum(kls(trained)[:3])
 
 
 def test_a_shape_that_no_stock_class_holds_is_trained_as_a_graph(made: Made, plain: Program) -> None:
@@ -156,7 +156,9 @@ def test_a_narrower_student_learns_a_projection() -> None:
     ids = torch.randint(0, 128, (12, 24), generator=torch.Generator().manual_seed(1))
     context = Context(data=samples(ids, program), raise_model=raise_model)
     small = Pipeline.parse("score{metric=magnitude},prune-width{hidden=32}")(program, context)
-    points = figures(Distill(**{**QUICK, "tokens": 2000, "lr": 3e-3}, states=((0, 0), (-1, -1)))(small, context))["curve"]
+    points = figures(Distill(**{**QUICK, "tokens": 2000, "lr": 3e-3}, states=((0, 0), (-1, -1)))(small, context))[
+        "curve"
+    ]
     assert points[-1]["states"] < 0.8 * points[0]["states"]
 
 
@@ -229,23 +231,21 @@ def test_what_cannot_be_is_refused_with_the_reason(made: Made) -> None:
         Distill(kl=0.0, ce=1.0, states=((0, 0),))(small, context)
     with pytest.raises(PipelineError, match="needs calibration data"):
         Distill()(small, replace(context, data=None))
-    with pytest.raises(TextError, match="cannot be read"):
-        Distill(data="/nowhere.jsonl")(small, context)
+    with pytest.raises(TextError, match="expected safetensors"):
+        Distill(data="/nowhere.safetensors")(small, context)
     with pytest.raises(TrainingError, match="lower lr"):
         Distill(**{**QUICK, "lr": 1e30})(small, context)
 
 
-def test_another_vocabulary_is_refused(made: Made) -> None:
+def test_another_vocabulary_is_refused(made: Made, tmp_path: Path) -> None:
     small, context = made
-    scored = Pipeline.parse("score{metric=magnitude}")(small, context)
-    narrow = Pipeline.parse("prune-width{vocabulary=120}")(scored, context)
-    data = samples(torch.randint(0, 100, (6, 24)), narrow)
-    with pytest.raises(ValueError, match="128 logits a token and the student 120"):
-        Distill(**{**QUICK, "held_out": 0})(narrow, replace(context, data=data))
+    tiny_model("llama", vocab_size=136).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="136 logits a token and the student 128"):
+        Distill(**QUICK, teacher=str(tmp_path))(small, context)
 
 
 def test_it_reads_as_a_pipeline() -> None:
-    text = "distill{tokens=200000,lr=0.001,states=[[0,0],[-3,-3]],precision=bfloat16}"
+    text = "distill{tokens=200000,lr=0.001,precision=bfloat16,states=[[0,0],[-3,-3]]}"
     (one,) = Pipeline.parse(text).passes
     assert one == Distill(tokens=200_000, lr=1e-3, states=((0, 0), (-3, -3)), precision="bfloat16")
     assert Pipeline(passes=(one,)).to_text() == text

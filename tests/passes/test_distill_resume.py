@@ -88,5 +88,5 @@ def test_steps_of_another_run_are_refused(tmp_path: Path) -> None:
         assert torch.equal(one, two), name
     with pytest.raises(TrainingError, match=r"option lr .kept 0\.001, now 0\.002"):
         Distill(**{**options, "lr": 2e-3})(small, context)
-    with pytest.raises(TrainingError, match="seed .kept 0, now 1"):
+    with pytest.raises(TrainingError, match=r"seed .kept 0, now 1"):
         Distill(**options)(small, replace(context, seed=1))

@@ -83,7 +83,7 @@ def sample(*ids: int) -> Sample:
 def test_nothing_is_both_trained_on_and_held_back() -> None:
     sequences = [sample(i, i) for i in range(20)]
     text = split(sequences, 3)
-    assert rows(text.train) + rows(text.held_out) == [[i, i] for i in range(20)]
+    assert rows(text.held_out) + rows(text.train) == [[i, i] for i in range(20)]
     assert len(text.held_out) == 3 and text.window == 2
     assert len(split(sequences, 16).held_out) == 4, "one in five at most"
     assert len(split(sequences[:4], 16).held_out) == 0

@@ -1,0 +1,237 @@
+"""What distillation gives back: a fifth of the demo's model removed out of everything, repaired, then trained.
+
+Run ``python benchmarks/distill.py --out FOLDER`` after ``make assets``.  One cell is one (loss, learning rate, seed);
+each goes on from its last kept step when the command is given again, and a finished one is not run again.  Writes
+distill.json, distill.md and distill.png after every cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import AutoTokenizer
+
+import secateur
+from secateur.passes import Context, samples
+from secateur.passes.adapt_lora import AdaptLora
+from secateur.passes.distill import Distill
+from secateur.passes.training.plan import TrainingPass
+from secateur.runtime import raise_model, save
+from secateur.tools.corpus import calibration_windows, token_stream
+from secateur.tools.demo.assets import MIN_CHARACTERS, MODEL_FOLDER, TEXT, default_cache, text
+from secateur.tools.machine import describe_machine, peak_memory_bytes
+from secateur.tools.report.console import Voice
+from secateur.tools.report.curves import Panel, draw_curves
+
+PIPELINE = "score{metric=wanda},prune-width{hidden=512,mlp=1280},repair"
+CALIBRATION, WINDOW, HELD_OUT = 10_240, 512, 9_216
+LOSSES: dict[str, dict[str, Any]] = {
+    "kl": {"kl": 1.0, "ce": 0.0},
+    "ce": {"kl": 0.0, "ce": 1.0},
+    "both": {"kl": 1.0, "ce": 1.0},
+    "top512": {"kl": 1.0, "ce": 0.0, "top_k": 512},
+    "states": {"kl": 1.0, "ce": 0.0, "states": ((0, 0), (-3, -3))},
+    "lora": {"kl": 1.0, "ce": 0.0},
+}
+
+
+def training_documents(cache: Path) -> list[str]:
+    """The leads that are neither for calibration nor held out, without repeats."""
+    with zipfile.ZipFile(cache / TEXT.file) as archive:
+        entries = json.loads(archive.read(TEXT.inside))
+    parts = text(cache)
+    others = {*parts.calibration, *parts.held_out}
+    leads = {" ".join(entries[title]["extract"].split()) for title in sorted(entries)}
+    return sorted(lead for lead in leads if len(lead) >= MIN_CHARACTERS and lead not in others)
+
+
+def prepare(out: Path, pipeline: str, voice: Voice) -> None:
+    """The pruned model and the tokenised training text, once."""
+    folder, cache = default_cache() / MODEL_FOLDER, default_cache()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not (out / "train.safetensors").is_file():
+        documents = training_documents(cache)
+        windows = calibration_windows(documents, tokenizer, tokens=_count(documents, tokenizer), window=WINDOW)
+        out.mkdir(parents=True, exist_ok=True)
+        save_file({"input_ids": windows.windows.int()}, out / "train.part")
+        os.replace(out / "train.part", out / "train.safetensors")
+    if not (out / "pruned" / "secateur.json").is_file():
+        windows = calibration_windows(text(cache).calibration, tokenizer, tokens=CALIBRATION, window=WINDOW)
+        program = secateur.capture(folder)
+        small = secateur.Pipeline.parse(pipeline).run(program, data=windows, progress=voice.progress)
+        save(small, out / "pruned", force=True)
+
+
+def _count(documents: list[str], tokenizer: Any) -> int:
+    """Tokens of the documents, in whole windows."""
+    return int(token_stream(documents, tokenizer)[0].numel() // WINDOW * WINDOW)
+
+
+@torch.no_grad()
+def quality(model: Any, dense: Any, held: torch.Tensor, end: int) -> dict[str, float]:
+    """Perplexity and mean KL(dense || model) on held-out documents, in nats a token; end tokens are no targets."""
+    losses, kls = [], []
+    for row in held:
+        logs, wanted = (F.log_softmax(m(input_ids=row[None]).logits[0, :-1].float(), -1) for m in (model, dense))
+        counted = row[1:] != end
+        losses.append(F.nll_loss(logs, row[1:], reduction="none")[counted])
+        kls.append((wanted.exp() * (wanted - logs)).sum(-1)[counted])
+    return {"perplexity": math.exp(torch.cat(losses).double().mean()), "kl": float(torch.cat(kls).double().mean())}
+
+
+def cell_pass(loss: str, lr: float, options: argparse.Namespace, out: Path) -> TrainingPass:
+    """The pass of a cell; the teacher is the dense model's folder."""
+    kind = AdaptLora if loss == "lora" else Distill
+    return kind(
+        tokens=options.tokens,
+        lr=lr,
+        batch_tokens=options.batch_tokens,
+        micro_batch=options.micro_batch,
+        window=WINDOW,
+        data=str(out / "train.safetensors"),
+        teacher=str(default_cache() / MODEL_FOLDER),
+        precision=options.precision,
+        evaluations=options.evaluations,
+        save_every=options.save_every,
+        **LOSSES[loss],
+    )
+
+
+def run_cell(name: str, one: TrainingPass, seed: int, out: Path, held: Any, end: int, voice: Voice) -> dict[str, Any]:
+    """Train, measure and write one cell; what a killed run kept is used."""
+    work, small = out / "cells" / name, secateur.capture(out / "pruned")
+    dense = secateur.capture(default_cache() / MODEL_FOLDER)
+    context = Context(
+        data=samples(held[:2], small),
+        progress=voice.progress,
+        seed=seed,
+        output=work / "curves",
+        resume=work / "kept",
+        raise_model=raise_model,
+    )
+    begun = time.perf_counter()
+    trained = one(small, context)
+    step = trained.history[-1]
+    found = {
+        "cell": name,
+        "seed": seed,
+        "options": step.options,
+        "figures": step.figures,
+        "held_out_documents": quality(trained, dense, held, end),
+        "seconds_of_this_run": time.perf_counter() - begun,
+        "peak_bytes": peak_memory_bytes(),
+    }
+    _write(work / "result.json", json.dumps(found, indent=1) + "\n")
+    for kept in (work / "kept").rglob("*.safetensors"):
+        kept.unlink()
+    return found
+
+
+def _write(file: Path, body: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    part.write_text(body, encoding="utf-8")
+    os.replace(part, file)
+
+
+def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> None:
+    """All finished cells as JSON, table and picture."""
+    _write(out / "distill.json", json.dumps({**facts, "cells": cells}, indent=1) + "\n")
+    rows = ["| cell | tokens | KL | perplexity | KL, other documents | perplexity, other documents | tokens/s |"]
+    rows.append("|---|---:|---:|---:|---:|---:|---:|")
+    start, base = cells[0]["figures"]["held_out"][0], facts["before"]
+    rows.append(_row("pruned", 0, start, base, ""))
+    for cell in cells:
+        figures = cell["figures"]
+        last, speed = figures["held_out"][-1], figures["tokens_per_s"]
+        rows.append(_row(cell["cell"], figures["tokens"], last, cell["held_out_documents"], speed))
+    protocol = "\n".join(f"- {key}: {value}" for key, value in {**facts["protocol"], **facts["machine"]}.items())
+    _write(out / "distill.md", f"# What distillation gives back\n\n{protocol}\n\n" + "\n".join(rows) + "\n")
+    runs: dict[str, list[Any]] = {}
+    for cell in cells:
+        runs.setdefault(cell["cell"].rpartition("-seed")[0], []).append(cell["figures"]["held_out"])
+    panels = [
+        Panel("KL to the dense model", "kl", "nats a token, held-out windows"),
+        Panel("perplexity", "perplexity", "held-out windows", (facts["dense"]["perplexity_held_out_windows"], "dense")),
+    ]
+    draw_curves(runs, panels, out / "distill.png", facts["protocol"]["pipeline"])
+
+
+def _row(name: str, tokens: int, mine: dict[str, float], other: dict[str, float], speed: Any) -> str:
+    cells = (f"{found['kl']:.4f} | {found['perplexity']:.2f}" for found in (mine, other))
+    return f"| {name} | {tokens:,} | {' | '.join(cells)} | {speed} |"
+
+
+def facts_of(out: Path, options: argparse.Namespace, held: torch.Tensor, end: int) -> dict[str, Any]:
+    """Protocol, machine, and what the pruned model is worth before it is trained; measured once."""
+    file = out / "before.json"
+    if file.is_file():
+        return json.loads(file.read_text())  # type: ignore[no-any-return]
+    dense, small = secateur.capture(default_cache() / MODEL_FOLDER), secateur.capture(out / "pruned")
+    windows = load_file(out / "train.safetensors")["input_ids"].long()
+    found = {
+        "protocol": {
+            "model": MODEL_FOLDER,
+            "pipeline": options.pipeline,
+            "parameters": f"{dense.num_parameters:,} -> {small.num_parameters:,}",
+            "training_text": f"{windows.numel():,} tokens of Wikipedia leads, windows of {WINDOW}",
+            "held_out_windows": "the first 16 windows of the training text, never trained on; end tokens count",
+            "other_documents": f"{held.numel():,} tokens of documents in no other set, windows of {WINDOW}",
+            "kl": "KL(dense || trained), nats, mean over tokens",
+        },
+        "machine": describe_machine(),
+        "before": quality(small, dense, held, end),
+        "dense": quality(dense, dense, held, end),
+    }
+    found["dense"]["perplexity_held_out_windows"] = quality(dense, dense, windows[:16], -1)["perplexity"]
+    _write(file, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--losses", nargs="*", choices=list(LOSSES), default=["kl", "ce"])
+    parser.add_argument("--lrs", nargs="*", type=float, default=[3e-4])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--pipeline", default=PIPELINE)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--micro-batch", type=int, default=2)
+    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--evaluations", type=int, default=8)
+    parser.add_argument("--save-every", type=int, default=5)
+    parser.add_argument("--held-out-tokens", type=int, default=HELD_OUT)
+    options = parser.parse_args()
+    out, voice = options.out, Voice(False)
+    prepare(out, options.pipeline, voice)
+    tokenizer = AutoTokenizer.from_pretrained(default_cache() / MODEL_FOLDER)
+    stream, _ = token_stream(text(default_cache()).held_out, tokenizer, tokens=options.held_out_tokens)
+    held, end = stream.view(-1, WINDOW), tokenizer.eos_token_id
+    facts, cells = facts_of(out, options, held, end), []
+    for seed in options.seeds:
+        for loss in options.losses:
+            for lr in options.lrs:
+                name = f"{loss}-lr{lr:g}-{options.tokens}-seed{seed}"
+                done = out / "cells" / name / "result.json"
+                one = cell_pass(loss, lr, options, out)
+                cell = (
+                    json.loads(done.read_text()) if done.is_file() else run_cell(name, one, seed, out, held, end, voice)
+                )
+                cells.append(cell)
+                print(name, cell["figures"]["held_out"][-1], cell["held_out_documents"], flush=True)
+                report(out, facts, cells)
+
+
+if __name__ == "__main__":
+    main()
