@@ -77,7 +77,8 @@ def _with_parameters_of(model: PreTrainedModel, larger: PreTrainedModel) -> PreT
     larger.name_or_path = model.name_or_path
     if larger.can_generate() and getattr(model, "generation_config", None) is not None:
         larger.generation_config = copy.deepcopy(model.generation_config)
-    return larger.eval()
+    larger.eval()
+    return larger
 
 
 def _put(model: nn.Module, name: str, kind: str, value: torch.Tensor) -> None:

@@ -50,6 +50,9 @@ def compress_command(
         bool, typer.Option("--dry-run", help="Only tell what would come out and what it takes.")
     ] = False,
     as_json: Json = False,
+    add_biases: Annotated[
+        bool, typer.Option("--add-biases", help="Open with zero biases where the class can have some, for compensate.")
+    ] = False,
     print_after: Annotated[list[str] | None, typer.Option(help="Print the graph after this pass (stderr).")] = None,
     time_passes: Annotated[bool, typer.Option("--time-passes", help="Tell the seconds of each pass (stderr).")] = False,
     stop_after: Annotated[str | None, typer.Option(help="End after this pass and save what there is.")] = None,
@@ -70,7 +73,8 @@ def compress_command(
     if data is not None and not passes.needs_data:
         voice.note(f"{data} is not used: no pass of this pipeline needs data")
     began = time.perf_counter()
-    program = opening.open_program(model, voice, weights=not dry_run)
+    biases = {"biases": True} if add_biases else {}
+    program = opening.open_program(model, voice, weights=not dry_run, **biases)
     with before_work():
         hooks = Hooks(frozenset(print_after or ()), time_passes, stop_after, voice.note)
         passes = replace(passes, seed=passes.seed if seed is None else seed, hooks=hooks)

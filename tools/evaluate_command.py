@@ -73,8 +73,9 @@ def evaluate_command(
     scored: dict[str, list[TaskScore]] = {}
     if found_tasks:
         first = next(iter(tokenizers.values()))
-        options = {"limit": limit, "batch": batch, "seed": seed, "note": voice.note}
-        scored = run_tasks(opened, first, found_tasks, reference=against, **options)
+        scored = run_tasks(
+            opened, first, found_tasks, reference=against, limit=limit, batch=batch, seed=seed, note=voice.note
+        )
     if picture is not None and report is not None:
         draw_evaluation(report, picture)
         voice.note(f"picture written: {picture}")

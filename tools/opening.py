@@ -9,6 +9,7 @@ import typer
 
 from secateur.graph import Program, capture
 from secateur.runtime import open_model
+from secateur.runtime.biases import with_biases
 from secateur.tools.report.console import Voice, before_work, log_to_stderr
 
 ModelArgument = Annotated[str, typer.Argument(help="A model folder (config.json, safetensors) or a Hugging Face id.")]
@@ -23,11 +24,15 @@ def start(as_json: bool, verbose: bool) -> Voice:
     return Voice(as_json)
 
 
-def open_program(model: str, voice: Voice, *, weights: bool) -> Program:
-    """Open and capture; what is wrong with the model is the caller's input."""
+def open_program(model: str, voice: Voice, *, weights: bool, biases: bool = False) -> Program:
+    """Open and capture; what is wrong with the model is the caller's input.
+
+    Args: biases: give the model zero biases wherever its class can have some.
+    """
     with before_work():
         with voice.waiting(f"opening {model}"):
             opened = open_model(model, weights=weights)
+            opened = with_biases(opened) if biases else opened
         names = [model, str(getattr(opened, "name_or_path", ""))]
         folder = next((Path(name) for name in names if name and Path(name).is_dir()), None)
         with voice.waiting("capturing the graph"):

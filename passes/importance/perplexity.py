@@ -134,7 +134,8 @@ def _written(node: fx.Node) -> str:
 def first_moved(before: Program, after: Program) -> str:
     """The first node, weights left out, whose value an edit may move; a node of both programs."""
     moved, known = moved_nodes(before, after), {node.name for node in before.gm.graph.nodes}
-    return next(n.name for n in after.gm.graph.nodes if n.name in moved & known and n.op != "get_attr")
+    names: list[str] = [n.name for n in after.gm.graph.nodes if n.name in moved & known and n.op != "get_attr"]
+    return names[0]
 
 
 def rest_of(run: Lockstep, sample: int, after: Program, moved: Collection[str], start: str) -> Tensor:
