@@ -13,6 +13,7 @@ from secateur.passes import IMPORTANCES, PASSES, recipes
 from secateur.passes.options import options_table
 from secateur.passes.registry import add_plugin
 from secateur.tools import opening
+from secateur.tools.bench_command import bench_command
 from secateur.tools.compress_command import compress_command
 from secateur.tools.demo.command import demo_command
 from secateur.tools.evaluate_command import evaluate_command
@@ -23,6 +24,7 @@ from secateur.tools.report import draw_groups, inspection_tables, pass_tables, r
 from secateur.tools.report.console import Voice, before_work, report_error
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command("bench")(bench_command)
 app.command("compress")(compress_command)
 app.command("demo")(demo_command)
 app.command("evaluate")(evaluate_command)
