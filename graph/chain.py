@@ -73,11 +73,11 @@ class Chain:
         placeholders = [str(n.target) for n in self.gm.graph.nodes if n.op == "placeholder"]
         return {name: given.get(name) for name in placeholders}
 
-    def run(self, stage: Stage, values: Values) -> Values:
-        """Values after a stage, from those before it, which stay as they are."""
+    def run(self, stage: Stage, values: Values, module: fx.GraphModule | None = None) -> Values:
+        """Values after a stage, from those before it, which stay as they are.  module: to run in place of its own."""
         given = [values[name] for name in stage.inputs]
         copied = [v.clone() if n in stage.overwritten else v for n, v in zip(stage.inputs, given, strict=True)]
-        return self._after(stage, values, zip(stage.outputs, stage.module(*copied), strict=True))
+        return self._after(stage, values, zip(stage.outputs, (module or stage.module)(*copied), strict=True))
 
     def skip(self, stage: Stage, values: Values) -> Values:
         """Values after a block that is left out.

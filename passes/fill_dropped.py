@@ -66,7 +66,8 @@ def _filled(program: Program, subs: list[SubBlock]) -> Program:
     kept: Units = {**program.cut.kept, **_widths(program, {name for sub in subs for name in sub.parameters})}
     base = drop(keep(dense, kept), sorted(whole)) if whole else keep(dense, kept)
     values = dict(program.named_parameters())
-    zeros = {name for block in blocks(base) for sub in block.sub_blocks if sub.name in names for name in _ends(base, sub)}
+    back = [sub for block in blocks(base) for sub in block.sub_blocks if sub.name in names]
+    zeros = {name for sub in back for name in _ends(base, sub)}
     filled = {n: values[n].detach() if n in values else p.detach() for n, p in base.named_parameters()}
     filled |= {name: torch.zeros_like(filled[name]) for name in zeros}
     return with_parameters(base, filled).replace(history=program.history, scores={})

@@ -5,10 +5,13 @@ from secateur.passes.allocate import Allocate
 from secateur.passes.base import Pass
 from secateur.passes.compensate import Compensate
 from secateur.passes.distill import Distill
+from secateur.passes.fill_dropped import FillDropped
+from secateur.passes.fill_widths import FillWidths
 from secateur.passes.importance import IMPORTANCES, Importance
 from secateur.passes.lower import Lower
 from secateur.passes.options import Table
 from secateur.passes.plugins import load_class
+from secateur.passes.prune_depth import PruneDepth
 from secateur.passes.prune_width import PruneWidth
 from secateur.passes.quantize import Quantize
 from secateur.passes.repair import Repair
@@ -18,6 +21,7 @@ PASSES: Table[Pass] = Table(
     "a pass",
     Score,
     PruneWidth,
+    PruneDepth,
     Allocate,
     Repair,
     Compensate,
@@ -25,6 +29,8 @@ PASSES: Table[Pass] = Table(
     Lower,
     Distill,
     AdaptLora,
+    FillDropped,
+    FillWidths,
     base=Pass,
     plugins="secateur.passes",
 )

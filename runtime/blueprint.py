@@ -217,14 +217,14 @@ def _put(data: dict[str, Any], field: Field, value: Value) -> None:
 
 
 def _keep_layers(data: dict[str, Any], depth_field: str, kept: tuple[int, ...]) -> None:
-    """Set a depth; keep the entries of those layers in every list that has one entry a layer, and their numbers, new, in
-    every list of layer numbers."""
+    """Set a depth; keep those layers' entries in every list that has one entry a layer, and their numbers, new, in every
+    list of layer numbers."""
     depth = data[depth_field]
     for key, value in data.items():
-        if isinstance(value, list) and len(value) == depth:
-            data[key] = [value[index] for index in kept]
-        elif isinstance(value, list) and "layer" in key and _are_numbers_below(depth, value):
+        if isinstance(value, list) and "layer" in key and _are_numbers_below(depth, value):
             data[key] = [kept.index(number) for number in value if number in kept]
+        elif isinstance(value, list) and len(value) == depth:
+            data[key] = [value[index] for index in kept]
     data[depth_field] = len(kept)
 
 

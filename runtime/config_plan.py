@@ -120,8 +120,9 @@ class Search:
         self.order = new_order(shapes, base)
         self.names = renumber([*shapes, *base, *buffers], self.order)
         self.wanted = {self.names[name]: shape for name, shape in shapes.items()}
-        start = depth_settings(blueprint, shapes, base)
-        self.depths, self.thresholds = dict(start), thresholds(blueprint, start)
+        start: dict[Field, Value] = dict(depth_settings(blueprint, shapes, base))
+        self.depths = {field: kept for field, kept in start.items() if isinstance(kept, tuple)}
+        start = self._with_thresholds(start)
         base = blueprint.shapes(start) or base
         # Parameters that the computation never used are not in the program; they keep their place.
         self.target = slots({name: self.wanted.get(name, shape) for name, shape in base.items()} | self.wanted)
@@ -166,6 +167,19 @@ class Search:
         constants = changed(self._known_constants(), self.blueprint.constants(settings)) if changes else {}
         config = self.blueprint.config(settings)
         return ConfigPlan(self.blueprint.cls, config, changes, self.names, self.refused, constants)
+
+    def _with_thresholds(self, start: dict[Field, Value]) -> dict[Field, Value]:
+        """With the numbers of first layers of another kind lowered where that gives the layers their kinds back."""
+        strange = self._strange(start)
+        for path, value in thresholds(self.blueprint, self.depths).items() if strange else ():
+            if (now := self._strange({**start, path: value})) < strange:
+                start, strange = {**start, path: value}, now
+        return start
+
+    def _strange(self, settings: Settings) -> int:
+        """How many parameters only one of the class and the program has."""
+        shapes = self.blueprint.shapes(settings)
+        return len((shapes.keys() if shapes is not None else set()) ^ self.wanted.keys())
 
     def _known_constants(self) -> dict[str, Constant]:
         """The constants of the source under their new names."""
@@ -219,8 +233,7 @@ class Search:
         exact = line.solve(slot, self.target[slot]) if slot in self.target else None
         scaled = [line.values[0] * ratio for ratio in [*self._ratios(sizes, gaps), *self.ratios]]
         counts = [int(value) for value in scaled if value.denominator == 1 and value > 0]
-        fewer = self.thresholds.get(line.field)
-        return [v for v in dict.fromkeys([exact, fewer, *counts]) if v is not None and v != line.values[0]]
+        return [v for v in dict.fromkeys([exact, *counts]) if v is not None and v != line.values[0]]
 
     def _ratios(self, sizes: Sizes, gaps: list[Slot]) -> list[Fraction]:
         pairs = ((self.target.get(slot), sizes.get(slot)) for slot in sorted(gaps) if slot != COUNT)

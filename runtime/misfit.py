@@ -31,8 +31,8 @@ def sub_block_misfit(name: str, lost: Sequence[str]) -> str:
     """Parameters of dropped sub-blocks that the class has in every layer."""
     more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
     return (
-        f"{name} cannot hold this model: every layer of it has {', '.join(lost[:SHOWN])}{more}, and sub-blocks were "
-        "dropped from layers that stay. Drop whole blocks; or put the pass fill-dropped at the end, which brings them "
+        f"{name} cannot hold this model: it has {', '.join(lost[:SHOWN])}{more}, which were dropped from layers of "
+        "which something stays. Drop whole blocks; or put the pass fill-dropped at the end, which brings them "
         "back with an output of zero (opens everywhere, saves nothing); or keep the program with save_weights"
     )
 

@@ -121,7 +121,7 @@ def test_dropped_layers_are_renumbered_with_their_lists() -> None:
     assert plan.changes == {"num_hidden_layers": (4, 3)}
     assert plan.config.layer_types == kinds[1:]
     assert plan.names["model.layers.3.mlp.up_proj.weight"] == "model.layers.2.mlp.up_proj.weight"
-    assert shapes_of(build_on_meta(plan.cls, plan.config)).keys() == set(plan.names.values())
+    assert shapes_of(build_on_meta(plan.cls, plan.config)).keys() <= set(plan.names.values())
 
 
 def narrow_one_layer(shapes: Shapes) -> None:
