@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from secateur.graph import CoupledGroup, Member, Program
-from secateur.passes.base import Context
+from secateur.passes.base import Context, Cost
 from secateur.passes.data import CalibrationError
 from secateur.passes.importance.base import Importance, MemberScores, Needs
 from secateur.passes.importance.moments import pairs_of
@@ -28,8 +28,7 @@ NOTHING = 1e-30  # mean square of an input that never fires
 
 @dataclass(frozen=True)
 class Obs(Importance):
-    """Least squared error of a consumer's output, a token, that dropping the unit leaves when the other columns are
-    refitted.
+    """The squared error of its consumers' outputs, a token, that is left when the unit goes and the rest is refitted.
 
     With H = E[x x^T] over all calibration tokens and J the channels of a unit: tr(W_J ((H^-1)_JJ)^-1 W_J^T).  Each
     weight that consumes a group gives one score.  Where rows go to different experts, H is that of all rows.
@@ -48,6 +47,10 @@ class Obs(Importance):
     progressive: bool = True
     at_once: Annotated[int, Field(ge=1)] | None = None
     damping: Annotated[float, Field(gt=0)] = 0.01
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(2.0, 0.0, holds=1, solves=3)  # the products, their inverse, and what shrinks of it
 
     def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
         pairs = {group.name: pairs_of(program, group) for group in groups}
