@@ -73,8 +73,9 @@ def influences(program: Program, parts: Sequence[Part], context: Context) -> dic
 def part_parameters(program: Program) -> dict[str, int]:
     """Elements of the parameters that only one block or sub-block reads, by its name."""
     sizes = {name: parameter.numel() for name, parameter in program.named_parameters()}
-    parts: list[Part] = [part for block in blocks(program) for part in (block, *block.sub_blocks)]
-    return {part.name: sum(sizes[name] for name in part.parameters) for part in parts}
+    parts = {part.name: part.parameters for part in blocks(program)}
+    parts |= {sub.name: sub.parameters for block in blocks(program) for sub in block.sub_blocks}
+    return {name: sum(sizes[parameter] for parameter in own) for name, own in parts.items()}
 
 
 class _Meter:

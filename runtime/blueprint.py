@@ -217,8 +217,8 @@ def _put(data: dict[str, Any], field: Field, value: Value) -> None:
 
 
 def _keep_layers(data: dict[str, Any], depth_field: str, kept: tuple[int, ...]) -> None:
-    """Set a depth; keep those layers' entries in every list that has one entry a layer, and their numbers, new, in every
-    list of layer numbers."""
+    """Set a depth.  Lists that have one entry a layer keep those of the layers that stay; lists of layer numbers keep
+    those numbers, counted anew."""
     depth = data[depth_field]
     for key, value in data.items():
         if isinstance(value, list) and "layer" in key and _are_numbers_below(depth, value):

@@ -127,7 +127,7 @@ class Search:
         # Parameters that the computation never used are not in the program; they keep their place.
         self.target = slots({name: self.wanted.get(name, shape) for name, shape in base.items()} | self.wanted)
         self.passengers = base.keys() - self.wanted.keys()
-        self.start = start | self._explicit(start)
+        self.start: dict[Field, Value] = {**start, **self._explicit(start)}
         lines = {path: blueprint.line(self.start, path) for path in self._all_fields() if path not in start}
         self.lines = {path: line for path, line in lines.items() if line is not None}
         self.nearest: Settings = self.start
