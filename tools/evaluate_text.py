@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.passes.base import Progress, no_progress
-from secateur.passes.quality import KL, token_kl
+from secateur.passes.quality import CHUNK, KL, token_kl
 from secateur.tools.evaluate import EvaluationError, Model, spans, text_window, token_losses
 
 CONFIDENCE = 0.95
@@ -98,7 +98,7 @@ class TextReport:
 
 @dataclass
 class _Seen:
-    """Of one model, tensors of token values, one a window."""
+    """Of one model, tensors of token values, in the order of the text."""
 
     losses: list[Tensor] = field(default_factory=list)
     kls: list[Tensor] = field(default_factory=list)
@@ -133,8 +133,8 @@ def score_text(
         clusters.append((document[start:end][first:] if documents >= FEW else torch.full_like(ids[first:], at))[scored])
         against = None
         for name in order:
-            logits = _predictions(models[name], ids, text.bos, len(ids) - first)[scored.to(_device(models[name]))]
-            _look(seen[name], logits, ids[first:][scored], against)
+            logits = _predictions(models[name], ids, text.bos, len(ids) - first)
+            _look(seen[name], logits, ids[first:], scored.nonzero()[:, 0], against)
             against = logits if name == reference else against
     cluster = torch.cat(clusters) if clusters else torch.empty(0, dtype=torch.int64)
     if len(cluster) < 2:
@@ -154,15 +154,19 @@ def _predictions(model: Model, ids: Tensor, bos: int | None, count: int) -> Tens
     return model(input_ids=fed.to(_device(model)).unsqueeze(0)).logits[0, :-1][-count:]  # type: ignore[no-any-return]
 
 
-def _look(seen: _Seen, logits: Tensor, targets: Tensor, against: Tensor | None) -> None:
+def _look(seen: _Seen, logits: Tensor, targets: Tensor, scored: Tensor, against: Tensor | None) -> None:
+    """Take from logits [n, vocabulary] what is wanted of the scored positions, some of them at a time."""
     seen.dtype = str(logits.dtype).removeprefix("torch.")
-    losses = token_losses(logits, targets.to(logits.device)).cpu() if len(targets) else torch.empty(0)
-    if not bool(losses.isfinite().all()):
-        raise EvaluationError("a loss is not finite: the model's weights or its dtype are at fault")
-    seen.losses.append(losses)
-    if against is not None:
-        seen.kls.append(token_kl(against, logits).cpu())
-        seen.agrees.append((against.argmax(-1).to(logits.device) == logits.argmax(-1)).float().cpu())
+    for at in scored.split(CHUNK):
+        part = logits[at.to(logits.device)]
+        losses = token_losses(part, targets[at].to(logits.device)).cpu()
+        if not bool(losses.isfinite().all()):
+            raise EvaluationError("a loss is not finite: the model's weights or its dtype are at fault")
+        seen.losses.append(losses)
+        if against is not None:
+            wanted = against[at.to(against.device)].to(logits.device)
+            seen.kls.append(token_kl(wanted, part).cpu())
+            seen.agrees.append((wanted.argmax(-1) == part.argmax(-1)).float().cpu())
 
 
 # ---------------------------------------------------------------------- summaries with intervals
