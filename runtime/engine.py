@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from secateur.graph.errors import SecateurError
 from secateur.runtime.artifact import MANIFEST
 from secateur.runtime.huggingface import load
-from secateur.runtime.lowered import packed_modules
+from secateur.runtime.lowered import packed_modules, rearrange_for_gpu
 from secateur.runtime.lowering import FOLDER as PACKED
 from secateur.runtime.lowering import Running, is_lowered, read_layers, running
 from secateur.runtime.package import Packaged, is_package, load_package
@@ -119,6 +119,8 @@ def open_engine(
     )
     plan = read_layers(folder / PACKED)[1] if on_packed else None
     moved: Any = model.to(device)
+    if device.startswith("cuda"):
+        rearrange_for_gpu(moved)
     return StockEngine(moved, device == "cuda" if compiled is None else compiled, tuple(running(moved, plan)))
 
 
@@ -184,7 +186,7 @@ class StockEngine:
         if ignore_end:
             settings["min_new_tokens"] = max_new_tokens
         if self.compiled:
-            settings |= {"cache_implementation": "static", "compile_config": _compile_config()}
+            settings |= {"cache_implementation": "static", "compile_config": _compile_config(self.device)}
         if ids_BT.shape[0] == 1:
             settings["streamer"] = clock
         started = time.perf_counter()
@@ -277,8 +279,9 @@ def _check(ids_BT: Tensor, max_new_tokens: int) -> None:
         )
 
 
-def _compile_config() -> CompileConfig:
-    config = CompileConfig(fullgraph=False, mode="default")
-    if hasattr(config, "_compile_all_devices"):
-        config._compile_all_devices = True  # transformers compiles on accelerators only, unless told
+def _compile_config(device: torch.device) -> CompileConfig:
+    """CUDA graphs where there is CUDA; transformers compiles on accelerators only, unless told."""
+    config = CompileConfig(fullgraph=False, mode="reduce-overhead" if device.type == "cuda" else "default")
+    if device.type == "cpu" and hasattr(config, "_compile_all_devices"):
+        config._compile_all_devices = True
     return config

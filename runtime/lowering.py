@@ -237,13 +237,15 @@ def _running(name: str, module: Any, reason: str) -> Running:
     share = module.out_features / sum(first.sizes)
     op = op_name(first)
     width = first.bias.dtype.itemsize if first.bias is not None else None
-    width = width or (first.values.dtype.itemsize if first.values.is_floating_point() else 2)
+    width = width or (first.values.dtype.itemsize if first.values.is_floating_point() and not first.order else 2)
     dense = module.out_features * module.in_features * width
     return Running(name, module.kind, f"secateur::{op}", backend_of(first), reason, round(first.nbytes * share), dense)
 
 
 def op_name(module: PackedLinear) -> str:
     """The op that a module calls."""
+    if module.order:
+        return "linear_24_fragment"
     quantized = {torch.int8: "int8", torch.uint8: "int4"}.get(module.values.dtype, "float32")
     return op_of(quantized, module.mask is not None)
 

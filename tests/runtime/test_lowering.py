@@ -19,13 +19,21 @@ from secateur.passes import Pipeline
 from secateur.passes.lower import LayerPlan, Lower, planned
 from secateur.passes.lower_cost import DENSE, KINDS, weight_bytes
 from secateur.passes.quantize_grid import grid_of
-from secateur.runtime.lowered import PackedLayer, PackedLinear, StackedPart, packed_modules, stacked
+from secateur.runtime.lowered import (
+    PackedLayer,
+    PackedLinear,
+    StackedPart,
+    packed_modules,
+    rearrange_for_gpu,
+    stacked,
+)
 from secateur.runtime.lowering import (
     FOLDER,
     PLAN,
     WEIGHTS,
     dense_weight,
     lower_model,
+    op_name,
     pack_weight,
     packed_layers,
     running,
@@ -112,6 +120,36 @@ def test_stacked_layers_multiply_once_and_hold_nothing_afterwards(monkeypatch: p
     assert len(calls) == 1 and modules[0].held is None and [r.shape[1] for r in results] == [8, 4, 12]
     names = {name for name, _ in nn.ModuleList(modules).named_buffers()}
     assert names == {"0.values", "0.mask"}, "the stacked tensors are held once"
+
+
+@pytest.mark.parametrize("kind", ["2:4", "2:4+int8", "2:4+int4"])
+def test_tensors_laid_out_for_a_gpu_give_the_same(kind: str) -> None:
+    sizes = (16, 8, 32)
+    weights = [weight_for(kind, (n, 128), torch.bfloat16) for n in sizes]
+    layers = [
+        PackedLayer(str(i), kind, tuple(w.shape), pack_weight(row(kind, w), w, w.dtype).tensors)
+        for i, w in enumerate(weights)
+    ]
+    biases = [torch.randn(n).bfloat16() for n in sizes]
+    modules = nn.ModuleList(stacked(layers, biases))
+    x = torch.randn(3, 128).bfloat16()
+    before = [module(x) for module in modules]
+    held = modules[0].nbytes
+    rearrange_for_gpu(modules)
+    rearrange_for_gpu(modules)
+    assert op_name(modules[0]) == "linear_24_fragment" and modules[0].nbytes <= 1.1 * held + 512
+    for found, wanted in zip(
+        [modules[2](x), modules[0](x), modules[1](x), modules[2](x)], [before[i] for i in (2, 0, 1, 2)], strict=True
+    ):
+        assert torch.allclose(found.float(), wanted.float(), atol=2e-2)
+
+
+def test_casting_a_model_leaves_scales_alone() -> None:
+    modules, _, _ = stack("2:4+int8")
+    before = modules[0].scale.clone()
+    modules[0].to(torch.bfloat16)
+    assert modules[0].scale.dtype == torch.float32 and torch.equal(modules[0].scale, before)
+    assert modules[0].bias.dtype == torch.bfloat16
 
 
 def test_what_differs_is_not_stacked() -> None:
