@@ -14,7 +14,7 @@ from secateur.kernels.sparse24.formats import (
     pack_dense,
     to_cutlass,
 )
-from secateur.kernels.sparse24.module import Linear24, QuantizedLinear
+from secateur.kernels.sparse24.module import Linear24
 from secateur.kernels.sparse24.ops import linear, op_of
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "FormatError",
     "Linear24",
     "Packed24",
-    "QuantizedLinear",
     "Served",
     "backend_report",
     "from_cutlass",

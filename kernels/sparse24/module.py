@@ -1,4 +1,4 @@
-"""Drop-ins for ``nn.Linear`` that hold a packed weight."""
+"""A drop-in for ``nn.Linear`` that holds a packed weight."""
 
 from __future__ import annotations
 
@@ -8,60 +8,30 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from secateur.kernels.sparse24.formats import Packed24, pack, pack_dense
+from secateur.kernels.sparse24.formats import Packed24, pack
 from secateur.kernels.sparse24.ops import linear
 
 
-class PackedLinear(nn.Module):
-    """``x @ weight^T + bias`` on packed tensors, as ``ops.linear`` takes them; the weight is frozen.
+class Linear24(nn.Module):
+    """``x @ weight^T + bias`` with a 2:4 weight, floats or quantised, in the canonical form; the weight is frozen.
 
-    The bias is a parameter, the layer's own where it had one.  Casting the module casts float values and the bias,
-    never the scale, which keeps its own precision.
+    The buffers are those of ``Packed24``; the bias is a parameter, the layer's own where it had one.  Casting the
+    module casts float values and the bias, never the scale, which keeps its own precision.
     """
 
     values: Tensor
-    mask: Tensor | None
+    mask: Tensor
     scale: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(
-        self, in_features: int, values: Tensor, mask: Tensor | None, scale: Tensor | None, bias: Tensor | None
-    ) -> None:
+    def __init__(self, packed: Packed24, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, values.shape[0]
-        self.register_buffer("values", values)
-        self.register_buffer("mask", mask)
-        self.register_buffer("scale", scale)
+        self.out_features, self.in_features = packed.shape
+        self.register_buffer("values", packed.values)
+        self.register_buffer("mask", packed.mask)
+        self.register_buffer("scale", packed.scale)
         kept = bias if isinstance(bias, nn.Parameter) or bias is None else nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", kept)
-
-    @property
-    def kind(self) -> str:
-        """One of ``formats.KINDS``."""
-        return "int4" if self.values.dtype == torch.uint8 else str(self.values.dtype).removeprefix("torch.")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in_features] -> [..., out_features], same dtype."""
-        return linear(x, self.values, self.mask, self.scale, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, kind={self.kind}, bias={self.bias is not None}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        scale = self.scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if scale is not None and self.scale is not None and self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
-        return self
-
-
-class Linear24(PackedLinear):
-    """A layer with a 2:4 weight, floats or quantised, in the canonical form."""
-
-    mask: Tensor
-
-    def __init__(self, packed: Packed24, bias: Tensor | None = None) -> None:
-        super().__init__(packed.shape[1], packed.values, packed.mask, packed.scale, bias)
 
     @classmethod
     def from_linear(cls, layer: nn.Linear, levels: Tensor | None = None, scale: Tensor | None = None) -> Linear24:
@@ -78,21 +48,24 @@ class Linear24(PackedLinear):
     @property
     def packed(self) -> Packed24:
         """The weight as data."""
-        return Packed24(self.kind, (self.out_features, self.in_features), self.values, self.mask, self.scale)
+        kind = "int4" if self.values.dtype == torch.uint8 else str(self.values.dtype).removeprefix("torch.")
+        return Packed24(kind, (self.out_features, self.in_features), self.values, self.mask, self.scale)
 
     @property
     def weight(self) -> Tensor:
         """The dense weight [N, K], made anew at each use; float32 for quantised kinds."""
         return self.packed.dense()
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features] -> [..., out_features], same dtype."""
+        return linear(x, self.values, self.mask, self.scale, self.bias)
 
-class QuantizedLinear(PackedLinear):
-    """A layer with a dense weight of int8 or int4 levels: the baseline that 2:4 is held against."""
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, kind={self.packed.kind}, bias={self.bias is not None}"
 
-    scale: Tensor
-
-    @classmethod
-    def from_levels(cls, levels: Tensor, scale: Tensor, bias: Tensor | None = None) -> QuantizedLinear:
-        """Int8 levels [N, K] and their scale: [N] keeps a byte each, [N, G] packs two a byte."""
-        values, kept = pack_dense(levels, scale)
-        return cls(levels.shape[1], values, None, kept, bias)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        scale = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if scale is not None and self.scale is not None and self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
