@@ -49,7 +49,7 @@ def serving(weight: Fragments, batch: int, dtype: torch.dtype, device: torch.dev
     """The tested kernel that serves a product of this batch here; its `reason` says why, and what was refused."""
     place = health.chip(device)
     choice = configs.choose(weight.kind, *weight.shape, batch, place.name, place.capability, place.multiprocessors)
-    refused = []
+    refused: list[str] = []
     for candidate in (choice, Choice("expand", reason="fallback"), Choice("torch", reason="last resort")):
         trouble = health.trouble(candidate.backend, candidate.config, weight.kind, dtype, device)
         if not trouble:

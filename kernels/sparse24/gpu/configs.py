@@ -68,14 +68,14 @@ DECODE: dict[str, tuple[DecodeConfig, ...]] = {
     "float": (
         DecodeConfig(2, 1, 1, 8, registers=104),
         DecodeConfig(2, 2, 1, 8, registers=168),
-        DecodeConfig(4, 1, 1, 4, registers=168),
+        DecodeConfig(4, 1, 1, 4, registers=192),
         DecodeConfig(1, 2, 2, 8, registers=136),
         DecodeConfig(1, 1, 2, 8, registers=104),
     ),
     "int8": (
         DecodeConfig(2, 2, 1, 8, registers=144),
         DecodeConfig(2, 1, 1, 8, registers=96),
-        DecodeConfig(4, 1, 1, 4, registers=144),
+        DecodeConfig(4, 1, 1, 4, registers=176),
         DecodeConfig(1, 2, 2, 8, registers=128),
         DecodeConfig(1, 1, 2, 8, registers=96),
     ),

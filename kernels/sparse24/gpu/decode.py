@@ -13,6 +13,9 @@ uses them. Tensors are [P, MT, NT, WARPS, 32 lanes, 4 registers]: the last axis 
 rest registers of a lane.
 """
 
+# mypy: ignore-errors
+# The kernel language looks like Python, but its values have no Python types.
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 

@@ -9,6 +9,9 @@ are (16-byte reads without conflicts), x in rows, swizzled, read back by ldmatri
 lanes, 4 registers].  Every conversion of layouts is asserted to move nothing.
 """
 
+# mypy: ignore-errors
+# The kernel language looks like Python, but its values have no Python types.
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy as cp

@@ -116,15 +116,15 @@ def difference(y: Tensor, x: Tensor, packed: Packed24, bias: Tensor | None = Non
     return f"{int(bad.sum())} of {bad.numel()} results are wrong, {first}"
 
 
-def random_weight(n: int, k: int, kind: str, seed: int = 0) -> Packed24:
+def random_weight(n: int, k: int, kind: str, seed: int = 0, device: str = "cpu") -> Packed24:
     """A random 2:4 weight [n, k], k a multiple of 4; some groups hold fewer than two non-zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    rank = torch.rand(n, k // 4, 4, generator=generator).argsort(-1).argsort(-1)
-    kept = (rank < 2).view(n, k) & (torch.rand(n, k, generator=generator) > 0.1)
-    dense = torch.randn(n, k, generator=generator) * kept
+    generator = torch.Generator(device).manual_seed(seed)
+    rank = torch.rand(n, k // 4, 4, generator=generator, device=device).argsort(-1).argsort(-1)
+    kept = (rank < 2).view(n, k) & (torch.rand(n, k, generator=generator, device=device) > 0.1)
+    dense = torch.randn(n, k, generator=generator, device=device) * kept
     if kind in FLOAT_KINDS:
         return pack(dense.to(FLOAT_KINDS[kind]))
     low, high = LEVELS[kind]
     shape = (n,) if kind == "int8" else (n, -(-k // 128))
-    scale = torch.rand(shape, generator=generator) / high + 0.5 / high
+    scale = torch.rand(shape, generator=generator, device=device) / high + 0.5 / high
     return pack((dense * high / 3).round().clamp(low, high).to(torch.int8), kind, scale)

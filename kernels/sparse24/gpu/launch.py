@@ -60,7 +60,7 @@ def combined(planes: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     grid = (-(-n // COMBINE_BLOCK), batch)
     b = out if bias is None else bias
     what = {"BIAS": bias is not None, "F16": dtype == torch.float16, "BLOCK": COMBINE_BLOCK}
-    kernels().portable.combine[grid](planes, b, out, splits, batch, n, **what)
+    kernels().portable.combine[grid](planes, b, out, splits, n, **what)
     return out
 
 

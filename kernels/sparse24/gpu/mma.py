@@ -7,6 +7,9 @@ words), fp32 accumulation. `unpack_int8`, `unpack_int4`: packed words to 16-bit 
 its offset. Sources: PTX ISA, mma.sp; int4: Kim et al. 2022, arXiv:2211.10017, section 3.3 (the fp16 form).
 """
 
+# mypy: ignore-errors
+# The kernel language looks like Python, but its values have no Python types.
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 

@@ -9,6 +9,9 @@ the order (block of 64 columns, k tile of 32, lane, register) of the float kinds
 written as words of two 16-bit floats, widened by shifts: Triton's interpreter is wrong on bf16 arithmetic.
 """
 
+# mypy: ignore-errors
+# The kernel language looks like Python, but its values have no Python types.
+
 import triton
 import triton.language as tl
 
@@ -148,7 +151,6 @@ def combine(
     b_ptr,  # [N]
     o_ptr,  # [B, N]
     splits,
-    B,
     N,
     BIAS: tl.constexpr,
     F16: tl.constexpr,
@@ -159,8 +161,10 @@ def combine(
     row = tl.program_id(1).to(tl.int64) * N
     inside = n < N
     total = tl.zeros((BLOCK,), tl.float32)
-    for s in range(splits):
-        total += tl.load(p_ptr + s * (B.to(tl.int64) * N) + row + n, mask=inside, other=0)
+    plane = p_ptr + row + n
+    for _ in range(splits):
+        total += tl.load(plane, mask=inside, other=0)
+        plane += tl.num_programs(1).to(tl.int64) * N
     if BIAS:
         total += widen(tl.load(b_ptr + n, mask=inside, other=0).to(tl.int16, bitcast=True).to(tl.int32), F16)
     store(o_ptr + row + n, total, inside, F16)

@@ -13,6 +13,9 @@ for such a tile.  Source: PTX ISA, "Asynchronous warpgroup level matrix instruct
 wgmma.mma_async.sp. Tensors are [4 * WG warps (16 rows each), 16 tiles of 8 batch rows, 32 lanes, 4 registers].
 """
 
+# mypy: ignore-errors
+# The kernel language looks like Python, but its values have no Python types.
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy as cp
