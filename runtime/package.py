@@ -19,6 +19,7 @@ import importlib.util
 import json
 import logging
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -229,7 +230,9 @@ def _exported(step: Step, facts: PackageFacts, name: str) -> Any:
     open_length = {1: torch.export.Dim("tokens", min=2, max=facts.length)} if name == "prefill" else None
     still: list[None] = [None] * len(keys)
     try:
-        return torch.export.export(step, inputs, dynamic_shapes=(open_length, None, still, still), strict=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch's own pytree, about torch's own code
+            return torch.export.export(step, inputs, dynamic_shapes=(open_length, None, still, still), strict=False)
     except Exception as error:  # torch.export raises whatever the model's code raises
         raise PackageError(f"the {name} step does not export: {str(error).splitlines()[0][:300]}") from error
 
@@ -237,7 +240,9 @@ def _exported(step: Step, facts: PackageFacts, name: str) -> Any:
 def _compile(exported: Any, file: Path) -> None:
     options = {"aot_inductor.package_constants_in_so": False}
     try:
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=options)
     except Exception as error:  # a compiler's complaints have many classes
         raise PackageError(f"{file.stem} does not compile: {str(error).splitlines()[0][:300]}") from error
 

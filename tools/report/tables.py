@@ -10,11 +10,13 @@ from rich.table import Table
 
 from secateur.graph import Program
 from secateur.passes import IMPORTANCES, PASSES, PlannedEdit
+from secateur.passes.lower import planned
 from secateur.passes.options import Options, options_table
 from secateur.tools.advice import Advice
 from secateur.tools.footprint import Footprint
 from secateur.tools.inspect import Inspection
 from secateur.tools.plan import Plan
+from secateur.tools.report.lowering import plan_table
 from secateur.tools.report.units import change, count, duration, size
 
 
@@ -90,7 +92,8 @@ def run_tables(before: Program, after: Program, old: Footprint, new: Footprint) 
         locked = "\n".join(f"{times} x {reason}" for reason, times in step.figures.get("locked", {}).items())
         seconds = f"{step.figures['seconds']:.2f}"
         table.add_row(step.name, seconds, "" if parameters is None else f"{parameters:,}", locked)
-    return [table, footprint_table(old, new, "what came out")]
+    plan = planned(after.history[len(before.history) :])
+    return [table, footprint_table(old, new, "what came out"), *([plan_table(plan)] if plan else [])]
 
 
 def pass_tables() -> list[Table | str]:

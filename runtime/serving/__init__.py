@@ -1,0 +1,1 @@
+"""Adapters to servers that are not ours."""
