@@ -64,7 +64,8 @@ def sites(program: Program, target: Target, bias: bool) -> tuple[list[Site], dic
     kept = kept_positions(program.cut)
     uses, order = weight_uses(program), {node: at for at, node in enumerate(program.gm.graph.nodes)}
     found, refused = list[Site](), dict[str, str]()
-    for name in consumed(program.cut):
+    left = {name for name, _ in program.named_parameters()}
+    for name in (name for name in consumed(program.cut) if name in left):  # the others went with their blocks
         made = _site(program, name, uses, kept, bias)
         if isinstance(made, Site):
             found.append(made)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.graph import Cut, Program, SecateurError, Step, drop, keep, with_parameters
+from secateur.graph.rewrite import Edit
 from secateur.passes.journal import Entry, digest
 from secateur.runtime.resume_fingerprint import digests, graph_digest
 
@@ -75,11 +76,12 @@ def _under(prefix: str, entry: Entry) -> dict[str, Tensor]:
 
 def _edited(dense: Program, kept: Mapping[str, Tensor], dropped: list[str], graph: str) -> Program:
     """The edits once more: blocks together, or one after another where a block went after a part of it."""
+    edit: Edit = {name: kept[name] for name in kept}
     for steps in ([dropped], [[name] for name in dropped]):
         program = dense
         for names in steps:
             program = drop(program, names) if names else program
-        program = keep(program, kept) if kept else program
+        program = keep(program, edit) if edit else program
         if graph_digest(program) == graph:
             return program
     raise NotTheSame("the replayed edits give another graph")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from secateur.graph import Program
-from secateur.passes import DataSpec, Hooks, Pipeline, samples
+from secateur.passes import DataSpec, Hooks, Pass, Pipeline, samples
 from secateur.passes.training.plan import TrainingPass
 from secateur.runtime import check_target, plan_config, raise_model, save, working
 from secateur.tools import opening
@@ -119,11 +119,14 @@ def trained_on(passes: Pipeline, file: Path | None) -> Pipeline:
         return passes
     if not file.is_file():
         raise BadInput(f"the training text {file} is no file")
-    open_ = [isinstance(one, TrainingPass) and one.data is None for one in passes.passes]
-    if not any(open_):
+    named = tuple(_named(one, file) for one in passes.passes)
+    if named == passes.passes:
         raise BadInput(f"{file} would not be used: no pass of this pipeline trains on a text that it does not name")
-    pairs = zip(passes.passes, open_, strict=True)
-    return replace(passes, passes=tuple(replace(one, data=str(file)) if open else one for one, open in pairs))
+    return replace(passes, passes=named)
+
+
+def _named(one: Pass, file: Path) -> Pass:
+    return replace(one, data=str(file)) if isinstance(one, TrainingPass) and one.data is None else one
 
 
 def data_spec(

@@ -24,9 +24,9 @@ WIDE = {
 
 @pytest.fixture(scope="module")
 def model() -> Program:
-    """Eight layers of a stock class, without weights."""
+    """Twenty layers of a stock class, without weights."""
     with torch.device("meta"):
-        return capture(tiny_model("llama", **WIDE, num_hidden_layers=8))
+        return capture(tiny_model("llama", **WIDE, num_hidden_layers=20))
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -302,3 +302,9 @@ def test_a_mapped_value_lies_in_a_file_without_a_name(tmp_path: Path) -> None:
     assert torch.equal(copy, value) and copy.data_ptr() != value.data_ptr() and not list(tmp_path.iterdir())
     files = {line.split()[-2] for line in Path("/proc/self/maps").read_text().splitlines() if "(deleted)" in line}
     assert any(str(tmp_path) in file for file in files)
+
+
+def test_what_went_with_its_block_is_passed_over(llama: Program, ids: Tensor) -> None:
+    text = "prune-depth{layers=[0]},score{metric=random},prune-width{hidden=48,mlp=0.25},repair"
+    refitted = Pipeline.parse(text).run(llama, ids).history[-1].figures["consumers"]
+    assert refitted and not any(name.startswith("model.layers.0.") for name in refitted)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 PIPELINE = (
-    "score{metric=wanda},prune-width{mlp=0.25,kv_heads=1},score{metric=taylor},prune-width{hidden=48},repair,"
+    "prune-depth{drop=1},score{metric=wanda},prune-width{mlp=0.25,kv_heads=1,hidden=48},repair,"
     "distill{tokens=1536,batch_tokens=256,save_every=2,evaluations=2}"
 )
 
