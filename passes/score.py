@@ -21,7 +21,7 @@ Metric = Annotated[InstanceOf[Importance], BeforeValidator(IMPORTANCES.build)]
 class Score(Pass):
     """Score the units of all groups that may be pruned.  Numerics: exact (the model is not touched).
 
-    metric: the estimator, with its own options: taylor, magnitude{p=1}, activation, random.
+    metric: the estimator, with its own options: fisher, taylor{form=second}, ... (`secateur passes` lists all).
     aggregate: how the scores of a unit's members become one: sum, mean, max, prod or last.
     normalize: scale of each group's scores: none, sum, mean, max or standard.
     """
