@@ -33,21 +33,30 @@ def layout(p: int, mt: int, nt: int, warps: int) -> gl.DistributedLinearLayout:
 
 
 @gluon.jit
-def fetch(vp, ep, sp, xp, live, wanted, KIND: gl.constexpr):
+def load(pointers, live, OTHER: gl.constexpr, MASKED: gl.constexpr):
+    """The words, or OTHER where they are not live; without a mask all are."""
+    if MASKED:
+        return gl.load(pointers, mask=live, other=OTHER)
+    else:
+        return gl.load(pointers)
+
+
+@gluon.jit
+def fetch(vp, ep, sp, xp, live, KIND: gl.constexpr, MASKED: gl.constexpr):
     """One step's operands: packed values, index words, scales, x of each k tile (two, int4: four)."""
-    w0 = gl.load(vp, mask=live, other=0)
-    e0 = gl.load(ep, mask=live, other=E_PAD)
-    x0 = gl.load(xp, mask=wanted, other=0)
-    x1 = gl.load(xp + 16, mask=wanted, other=0)
+    w0 = load(vp, live, 0, MASKED)
+    e0 = load(ep, live, E_PAD, MASKED)
+    x0 = load(xp, live, 0, MASKED)
+    x1 = load(xp + 16, live, 0, MASKED)
     if KIND == "float":
-        return w0, gl.load(vp + 128, mask=live, other=0), e0, x0, x1
+        return w0, load(vp + 128, live, 0, MASKED), e0, x0, x1
     elif KIND == "int8":
         return w0, e0, x0, x1
     else:
-        e1 = gl.load(ep + 32, mask=live, other=E_PAD)
-        x2 = gl.load(xp + 32, mask=wanted, other=0)
-        x3 = gl.load(xp + 48, mask=wanted, other=0)
-        return w0, e0, e1, gl.load(sp, mask=live, other=0), x0, x1, x2, x3
+        e1 = load(ep + 32, live, E_PAD, MASKED)
+        x2 = load(xp + 32, live, 0, MASKED)
+        x3 = load(xp + 48, live, 0, MASKED)
+        return w0, e0, e1, load(sp, live, 0, MASKED), x0, x1, x2, x3
 
 
 @gluon.jit
@@ -94,27 +103,33 @@ def decode(
     blocks = K // BLOCK
     stride = gl.num_programs(1) * (WARPS * P)
     block = (gl.program_id(1) * WARPS + warp) * P + p
-    # Row tiles past the end read the last one again; their rows are not stored.
+    # Row tiles and batch rows past the end read the last one again: what they give is not stored.
     tile = gl.minimum(gl.program_id(0) * MT + mt, (N + 15) // 16 - 1)
+    col = gl.minimum(nt * 8 + lane // 4, B - 1)
     at = tile.to(gl.int64) * blocks + block
-    col = nt * 8 + lane // 4
     vp = v_ptr + (at * V + lane * 4 + reg)
     ep = e_ptr + (at * E + lane)
     sp = s_ptr + (at * 8 + lane // 4)
     xp = x_ptr + (col.to(gl.int64) * (K // 2) + block * (BLOCK // 2) + lane % 4 + reg * 4)
-    in_batch = col < B
     acc = gl.zeros([P, MT, NT, WARPS, 32, 4], gl.float32, L)
-    step = fetch(vp, ep, sp, xp, block < blocks, in_batch & (block < blocks), KIND)
-    for _ in range(stride, blocks, stride):
+    # Only the last of the steps may reach past the last block; where the first is the last, one more of zeros follows.
+    step = fetch(vp, ep, sp, xp, block < blocks, KIND, True)
+    for _ in range(stride, blocks - stride, stride):
         vp += stride * V
         ep += stride * E
         sp += stride * 8
         xp += stride * (BLOCK // 2)
         block += stride
-        following = fetch(vp, ep, sp, xp, block < blocks, in_batch & (block < blocks), KIND)
+        following = fetch(vp, ep, sp, xp, True, KIND, False)
         acc = multiply(acc, step, reg, KIND, F16)
         step = following
     acc = multiply(acc, step, reg, KIND, F16)
+    live = block + stride < blocks
+    vp += stride * V
+    ep += stride * E
+    sp += stride * 8
+    xp += stride * (BLOCK // 2)
+    acc = multiply(acc, fetch(vp, ep, sp, xp, live, KIND, True), reg, KIND, F16)
     total = gl.sum(gl.sum(acc, 3), 0)  # over warps, through shared memory, and over P, in registers: [MT, NT, 32, 4]
     LT: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, L))
     mt, nt, lane, reg = axis(MT, 0, 4, LT), axis(NT, 1, 4, LT), axis(32, 2, 4, LT), axis(4, 3, 4, LT)

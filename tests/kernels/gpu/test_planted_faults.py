@@ -27,8 +27,8 @@ WGMMA_EARLY: Check = partial(wgmma, Case(63, 320, 130), early=True)
 STORE = "mask=(col < B) & (row < N))"
 FAULTS: dict[str, tuple[str, str, str, Check]] = {
     # off-by-one masks
-    "decode: one block too many": ("decode", "block < blocks", "block <= blocks", DECODE["bfloat16"]),
-    "decode: one batch row too many": ("decode", "in_batch = col < B", "in_batch = col <= B", DECODE["bfloat16"]),
+    "decode: one block too many": ("decode", "stride < blocks", "stride <= blocks", DECODE["bfloat16"]),
+    "decode: one batch row too many": ("decode", "lane // 4, B - 1)", "lane // 4, B)", DECODE["bfloat16"]),
     "decode: one row too many is stored": ("decode", STORE, STORE.replace("row < N", "row <= N"), DECODE["bfloat16"]),
     "gemm: x past the last column is read": ("gemm", "x_at < K // 2", "x_at < K", WIDE),
     "gemm: the last row tile is missed": ("gemm", "(N + 15) // 16 - 1", "(N + 15) // 16 - 2", GEMM["bfloat16"]),
@@ -63,7 +63,7 @@ FAULTS: dict[str, tuple[str, str, str, Check]] = {
         "load_indices(e_now, 0,",
         GEMM["int4"],
     ),
-    "decode: the second index word is the first": ("decode", "gl.load(ep + 32,", "gl.load(ep,", DECODE["int4"]),
+    "decode: the second index word is the first": ("decode", "load(ep + 32, live", "load(ep, live", DECODE["int4"]),
     # wrong scale rows
     "the scale of row g + 8 is that of row g": ("mma", "word & -65536", "word << 16", DECODE["int4"]),
     "gemm: the scale of row g + 8 is that of row g": ("mma", "word & -65536", "word << 16", GEMM["int4"]),
@@ -81,12 +81,13 @@ FAULTS: dict[str, tuple[str, str, str, Check]] = {
     "decode: the last batch row is not written": ("decode", STORE, STORE.replace("< B", "< B - 1"), DECODE["int8"]),
     "gemm: the last row is not written": ("gemm", STORE, STORE.replace("row < N", "row < N - 1"), GEMM["bfloat16"]),
     "wgmma: the last batch row is not written": ("wgmma", STORE, STORE.replace("< B", "< B - 1"), WGMMA),
-    "decode: the last step is left out": (
+    "decode: a step is left out": (
         "decode",
-        "range(stride, blocks, stride)",
         "range(stride, blocks - stride, stride)",
-        DECODE["int4"],
+        "range(stride, blocks - 2 * stride, stride)",
+        DECODE["bfloat16"],
     ),
+    "decode: the last step is not masked": ("decode", "live, KIND, True)", "live, KIND, False)", DECODE["int8"]),
     "gemm: a split starts one stage late": (
         "gemm",
         "gl.program_id(2) * steps",
