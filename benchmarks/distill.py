@@ -33,7 +33,7 @@ from secateur.tools.machine import describe_machine, peak_memory_bytes
 from secateur.tools.report.console import Voice
 from secateur.tools.report.curves import Panel, draw_curves
 
-PIPELINE = "score{metric=wanda},prune-width{hidden=512,mlp=1280},repair"
+PIPELINE = "score{metric=wanda},prune-width{hidden=504,mlp=1312},repair"
 CALIBRATION, WINDOW, HELD_OUT = 10_240, 512, 9_216
 LOSSES: dict[str, dict[str, Any]] = {
     "kl": {"kl": 1.0, "ce": 0.0},
@@ -68,7 +68,9 @@ def prepare(out: Path, pipeline: str, voice: Voice) -> None:
     if not (out / "pruned" / "secateur.json").is_file():
         windows = calibration_windows(text(cache).calibration, tokenizer, tokens=CALIBRATION, window=WINDOW)
         program = secateur.capture(folder)
-        small = secateur.Pipeline.parse(pipeline).run(program, data=windows, progress=voice.progress)
+        passes = secateur.Pipeline.parse(pipeline)
+        secateur.plan_config(passes.preview(program))  # a shape that no stock class holds is refused before the work
+        small = passes.run(program, data=windows, progress=voice.progress)
         save(small, out / "pruned", force=True)
 
 
@@ -101,6 +103,7 @@ def cell_pass(loss: str, lr: float, options: argparse.Namespace, out: Path) -> T
         data=str(out / "train.safetensors"),
         teacher=str(default_cache() / MODEL_FOLDER),
         precision=options.precision,
+        held_out=options.windows,
         evaluations=options.evaluations,
         save_every=options.save_every,
         **LOSSES[loss],
@@ -185,7 +188,7 @@ def facts_of(out: Path, options: argparse.Namespace, held: torch.Tensor, end: in
             "pipeline": options.pipeline,
             "parameters": f"{dense.num_parameters:,} -> {small.num_parameters:,}",
             "training_text": f"{windows.numel():,} tokens of Wikipedia leads, windows of {WINDOW}",
-            "held_out_windows": "the first 16 windows of the training text, never trained on; end tokens count",
+            "held_out_windows": f"the first {options.windows} windows of the training text, never trained on; end tokens count",
             "other_documents": f"{held.numel():,} tokens of documents in no other set, windows of {WINDOW}",
             "kl": "KL(dense || trained), nats, mean over tokens",
         },
@@ -193,7 +196,7 @@ def facts_of(out: Path, options: argparse.Namespace, held: torch.Tensor, end: in
         "before": quality(small, dense, held, end),
         "dense": quality(dense, dense, held, end),
     }
-    found["dense"]["perplexity_held_out_windows"] = quality(dense, dense, windows[:16], -1)["perplexity"]
+    found["dense"]["perplexity_held_out_windows"] = quality(dense, dense, windows[: options.windows], -1)["perplexity"]
     _write(file, json.dumps(found, indent=1) + "\n")
     return found
 
@@ -211,6 +214,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--evaluations", type=int, default=8)
     parser.add_argument("--save-every", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=16, help="windows of the training text held out")
     parser.add_argument("--held-out-tokens", type=int, default=HELD_OUT)
     options = parser.parse_args()
     out, voice = options.out, Voice(False)

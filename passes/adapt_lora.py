@@ -49,7 +49,7 @@ class AdaptLora(Distill):
         """Of the moments of adapters alone; activations are those of full training."""
         return Cost(3.0, 4.0, tokens=self.tokens)
 
-    def _prepare(self, model: nn.Module, student: Program, stays: bool) -> Callable[[Text], dict[str, Any]]:
+    def _prepare(self, model: nn.Module, student: Program, stays: bool, seed: int) -> Callable[[Text], dict[str, Any]]:
         if stays:
             raise PipelineError(
                 "adapt-lora: adapters go into linear modules, and no stock class holds this shape: prune to a shape "
@@ -64,7 +64,7 @@ class AdaptLora(Distill):
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets, bias="none"
         )
         with torch.random.fork_rng():
-            torch.manual_seed(0)  # the adapters begin alike in every run; B is zero, so the model is what it was
+            torch.manual_seed(seed)  # of A; B is zero, so the model is what it was
             adapted = peft.get_peft_model(model, config)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 

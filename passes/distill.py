@@ -82,7 +82,7 @@ class Distill(TrainingPass):
         student = fresh(program).replace(scores={})
         model, stays = module_of(student, context)
         goal = Goal(self._weights, self.tokens, self.lr, "student", self.states, self._widths(model, widths))
-        finish = self._prepare(model, student, stays)
+        finish = self._prepare(model, student, stays, context.seed)
         trained = train(model, teacher, text, goal, self, context, stays)
         finished = finish(text)
         _check(student, context, stays)
@@ -97,7 +97,7 @@ class Distill(TrainingPass):
             figures["teacher_correction"] = correction.figures()
         return PassResult(student, True, figures)
 
-    def _prepare(self, model: nn.Module, student: Program, stays: bool) -> Callable[[Text], dict[str, Any]]:
+    def _prepare(self, model: nn.Module, student: Program, stays: bool, seed: int) -> Callable[[Text], dict[str, Any]]:
         """Make the model ready to be trained; what is returned makes it plain again and gives more figures."""
         return lambda text: {}
 
@@ -115,7 +115,6 @@ class Distill(TrainingPass):
         if self.correct_tokens:
             goal = Goal(Weights(0.0, 1.0), self.correct_tokens, self.lr / 5, "teacher")
             trained = train(model, NoTeacher(), text, goal, self, context, stays)
-        about = fingerprint(model, text, Goal(self._weights, 0, 0.0, "teacher"), self, context.seed)
         device = torch.device(self.teacher_device) if self.teacher_device else None
         if stays and (device or DTYPES[self.teacher_dtype]):
             raise PipelineError("distill: no stock class holds the teacher, so its dtype and device cannot be changed")
@@ -129,7 +128,7 @@ class Distill(TrainingPass):
             temperature=self.temperature,
             stays=device is not None or stays,
         )
-        return self._stored(live, text, about, context), _width(model), trained
+        return self._stored(live, text, context), _width(model), trained
 
     def _teacher_model(self, program: Program, context: Context) -> tuple[nn.Module, bool]:
         if self.teacher is None:
@@ -146,11 +145,10 @@ class Distill(TrainingPass):
         )
         return found, False
 
-    def _stored(
-        self, live: LiveTeacher, text: Text, about: dict[str, str], context: Context
-    ) -> LiveTeacher | StoredTeacher:
+    def _stored(self, live: LiveTeacher, text: Text, context: Context) -> LiveTeacher | StoredTeacher:
         if self.store is None:
             return live
+        about = fingerprint(live.network, text, Goal(self._weights, 0, 0.0, "teacher"), self, context.seed)
         kept = {key: about[key] for key in ("weights", "text", "versions")}
         kept |= {"top_k": str(self.top_k), "temperature": str(self.temperature), "dtype": self.teacher_dtype}
         folder = Path(self.store).expanduser()

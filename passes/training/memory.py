@@ -19,7 +19,7 @@ def whole(tensor: Tensor) -> Tensor:
     """The full tensor of one that may be spread over processes (then on the CPU); every process must call this."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
-    full: Tensor = tensor.full_tensor()
+    full: Tensor = tensor.full_tensor()  # type: ignore[operator]
     return full.clone().cpu()  # the clone waits for what is still on its way
 
 

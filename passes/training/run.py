@@ -103,7 +103,7 @@ def train(
     tutor_module = _trainer_module()
     steps = pace(options, text.window, goal.tokens)
     journal = Journal(None if context.resume is None else context.resume / goal.part)
-    known = fingerprint(model, text, goal, options, context.seed)
+    known = {} if journal.folder is None else fingerprint(model, text, goal, options, context.seed)
     with _ready(model, options) as low, tempfile.TemporaryDirectory() as folder, own_randomness():
         torch.manual_seed(context.seed)
         precision = torch.bfloat16 if low and options.precision == "auto" else autocast(options.precision, set())
@@ -116,7 +116,8 @@ def train(
             tutor = tutor_module.Tutor(
                 learner, teacher, text, steps, options, goal.lr, journal, known, context.seed, folder, use_cpu
             )
-            ticks = iter(context.progress(range(steps.steps + 1), goal.part, steps.steps))
+            left = steps.steps - tutor.first_step
+            ticks = iter(context.progress(range(left + 1), goal.part, left))
             tutor.add_callback(tutor_module.Ticks(ticks))
             start = time.perf_counter()
             tutor.run()

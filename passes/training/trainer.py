@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -54,6 +52,8 @@ class Tutor(Trainer):
     curve: one record a step: step, tokens, loss, kl, ce, states, lr, grad_norm; losses are means over the step's
         tokens, before the step.
     held_out: one record an evaluation: step, tokens, kl, ce, perplexity.
+    first_step: the step that was kept from a run before, or 0.
+    Raises: TrainingError: what was kept is of another run.
     """
 
     def __init__(
@@ -75,8 +75,11 @@ class Tutor(Trainer):
         self.held_out: list[dict[str, float]] = []
         self._parts: list[Tensor] = []
         self.learns_from_teacher = bool(learner.weights.kl)
-        self._kept: Entry | None = None
-        self._before = 0
+        self._kept = journal.read(STATE)
+        self._before = self.first_step = 0
+        if self._kept is not None:
+            check_same(self._kept.facts["fingerprint"], fingerprint)
+            self.first_step = int(json.loads(self._kept.facts["trainer"])["global_step"])
         super().__init__(
             model=learner,
             args=arguments(options, lr, pace, seed, folder, use_cpu, bool(text.held_out)),
@@ -90,6 +93,9 @@ class Tutor(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """accelerate shards on accelerators alone and quietly replicates on the CPU: have it shard there, too."""
+        from accelerate import PartialState
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         if state.distributed_type == DistributedType.MULTI_CPU and self.args.fsdp_plugin_args is not None:
@@ -102,6 +108,7 @@ class Tutor(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
+        self._kept = None  # all of it was put where it belongs before the first step
         losses = model(inputs, self.teacher(inputs) if self.learns_from_teacher else Lesson(None))
         parts = (losses.total.detach(), losses.kl, losses.ce, losses.states)
         self._parts.append(torch.stack([part.float() for part in parts]))
@@ -158,9 +165,8 @@ class Tutor(Trainer):
     def run(self) -> None:
         """Train, from the last step that was kept.
 
-        Raises: TrainingError: what was kept is of another run, or a loss is no number.
+        Raises: TrainingError: a loss is no number.
         """
-        self._kept = self.journal.read(STATE)
         if self._kept is None:
             self.train()
         else:
@@ -169,7 +175,6 @@ class Tutor(Trainer):
             self.evaluate()
 
     def _go_on(self, facts: dict[str, Any]) -> None:
-        check_same(facts["fingerprint"], self.fingerprint)
         self.args.eval_on_start = False
         self.curve, self.held_out = facts["curve"], facts["held_out"]
         self._before = int(self.curve[-1]["tokens"])

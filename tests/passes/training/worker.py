@@ -1,7 +1,8 @@
 """What the tests of training run in a process of its own: distillations of a tiny model, some of them killed.
 
-python worker.py OUT [kind=gpt2] [resume=DIR] [kills=3,1] [random=5] [stop_at=7] [option=JSON ...]: writes OUT/weights.safetensors
-and OUT/figures.json (process 0).  kills: before, the run is started and killed after so many of its steps, one run a
+python worker.py OUT [kind=gpt2] [resume=DIR] [kills=3,1] [random=5] [stop_at=7] [option=JSON ...]
+
+Writes OUT/weights.safetensors and OUT/figures.json (process 0).  kills: before, the run is started and killed after so many of its steps, one run a
 number.  random: before, the run is started and killed at so many random moments.
 stop_at: it ends after so many steps.
 """
@@ -32,8 +33,13 @@ from secateur.runtime import raise_model
 
 LENGTH, BELOW = 24, 128
 SMALL: dict[str, Any] = {
-    **{"tokens": 1440, "batch_tokens": 96, "micro_batch": 2},
-    **{"held_out": 4, "evaluations": 3, "lr": 1e-3, "save_every": 2},
+    "tokens": 1440,
+    "batch_tokens": 96,
+    "micro_batch": 2,
+    "held_out": 4,
+    "evaluations": 3,
+    "lr": 1e-3,
+    "save_every": 2,
 }
 
 
