@@ -188,7 +188,7 @@ def facts_of(out: Path, options: argparse.Namespace, held: torch.Tensor, end: in
             "pipeline": options.pipeline,
             "parameters": f"{dense.num_parameters:,} -> {small.num_parameters:,}",
             "training_text": f"{windows.numel():,} tokens of Wikipedia leads, windows of {WINDOW}",
-            "held_out_windows": f"the first {options.windows} windows of the training text, never trained on; end tokens count",
+            "held_out_windows": f"the first {options.windows} of the training text, not trained on; end tokens count",
             "other_documents": f"{held.numel():,} tokens of documents in no other set, windows of {WINDOW}",
             "kl": "KL(dense || trained), nats, mean over tokens",
         },

@@ -2,8 +2,9 @@
 
 python worker.py OUT [kind=gpt2] [resume=DIR] [kills=3,1] [random=5] [stop_at=7] [option=JSON ...]
 
-Writes OUT/weights.safetensors and OUT/figures.json (process 0).  kills: before, the run is started and killed after so many of its steps, one run a
-number.  random: before, the run is started and killed at so many random moments.
+Writes OUT/weights.safetensors and OUT/figures.json (process 0).
+kills: before, the run is started and killed after so many of its steps, one run a number.
+random: before, the run is started and killed at so many random moments.
 stop_at: it ends after so many steps.
 """
 
