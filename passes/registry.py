@@ -16,6 +16,7 @@ from secateur.passes.prune_width import PruneWidth
 from secateur.passes.quantize import Quantize
 from secateur.passes.repair import Repair
 from secateur.passes.score import Score
+from secateur.passes.search import Search
 
 PASSES: Table[Pass] = Table(
     "a pass",
@@ -23,6 +24,7 @@ PASSES: Table[Pass] = Table(
     PruneWidth,
     PruneDepth,
     Allocate,
+    Search,
     Repair,
     Compensate,
     Quantize,

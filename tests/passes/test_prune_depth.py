@@ -155,6 +155,18 @@ def test_after_width_the_dense_model_stays_the_reference(five: Program, context:
         assert score == pytest.approx(kl(five, drop(narrow, [name]), context.data or ()).mean, abs=1e-6)
 
 
+def test_what_is_left_is_repaired_by_the_dense_stream(five: Program) -> None:
+    ids = torch.randint(3, 120, (8, 16), generator=torch.Generator().manual_seed(4))
+    text = "score{metric=wanda},prune-width{mlp=0.5},prune-depth{layers=[2]}"
+    rough = Pipeline.parse(text).run(five, data=ids)
+    repaired = Pipeline.parse(f"{text},repair").run(five, data=ids)
+    data = samples(ids, five)
+    assert set(repaired.history[-1].figures["consumers"]) == {
+        f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1, 3, 4)
+    }
+    assert kl(five, repaired, data).mean < kl(five, rough, data).mean
+
+
 def test_a_plan_needs_no_weights() -> None:
     with torch.device("meta"):
         program = capture(tiny_model("llama", num_hidden_layers=4))

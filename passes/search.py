@@ -1,0 +1,260 @@
+"""Architecture search: every uniform shape within a budget, the most promising ones pruned, repaired and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from secateur.graph import CoupledGroup, Program, blocks, drop, keep
+from secateur.graph.errors import EditError, PipelineError, SecateurError
+from secateur.passes.base import Context, Cost, Pass, PassResult, PlannedEdit
+from secateur.passes.data import CalibrationError, Sample
+from secateur.passes.distill import Distill
+from secateur.passes.journal import Journal
+from secateur.passes.options import OptionError
+from secateur.passes.prune_depth import PruneDepth
+from secateur.passes.quality import kl_to, reference
+from secateur.passes.repair import Repair, held_back
+from secateur.passes.search_latency import LatencyTable
+from secateur.passes.search_space import LAYERS, Budget, Candidate, Shape, ShapeCosts, searched_groups, shapes_within
+from secateur.passes.width_shares import top_units
+
+Bound = Literal["low", "high", "multiple"]
+Choice = tuple[Annotated[int, Field(ge=1)], ...] | dict[Bound, Annotated[int, Field(ge=1)]]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+FAMILIES = ("hidden", "mlp", "kv_heads", "query_heads", "head_dim", "experts")
+
+
+@dataclass(frozen=True)
+class Search(Pass):
+    """Choose the model's shape within a budget.  Numerics: lossy.
+
+    Every shape of the grid is counted; of those within the budget the dearest are pruned by the scores that are there,
+    repaired, and compared by their KL to the dense model on sequences held back (one in five); the best one stays.
+
+    layers, hidden, mlp, kv_heads, query_heads, head_dim, experts: numbers to choose among ([768,1024]), or a range
+        ({low=512,high=1536,multiple=128}; low is half of what is there by default, high is that); left out: as it is.
+    expansion: instead of mlp: its units as multiples of hidden ([2.5,3,3.5,4]).
+    at_most: the budget: a number, or a part of the model where it is 1 or less.
+    at_least: shapes below it are passed over; by default 0.95 of at_most.
+    budget: what is counted: parameters, bytes, or latency (measured seconds of the matrices, one token).
+    top: so many shapes are compared.
+    patience: stop after so many that were no better than the best before; 0 for never.
+    depth: how the layers that go are chosen: influence, alone or greedy, see prune-depth.
+    repair: refit each candidate before it is compared.
+    tokens: distil the best ones on so many tokens of the data and compare them again; 0 for not.
+    finalists: how many are distilled.
+    Source: Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 2.3 and table 9; the KL after repair is ours.
+    """
+
+    name: ClassVar[str] = "search"
+    numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
+    uses: ClassVar[frozenset[str]] = frozenset({"scores"})
+    gives: ClassVar[frozenset[str]] = frozenset({"cut"})
+    ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    layers: Choice = field(default=(), hash=False)
+    hidden: Choice = field(default=(), hash=False)
+    mlp: Choice = field(default=(), hash=False)
+    kv_heads: Choice = field(default=(), hash=False)
+    query_heads: Choice = field(default=(), hash=False)
+    head_dim: Choice = field(default=(), hash=False)
+    experts: Choice = field(default=(), hash=False)
+    expansion: tuple[Positive, ...] = ()
+    at_most: Positive = 0.75
+    at_least: Positive | None = None
+    budget: Budget = "parameters"
+    top: Annotated[int, Field(ge=1)] = 8
+    patience: Count = 0
+    depth: Literal["influence", "alone", "greedy"] = "influence"
+    repair: bool = True
+    tokens: Count = 0
+    finalists: Annotated[int, Field(ge=1)] = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.expansion and (self.mlp or not self.hidden):
+            raise OptionError("search: expansion stands for mlp, and multiplies hidden: give hidden, not mlp")
+        if not any(getattr(self, name) for name in (LAYERS, *FAMILIES)):
+            raise OptionError("search: nothing to choose: give layers=[...], mlp=[...], hidden={...} or others")
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+    @property
+    def cost(self) -> Cost:
+        return Cost((3.0 if self.repair else 0.2) * self.top, 1.0)
+
+    @property
+    def varied(self) -> list[str]:
+        """What differs between the shapes."""
+        return [name for name in (LAYERS, *FAMILIES) if getattr(self, name) or (name == "mlp" and self.expansion)]
+
+    def requires(self, program: Program) -> list[str]:
+        on_meta = any(p.is_meta for _, p in program.named_parameters())
+        return super().requires(program) + ["the weights are on the meta device: open the model with weights"] * on_meta
+
+    def candidates(self, program: Program, table: LatencyTable | None = None) -> list[Candidate]:
+        """All shapes within the budget, the dearest first.
+
+        Raises: EditError: a family cannot be searched, or no shape fits."""
+        costs = ShapeCosts(program, self.varied, table or LatencyTable())
+        choices = {name: self._numbers(name, costs.full[name]) for name in self.varied if getattr(self, name)}
+        whole = float(costs.cost({name: [costs.full[name]] for name in self.varied}, self.budget)[0])
+        most = self.at_most * whole if self.at_most <= 1 else self.at_most
+        least = 0.95 * most if self.at_least is None else self.at_least * (whole if self.at_least <= 1 else 1)
+        found = list(shapes_within(choices, lambda s: costs.cost(s, self.budget), most, least, self.expansion))
+        found = [one for one in found if all(one.shape[name] <= costs.full[name] for name in self.varied)]
+        if not found:
+            raise EditError(
+                f"search: no shape costs between {least:,.6g} and {most:,.6g} {self.budget} (the model: {whole:,.6g}): "
+                "give more choices, or another budget"
+            )
+        return found
+
+    def plan(self, program: Program) -> list[PlannedEdit]:
+        """What the dearest shape would do."""
+        shape = self.candidates(program)[0].shape
+        edits = [
+            PlannedEdit(group.name, name, group.units, shape[name], exact=False)
+            for name in self.varied
+            if name != LAYERS
+            for group in searched_groups(program, name)
+        ]
+        if LAYERS in shape:
+            edits.append(PlannedEdit(LAYERS, "blocks", len(blocks(program)), shape[LAYERS], exact=False))
+        return edits
+
+    def preview(self, program: Program) -> Program:
+        shape = self.candidates(program)[0].shape
+        names = [block.name for block in blocks(program) if block.locked is None]
+        edit = {g.name: torch.arange(shape[f]) for f in self.varied if f != LAYERS for g in searched_groups(program, f)}
+        return _cut(program, edit, names[::-1][: len(blocks(program)) - shape.get(LAYERS, len(blocks(program)))])
+
+    def call(self, program: Program, context: Context) -> PassResult:
+        data = context.data or ()
+        if len(data) < 3:
+            raise CalibrationError("search needs three calibration sequences or more: some are held back to compare")
+        run = _Run(self, program, context, data)
+        found = self.candidates(program)
+        told = list(run.compared(found))
+        best = min(told, key=lambda row: row["kl"])
+        if self.tokens:
+            best = run.distilled(told)
+        figures = {"within": len(found), "budget": self.budget, "whole": program.num_parameters, "candidates": told}
+        return PassResult(run.finished(best), True, {**figures, "chosen": best["shape"]})
+
+    def _numbers(self, name: str, full: int) -> list[int]:
+        choice = getattr(self, name)
+        if not isinstance(choice, dict):
+            return sorted(set(choice))
+        multiple, low, high = choice.get("multiple", 1), choice.get("low", max(1, full // 2)), choice.get("high", full)
+        found = [count for count in range(low, high + 1) if count % multiple == 0]
+        if not found:
+            raise EditError(f"search: no multiple of {multiple} lies between {low} and {high} ({name})")
+        return found
+
+
+class _Run:
+    """Compares candidates; finished ones are kept, so that a run that was killed goes on after the last of them."""
+
+    def __init__(self, options: Search, program: Program, context: Context, data: Sequence[Sample]) -> None:
+        self.options, self.program, self.context = options, program, context
+        back = held_back(len(data))
+        self.judges = [sample for at, sample in enumerate(data) if at in back]
+        self.seen = tuple(sample for at, sample in enumerate(data) if at not in back)
+        self.dense = program.cut.dense if program.cut else program
+        self.journal = Journal(context.resume)
+        self.expected = reference(self.dense, self.judges)
+        self.gone = self._order() if LAYERS in options.varied else []
+
+    def compared(self, found: Sequence[Candidate]) -> Iterator[dict[str, Any]]:
+        """A row for each candidate: shape, cost, parameters, KL."""
+        best, since = float("inf"), 0
+        chosen = found[: self.options.top]
+        refused = 0
+        for at, one in enumerate(self.context.progress(chosen, "shapes", len(chosen))):
+            kept = self.journal.read(f"candidate {at}")
+            row = kept.facts if kept else self._row(one)
+            if kept is None:
+                self.journal.write(f"candidate {at}", facts=row)
+            if "refused" in row:
+                refused += 1
+                self.context.log.info("search passes over %s: %s", row["shape"], row["refused"])
+                continue
+            yield row
+            best, since = (row["kl"], 0) if row["kl"] < best else (best, since + 1)
+            if self.options.patience and since >= self.options.patience:
+                return
+        if refused == len(chosen):
+            raise PipelineError("search: no stock class holds any of the shapes compared: choose other numbers")
+
+    def distilled(self, told: list[dict[str, Any]]) -> dict[str, Any]:
+        """The best row after a short distillation of the first few."""
+        first = sorted(told, key=lambda row: row["kl"])[: self.options.finalists]
+        for row in first:
+            row["kl_distilled"] = kl_to(self.expected, self.finished(row), self.judges).mean
+        return min(first, key=lambda row: row["kl_distilled"])
+
+    def finished(self, row: Mapping[str, Any]) -> Program:
+        """The Program of a row: pruned, repaired and, where that was asked for, distilled."""
+        made = self._repaired(self._pruned(row["shape"]))
+        if not self.options.tokens:
+            return made
+        name = "distill " + "-".join(str(count) for count in row["shape"].values())
+        folder = self.context.resume / name if self.context.resume else None
+        return Distill(tokens=self.options.tokens)(made, replace(self.context, data=self.seen, resume=folder))
+
+    def _row(self, one: Candidate) -> dict[str, Any]:
+        pruned = self._pruned(one.shape)
+        try:
+            if self.context.raise_model is not None:
+                self.context.raise_model(pruned)
+        except SecateurError as error:
+            return {"shape": dict(one.shape), "cost": one.cost, "refused": str(error)}
+        made = self._repaired(pruned)
+        found = kl_to(self.expected, made, self.judges)
+        told = {"kl": found.mean, "stderr": found.stderr, "parameters": made.num_parameters}
+        return {"shape": dict(one.shape), "cost": one.cost, **told}
+
+    def _repaired(self, pruned: Program) -> Program:
+        if not self.options.repair or pruned.cut is None:
+            return pruned
+        return Repair()(pruned, replace(self.context, data=self.seen, resume=None)).replace(
+            history=self.program.history
+        )
+
+    def _pruned(self, shape: Shape) -> Program:
+        edit: dict[str, torch.Tensor] = {}
+        for family in self.options.varied:
+            for group in searched_groups(self.program, family) if family != LAYERS else ():
+                edit[group.name] = top_units(self._scores(group), shape[family])
+        count = len(blocks(self.program))
+        return _cut(self.program, edit, self.gone[: count - shape.get(LAYERS, count)])
+
+    def _scores(self, group: CoupledGroup) -> torch.Tensor:
+        if group.name not in self.program.scores:
+            raise EditError(f"{group.name} has no scores: the metric of score{{...}} cannot see it; choose another")
+        return self.program.scores[group.name]
+
+    def _order(self) -> list[str]:
+        """The blocks in the order in which they go."""
+        options = self.options
+        most = len(blocks(self.program)) - min(options._numbers(LAYERS, len(blocks(self.program))))
+        if most <= 0:
+            return []
+        folder = self.context.resume / "depth" if self.context.resume else None
+        asked = PruneDepth(drop=most, method=options.depth)
+        shallow = asked(self.program, replace(self.context, data=self.seen, resume=folder))
+        return [name for told in shallow.history[-1].figures["rounds"] for name in told["dropped"]]
+
+
+def _cut(program: Program, edit: Mapping[str, torch.Tensor], gone: Sequence[str]) -> Program:
+    narrow = keep(program, dict(edit.items()))
+    return drop(narrow, gone) if gone else narrow
