@@ -19,7 +19,7 @@ def whole(tensor: Tensor) -> Tensor:
     """The full tensor of one that may be spread over processes (then on the CPU); every process must call this."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
-    full: Tensor = tensor.full_tensor()  # type: ignore[operator]
+    full: Tensor = tensor.full_tensor()
     return full.clone().cpu()  # the clone waits for what is still on its way
 
 
@@ -36,8 +36,9 @@ def spread_like(value: Tensor, like: Tensor) -> Tensor:
 def settle(model: nn.Module) -> None:
     """Spread what a forward pass without a backward one left gathered; nothing to do in one process."""
     for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+        reshard: Any = getattr(module, "reshard", None)
+        if reshard is not None:
+            reshard()
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
