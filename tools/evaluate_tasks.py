@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,13 +162,15 @@ def _harness() -> tuple[Any, Any]:
 
 @contextmanager
 def _quietly(lm_eval: Any) -> Iterator[None]:
-    """Without lm-eval's chatter, and without its question to git, which complains outside of a repository."""
+    """Without lm-eval's chatter, which also goes to stdout, and without its question to git, which complains outside of
+    a repository."""
     logger, evaluator = logging.getLogger("lm_eval"), lm_eval.evaluator
     level, asks_git = logger.level, getattr(evaluator, "get_git_commit_hash", None)
     logger.setLevel(logging.ERROR)
     evaluator.get_git_commit_hash = lambda: None
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         logger.setLevel(level)
         evaluator.get_git_commit_hash = asks_git

@@ -6,7 +6,7 @@ All models see the same windows, one window at a time; at most two models' logit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +19,8 @@ from secateur.tools.evaluate import EvaluationError, Model, spans, text_window, 
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
-FEW = 10  # with fewer documents than this, windows are resampled instead
+DRAWN_AT_ONCE = 4_000_000  # clusters that are drawn at once, 8 bytes each and some more
+FEW = 10  # with fewer documents than this, windows are resampled instead; with fewer windows, tokens
 CURVE = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 
 
@@ -127,10 +128,13 @@ def score_text(
     document = (text.stream == text.end).cumsum(0)
     documents = int(document[-1]) + int(text.stream[-1] != text.end) if len(document) else 0
     order = sorted(models, key=lambda name: name != reference)
+    resampled = _resampled(documents, len(windows))
     for at, (start, end, first) in enumerate(progress(windows, "text", len(windows))):
         ids = text.stream[start:end]
         scored = ids[first:] != text.end
-        clusters.append((document[start:end][first:] if documents >= FEW else torch.full_like(ids[first:], at))[scored])
+        place = torch.arange(start, end)
+        cluster_of = {"documents": document[start:end], "windows": torch.full_like(place, at), "tokens": place}
+        clusters.append(cluster_of[resampled][first:][scored])
         against = None
         for name in order:
             logits = _predictions(models[name], ids, text.bos, len(ids) - first)
@@ -140,7 +144,12 @@ def score_text(
     if len(cluster) < 2:
         raise EvaluationError(f"{len(cluster)} tokens scored of {len(text.stream)}; need two or more: give more text")
     scores = _summaries(seen, cluster, reference, seed)
-    return TextReport(scores, _protocol(text, documents, cluster), len(cluster), reference)
+    return TextReport(scores, _protocol(text, documents, cluster, resampled), len(cluster), reference)
+
+
+def _resampled(documents: int, windows: int) -> str:
+    """What the intervals take as independent: the largest pieces of which there are enough."""
+    return "documents" if documents >= FEW else "windows" if windows >= FEW else "tokens"
 
 
 def _device(model: Any) -> torch.device:
@@ -195,7 +204,7 @@ def _summary(seen: _Seen, base: Tensor | None, bootstrap: Bootstrap) -> TextScor
 
 
 class Bootstrap:
-    """Percentile intervals of means over tokens, by resampling whole clusters (documents or windows) with replacement;
+    """Percentile intervals of means over tokens, by resampling whole clusters (documents, windows) with replacement;
     the same resamples serve every statistic, so that differences are paired.
 
     cluster: [T] which cluster each token belongs to, in ascending order.
@@ -204,10 +213,7 @@ class Bootstrap:
 
     def __init__(self, cluster: Tensor, seed: int) -> None:
         self.sizes = torch.unique_consecutive(cluster, return_counts=True)[1]
-        clusters, maker = len(self.sizes), torch.Generator().manual_seed(seed)
-        drawn = torch.randint(clusters, (RESAMPLES, clusters), generator=maker)
-        self.times = torch.zeros(RESAMPLES, clusters, dtype=torch.float64)
-        self.times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+        self.seed = seed
 
     def split(self, values: Tensor) -> list[Tensor]:
         """Token values [T] by cluster."""
@@ -216,10 +222,17 @@ class Bootstrap:
     def interval(self, values: Tensor, exponential: bool = False) -> Interval:
         """The mean of token values [T] (or its exponential) with its interval."""
         sums = torch.stack([part.sum() for part in self.split(values)])
-        means = (self.times @ sums) / (self.times @ self.sizes.double())
+        means = torch.cat([sums[drawn].sum(1) / self.sizes[drawn].sum(1) for drawn in self._drawn()])
         tail = (1 - CONFIDENCE) / 2
         found = [float(values.mean()), float(means.quantile(tail)), float(means.quantile(1 - tail))]
         return Interval(*(math.exp(min(x, 700.0)) for x in found)) if exponential else Interval(*found)
+
+    def _drawn(self) -> Iterator[Tensor]:
+        """Numbers of clusters, [some resamples, clusters] at a time; the same ones in every call."""
+        clusters, maker = len(self.sizes), torch.Generator().manual_seed(self.seed)
+        at_once = max(1, DRAWN_AT_ONCE // clusters)
+        for done in range(0, RESAMPLES, at_once):
+            yield torch.randint(clusters, (min(at_once, RESAMPLES - done), clusters), generator=maker)
 
 
 def concentration(values: Tensor) -> tuple[tuple[float, float], ...]:
@@ -230,13 +243,12 @@ def concentration(values: Tensor) -> tuple[tuple[float, float], ...]:
     return tuple((n / len(values), float(running[n - 1]) / total if total else 0.0) for n in at)
 
 
-def _protocol(text: Text, documents: int, cluster: Tensor) -> str:
+def _protocol(text: Text, documents: int, cluster: Tensor, resampled: str) -> str:
     body, stride = text_window(text.window, text.stride, text.bos)
     overlap = "no overlap" if stride == body else f"stride {stride}"
     bos = "no beginning token" if text.bos is None else f"beginning token {text.bos} before each window"
-    what = "documents" if documents >= FEW else "windows"
     count = len(torch.unique_consecutive(cluster))
     return (
         f"{len(cluster):,} scored tokens of {documents:,} documents, windows of {text.window} ({overlap}), {bos}, "
-        f"end tokens not scored; intervals: {CONFIDENCE:.0%}, bootstrap over {count:,} {what}"
+        f"end tokens not scored; intervals: {CONFIDENCE:.0%}, bootstrap over {count:,} {resampled}"
     )

@@ -40,13 +40,16 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_tasks_run_on_a_model_and_its_reference(tasks: Path, model_folder: Path) -> None:
+def test_tasks_run_on_a_model_and_its_reference(
+    tasks: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("lm_eval")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     other = AutoModelForCausalLM.from_pretrained(model_folder)
     for parameter in other.parameters():
         parameter.data = parameter.data.flip(0).contiguous() if parameter.dim() > 1 else parameter.data
     found = run_tasks({"a": model, "b": other}, tokenizer, read_tasks([tasks]), reference="a", limit=8, batch=4)
+    assert capsys.readouterr().out == ""  # stdout is for the result alone
     by_name = {(s.task, s.metric): s for s in found["b"]}
     assert set(by_name) == {("choice", "acc"), ("last", "perplexity"), ("last", "acc")}
     score = by_name["choice", "acc"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.passes.quality import QualityError
+from secateur.tools import evaluate_text
 from secateur.tools.evaluate import EvaluationError, perplexity
 from secateur.tools.evaluate_text import Bootstrap, Text, concentration, score_text
 
@@ -89,6 +90,7 @@ def test_documents_are_resampled_where_there_are_enough_of_them() -> None:
     assert "over 12 documents" in score_text(model, Text(stream(), END, window=8)).protocol
     few = score_text(model, Text(stream(3, 40), END, window=8)).protocol
     assert "3 documents" in few and "16 windows" in few
+    assert "bootstrap over 119 tokens" in score_text(model, Text(stream(3, 40), END, window=200)).protocol
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
@@ -98,6 +100,17 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         found = Bootstrap(torch.arange(40).repeat_interleave(5), seed).interval(by_cluster.flatten().double())
         hits += found.low <= 0 <= found.high
     assert 87 <= hits <= 100
+
+
+def test_resamples_are_the_same_for_every_statistic_and_whatever_is_drawn_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster, values = torch.arange(50).repeat_interleave(3), torch.randn(150, dtype=torch.float64)
+    bootstrap = Bootstrap(cluster, 1)
+    plain, twice = bootstrap.interval(values), bootstrap.interval(2 * values)
+    assert (twice.low, twice.high) == pytest.approx((2 * plain.low, 2 * plain.high))
+    monkeypatch.setattr(evaluate_text, "DRAWN_AT_ONCE", 70)
+    assert Bootstrap(cluster, 1).interval(values) == plain
 
 
 def test_concentration_of_the_worst_tokens() -> None:
