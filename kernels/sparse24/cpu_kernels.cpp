@@ -2,7 +2,7 @@
 //
 // Layouts: see formats.py.  Dims: M batch rows, N outputs, S stored columns; one block = 64 columns of one row.
 // Small batches: a thread owns a range of rows of W and streams each once; the row meets all batch rows while in L1.
-// Larger batches: W is expanded to a dense matrix once and torch multiplies.
+// Larger batches: W is expanded panel by panel of rows, each small enough for a cache, and torch multiplies by the panel.
 // A 16-bit float kept value is moved to its column by vpexpandw in its register form (the memory form is slow on some
 // processors); bfloat16 products are vdpbf16ps, which takes denormals for zero.  int8 and int4 levels become bfloat16
 // (exactly) or float32 in registers; scales are applied to float32 sums.
@@ -34,7 +34,7 @@ using Maybe = std::optional<Tensor>;
 
 constexpr int64_t BLOCK = 64;           // columns
 constexpr int64_t SCALE_COLUMNS = 128;  // columns that share an int4 scale
-constexpr int64_t MAX_STREAMED_BATCH = 16;
+constexpr int64_t PANEL = 1 << 20;       // elements of a dense panel
 constexpr int64_t TILE = 4;             // batch rows that meet a row of W in one pass over it
 constexpr int64_t AHEAD = 4096;         // bytes of values to prefetch ahead
 constexpr int64_t GRAIN = 1 << 17;      // weights a thread must have to be worth waking
@@ -145,6 +145,7 @@ inline __m512i bf16_of_int4(const uint8_t* packed) {  // 16 bytes, 32 levels
 template <bool sparse, int bits>
 struct Row {
   static constexpr bool grouped = bits == 4;
+  static constexpr int64_t MAX_STREAMED_BATCH = 2 * bits;  // measured: the more work a kept value is, the sooner panels pay
   static constexpr int64_t bytes_of(int64_t columns) { return columns * bits / (sparse ? 16 : 8); }
   static constexpr int64_t BYTES = bytes_of(BLOCK);
   const uint8_t* values;
@@ -423,7 +424,7 @@ void stream(const Operands& w, const Tensor& x, const Y* bias, Y* y) {
   });
 }
 
-// ---- expansion to a dense matrix [N, S]
+// ---- expansion of rows first .. last - 1 to a dense matrix [last - first, S]
 
 inline void store16(float* to, __m512 v) { _mm512_storeu_ps(to, v); }
 inline void store16(at::Half* to, __m512 v) {
@@ -434,11 +435,11 @@ inline void store16(at::BFloat16* to, __m512 v) {
 }
 
 template <class R, class X, class Y>
-void unpack(const Operands& w, Y* dense) {
-  at::parallel_for(0, w.rows, std::max<int64_t>(1, GRAIN / w.stored), [&](int64_t begin, int64_t end) {
+void unpack(const Operands& w, int64_t first, int64_t last, Y* dense) {
+  at::parallel_for(first, last, std::max<int64_t>(1, GRAIN / w.stored), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const R row(w.values, w.mask, n, w.stored);
-      Y* to = dense + n * w.stored;
+      Y* to = dense + (n - first) * w.stored;
       const auto put = [&](const R& from, int64_t block, int64_t column, Y* out) {
         X one;
         from.block(block, one);
@@ -465,13 +466,18 @@ template <class R, class X, class Y>
 void run(const Operands& w, const Tensor& x, const Maybe& bias, Tensor& y) {
   const Y* shift = bias ? bias->const_data_ptr<Y>() : nullptr;
   const int64_t batch = x.size(0), columns = x.size(1);
-  if (batch <= MAX_STREAMED_BATCH) {
+  if (batch <= R::MAX_STREAMED_BATCH) {
     stream<R, X, Y>(w, x, shift, y.mutable_data_ptr<Y>());
     return;
   }
-  Tensor dense = at::empty({w.rows, w.stored}, x.options());
-  unpack<R, X, Y>(w, dense.mutable_data_ptr<Y>());
-  y.copy_(at::linear(x, dense.narrow(1, 0, columns), bias));
+  const int64_t height = std::min(w.rows, std::max<int64_t>(64, PANEL / w.stored));
+  Tensor panel = at::empty({height, w.stored}, x.options());
+  for (int64_t n = 0; n < w.rows; n += height) {
+    const int64_t rows = std::min(height, w.rows - n);
+    unpack<R, X, Y>(w, n, n + rows, panel.mutable_data_ptr<Y>());
+    const Maybe part = bias ? Maybe(bias->narrow(0, n, rows)) : Maybe();
+    y.narrow(1, n, rows).copy_(at::linear(x, panel.narrow(0, 0, rows).narrow(1, 0, columns), part));
+  }
 }
 
 template <class Y, class X>

@@ -122,7 +122,8 @@ def _operands(name: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor 
 
 def _kernel(name: str) -> Callable[..., Tensor]:
     def run(*args: Any) -> Tensor:
-        if args[0].device.type == "cpu" and cpu.active():  # from now on the compiled kernel holds the CPU key
+        on_cpu = all(a.device.type == "cpu" for a in args if isinstance(a, Tensor))
+        if on_cpu and cpu.active():  # from now on the compiled kernel holds the CPU key
             result: Tensor = getattr(torch.ops.secateur, name)(*args)
             return result
         check_operands(*_operands(name, args), name)
