@@ -190,7 +190,8 @@ def facts_of(out: Path, options: argparse.Namespace, held: torch.Tensor, end: in
             "training_text": f"{windows.numel():,} tokens of Wikipedia leads, windows of {WINDOW}",
             "held_out_windows": f"the first {options.windows} of the training text, not trained on; end tokens count",
             "other_documents": f"{held.numel():,} tokens of documents in no other set, windows of {WINDOW}",
-            "kl": "KL(dense || trained), nats, mean over tokens",
+            "kl": "KL(dense || trained), nats, mean over tokens; on other documents in float32",
+            "products in training": options.precision,
         },
         "machine": describe_machine(),
         "before": quality(small, dense, held, end),
@@ -211,7 +212,7 @@ def main() -> None:
     parser.add_argument("--pipeline", default=PIPELINE)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--micro-batch", type=int, default=2)
-    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--precision", default="bfloat16", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--evaluations", type=int, default=8)
     parser.add_argument("--save-every", type=int, default=5)
     parser.add_argument("--windows", type=int, default=16, help="windows of the training text held out")

@@ -16,7 +16,7 @@ from secateur.graph.errors import PipelineError
 from secateur.passes.base import MISSING, Context, PassResult
 from secateur.passes.training.chunked import Weights
 from secateur.passes.training.network import Network
-from secateur.passes.training.plan import TrainingPass
+from secateur.passes.training.plan import TrainingPass, autocast
 from secateur.passes.training.run import Goal, Trained, fingerprint, fresh, module_of, train, write_curve
 from secateur.passes.training.teachers import LiveTeacher, NoTeacher, StoredTeacher, Teacher, placed, store
 from secateur.passes.training.text import Text
@@ -122,7 +122,7 @@ class Distill(TrainingPass):
         first = next(model.parameters())
         inputs = {k: v.to(first.device) if hasattr(v, "to") else v for k, v in text.train[0].inputs.items()}
         live = LiveTeacher(
-            Network(model, inputs),
+            Network(model, inputs, autocast(self.precision, {p.dtype for p in model.parameters()})),
             states=bool(self.states),
             top_k=self.top_k,
             temperature=self.temperature,

@@ -35,8 +35,8 @@ class TrainingPass(Pass):
     warmup: part of the steps in which the learning rate rises.
     final_lr: part of lr that the cosine ends at.
     weight_decay, clip: of AdamW; largest norm of a step's gradient.
-    precision: of matrix products: float32, bfloat16, or auto (bfloat16 where weights are of low precision; those are
-        held as float32 while they are trained).
+    precision: of matrix products, the teacher's too: float32, bfloat16, or auto (bfloat16 where weights are of low
+        precision; those are held as float32 while they are trained).
     checkpointing: recompute activations in the backward pass, which saves memory.
     compile: backend of torch.compile for the student: off, inductor or aot_eager.
     save_every: steps from one checkpoint to the next, in a run that can be resumed.
