@@ -50,15 +50,22 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(health, "chip", lambda device: health.Chip("emulated", 90, 4))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     yield monkeypatch
-    health.trouble.cache_clear()
     launch.layouts.cache_clear()
+
+
+@pytest.fixture
+def untested() -> Iterator[None]:
+    """Self-tests are kept for the process, as a user's are; these tests want their own."""
+    health.trouble.cache_clear()
+    yield
+    health.trouble.cache_clear()
 
 
 def half(kind: str) -> torch.dtype:
     return FLOATS.get(kind, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("kind", "at"), [("bfloat16", 0), ("float16", 3), ("int8", 3), ("int4", 0)])
+@pytest.mark.parametrize(("kind", "at"), [("float16", 3), ("int8", 3)])
 def test_decode_and_gemm_pass_their_self_test(kind: str, at: int) -> None:
     values = configs.value_kind(kind)
     for choice in (Choice("decode", configs.DECODE[values][at]), Choice("gemm", configs.GEMM[values][at])):
@@ -71,7 +78,7 @@ def test_wgmma_passes_its_self_test(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["portable", "expand", "torch"])
+@pytest.mark.parametrize("backend", ["portable", "expand"])
 def test_the_others_pass_their_self_test(kind: str, backend: configs.Backend) -> None:
     assert health.self_test(Choice(backend), kind, half(kind), CPU) == ""
 
@@ -89,7 +96,7 @@ def test_any_batch_is_served_by_the_kernel_chosen_for_it(kind: str, batch: int, 
 
 
 def test_a_faulty_kernel_does_not_serve_and_the_report_says_why(
-    device: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    device: pytest.MonkeyPatch, untested: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = Kernels(("decode", "(row < N))", "(row < N - 1))"))
     device.setattr(launch, "kernels", lambda: modules(broken))
@@ -102,7 +109,7 @@ def test_a_faulty_kernel_does_not_serve_and_the_report_says_why(
     assert "results are wrong" in asked[-1].trouble
 
 
-def test_where_nothing_compiles_plain_torch_serves(device: pytest.MonkeyPatch) -> None:
+def test_where_nothing_compiles_plain_torch_serves(device: pytest.MonkeyPatch, untested: None) -> None:
     def missing() -> SimpleNamespace:
         raise RuntimeError("the GPU kernels need Triton: pip install 'secateur[kernels]'")
 
