@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM = false
 # Threads that wait do not spin: beside another busy program, spinning makes this machine's work many times slower.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: setup assets test lint pytest slow demo demo-short dist clean
+.PHONY: setup assets test lint pytest slow triton-old demo demo-short dist clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +39,12 @@ lint: $(READY)
 
 pytest: $(READY) assets
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) -m "not slow and not gpu"
+
+# An older Triton beside the installed one: tests/kernels/gpu compiles the GPU kernels by both where it is there.
+triton-old: .cache/triton-old/triton
+
+.cache/triton-old/triton: | $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --target .cache/triton-old triton==3.6.0
 
 slow: $(READY) assets
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) -m "slow and not gpu"
