@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,8 @@ class Work:
     def folder(self, position: int, name: str) -> Path:
         made = self.path / _label(position, name)
         made.mkdir(exist_ok=True)
+        for left in made.glob(f"{tempfile.gettempprefix()}*"):  # temporary folders of a run that was killed
+            _remove(left)
         return made
 
     def keep(self, position: int, name: str, program: Program) -> None:

@@ -158,11 +158,10 @@ def check_request(passes: Pipeline, spec: DataSpec, output: Path | None, *, dry_
 
 
 def check_writable(output: Path) -> None:
-    """Whether a folder can be made where the output will stand; leaves nothing behind."""
+    """Whether something can be made where the output will stand; leaves nothing behind, not even when killed."""
     parent = standing(output)
     try:
-        with tempfile.TemporaryDirectory(prefix=".secateur-", dir=parent):
-            pass
+        tempfile.TemporaryFile(dir=parent).close()  # without a name
     except OSError as error:
         reason = error.strerror or error
         raise BadInput(f"{output} cannot be written: {reason} in {parent}; choose another -o") from error

@@ -324,6 +324,8 @@ def test_passes_get_a_folder_and_a_way_to_raise(
 
 def test_work_forgets_earlier_passes(source: Program, tmp_path: Path) -> None:
     work = Work(tmp_path, digests(source))
+    (work.folder(1, "score") / "tmp1234").mkdir()
+    assert not any(work.folder(1, "score").iterdir())  # what a killed run had for the moment alone
     for position in (1, 2):
         (work.folder(position, "score") / "x").write_text("")
         work.keep(position, "score", source)
