@@ -165,7 +165,13 @@ def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> Non
         runs.setdefault(cell["cell"].rpartition("-seed")[0], []).append(cell["figures"]["held_out"])
     panels = [
         Panel("KL to the dense model", "kl", "nats a token, held-out windows"),
-        Panel("perplexity", "perplexity", "held-out windows", (facts["dense"]["perplexity_held_out_windows"], "dense")),
+        Panel(
+            "perplexity",
+            "perplexity",
+            "held-out windows",
+            (facts["dense"]["perplexity_held_out_windows"], "dense"),
+            True,
+        ),
     ]
     draw_curves(runs, panels, out / "distill.png", facts["protocol"]["pipeline"])
 
@@ -179,7 +185,10 @@ def facts_of(out: Path, options: argparse.Namespace, held: torch.Tensor, end: in
     """Protocol, machine, and what the pruned model is worth before it is trained; measured once."""
     file = out / "before.json"
     if file.is_file():
-        return json.loads(file.read_text())  # type: ignore[no-any-return]
+        kept: dict[str, Any] = json.loads(file.read_text())
+        if kept["protocol"]["pipeline"] != options.pipeline:
+            raise SystemExit(f"{out} holds {kept['protocol']['pipeline']}: give another --out for {options.pipeline}")
+        return kept
     dense, small = secateur.capture(default_cache() / MODEL_FOLDER), secateur.capture(out / "pruned")
     windows = load_file(out / "train.safetensors")["input_ids"].long()
     found = {
@@ -230,9 +239,12 @@ def main() -> None:
                 name = f"{loss}-lr{lr:g}-{options.tokens}-seed{seed}"
                 done = out / "cells" / name / "result.json"
                 one = cell_pass(loss, lr, options, out)
-                cell = (
-                    json.loads(done.read_text()) if done.is_file() else run_cell(name, one, seed, out, held, end, voice)
-                )
+                if done.is_file():
+                    cell = json.loads(done.read_text())
+                    if cell["options"] != json.loads(json.dumps(one.to_json())):
+                        raise SystemExit(f"{done} was made with other options: give another --out, or remove it")
+                else:
+                    cell = run_cell(name, one, seed, out, held, end, voice)
                 cells.append(cell)
                 print(name, cell["figures"]["held_out"][-1], cell["held_out_documents"], flush=True)
                 report(out, facts, cells)
