@@ -1,14 +1,14 @@
-// y = x W^T + b for packed W on AVX-512: expand the kept values of a row under its bitmask, multiply, accumulate in fp32.
+// y = x W^T + b for packed W on AVX-512: expand the kept values of a row under its bitmask, multiply, sum in fp32.
 //
 // Layouts: see formats.py.  Dims: M batch rows, N outputs, S stored columns; one block = 64 columns of one row.
 // Small batches: a thread owns a range of rows of W and streams each once; the row meets all batch rows while in L1.
-// Larger batches: W is expanded panel by panel of rows, each small enough for a cache, and torch multiplies by the panel.
+// Larger batches: W is expanded panel by panel of rows, each small enough for a cache, and torch multiplies by it.
 // A 16-bit float kept value is moved to its column by vpexpandw in its register form (the memory form is slow on some
 // processors); bfloat16 products are vdpbf16ps, which takes denormals for zero.  int8 and int4 levels become bfloat16
 // (exactly) or float32 in registers; scales are applied to float32 sums.
 //
-// SECATEUR_NAMESPACE: the torch library of the raw kernels.  secateur::* is registered by activate(), after a self-test;
-// by secateur_register_standalone(), schemas included, in a process without Python.
+// SECATEUR_NAMESPACE: the torch library of the raw kernels.  secateur::* is registered by activate(), after a
+// self-test; by secateur_register_standalone(), schemas included, in a process without Python.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -81,7 +81,8 @@ struct Bf16 {
   __m512i part[2];
   template <int CHAINS, int FIRST = 0>
   inline void dot(__m512* acc, const Scalar* x) const {
-    for (int i = 0; i < 2; ++i) acc[(FIRST + i) % CHAINS] = dot_bf16(acc[(FIRST + i) % CHAINS], part[i], _mm512_loadu_si512(x + 32 * i));
+    for (int i = 0; i < 2; ++i)
+      acc[(FIRST + i) % CHAINS] = dot_bf16(acc[(FIRST + i) % CHAINS], part[i], _mm512_loadu_si512(x + 32 * i));
   }
   inline void to_floats(__m512* out) const {
     for (int i = 0; i < 4; ++i) out[i] = float_of_bf16(half(part[i / 2], i % 2));
@@ -145,7 +146,7 @@ inline __m512i bf16_of_int4(const uint8_t* packed) {  // 16 bytes, 32 levels
 template <bool sparse, int bits>
 struct Row {
   static constexpr bool grouped = bits == 4;
-  static constexpr int64_t MAX_STREAMED_BATCH = 2 * bits;  // measured: the more work a kept value is, the sooner panels pay
+  static constexpr int64_t MAX_STREAMED_BATCH = 2 * bits;  // measured: the more work a value is, the sooner panels pay
   static constexpr int64_t bytes_of(int64_t columns) { return columns * bits / (sparse ? 16 : 8); }
   static constexpr int64_t BYTES = bytes_of(BLOCK);
   const uint8_t* values;
@@ -190,7 +191,8 @@ struct SparseF16 : Row<true, 16> {
   inline void block(int64_t i, Fp32& w) const {
     const uint8_t* v = at(i);
     for (int j = 0; j < 4; ++j)
-      w.part[j] = expand_f32(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(v + 16 * j))), *this, i, j);
+      w.part[j] =
+          expand_f32(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(v + 16 * j))), *this, i, j);
   }
 };
 struct SparseF32 : Row<true, 32> {
@@ -499,11 +501,13 @@ void choose(const Operands& w, at::ScalarType type, const Tensor& x, const Maybe
 bool is_float(at::ScalarType type) { return type == at::kFloat || type == at::kHalf || type == at::kBFloat16; }
 
 // y [..., N] is written in full.  mask none: dense values.  Raises ValueError where types or shapes disagree.
-void linear_out(const Tensor& x, const Tensor& values, const Maybe& mask, const Maybe& scale, const Maybe& bias, Tensor& y) {
+void linear_out(
+    const Tensor& x, const Tensor& values, const Maybe& mask, const Maybe& scale, const Maybe& bias, Tensor& y) {
   const auto type = values.scalar_type();
   const int64_t elements = values.size(1) * (type == at::kByte ? 2 : 1), rows = values.size(0);
   const int64_t stored = mask ? 2 * elements : elements, columns = x.size(-1);
-  TORCH_CHECK_VALUE(is_float(x.scalar_type()), "secateur: x is ", x.scalar_type(), ": expected a float of 16 or 32 bits");
+  TORCH_CHECK_VALUE(is_float(x.scalar_type()), "secateur: x is ", x.scalar_type(),
+                    ": expected a float of 16 or 32 bits");
   TORCH_CHECK_VALUE(scale ? !is_float(type) : type == x.scalar_type(), "secateur: values are ", type, " for x of ",
                     x.scalar_type(), scale ? " with" : " without", " a scale");
   TORCH_CHECK_VALUE(mask || type != at::kHalf, "secateur: dense float16 is torch's own linear");
