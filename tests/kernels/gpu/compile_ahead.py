@@ -218,19 +218,19 @@ def facts(kernel: Any) -> dict[str, Any]:
         "sparse": sorted({re.match(r"H\w*MMA\.SP", op).group() for op in opcodes if re.match(r"H\w*MMA\.SP", op)}),  # type: ignore[union-attr]
         "instructions": len(opcodes),
         "shared": kernel.metadata.shared,
-        "unguarded_reads": unguarded_reads(kernel.asm["ptx"]),
+        "unguarded": unguarded(kernel.asm["ptx"]),
     }
 
 
-def unguarded_reads(ptx: str) -> int:
-    """Reads of shared memory after a wait for copies with no barrier between: another warp's copy may be under way."""
+def unguarded(ptx: str) -> int:
+    """Accesses to shared memory between a wait for copies and its barrier: another warp may still copy or read."""
     waited, found = False, 0
     for line in ptx.splitlines():
         if "cp.async.wait_group" in line:
             waited = True
         elif "bar.sync" in line or "barrier.sync" in line:
             waited = False
-        elif waited and re.search(r"\b(ld\.shared|ldmatrix|wgmma\.mma_async)", line):
+        elif waited and re.search(r"\b(ld\.shared|ldmatrix|wgmma\.mma_async|cp\.async\.c[ag])", line):
             found += 1
     return found
 

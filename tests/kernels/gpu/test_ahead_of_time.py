@@ -38,7 +38,7 @@ def complaints(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
         (found["shared"] > limit, f"{found['shared']} bytes of shared memory, limit {limit}"),
         (exact not in (None, found["shared"]), f"{found['shared']} bytes of shared memory, not the ring's {exact}"),
         (found["sparse"] != instruction, f"sparse instructions {found['sparse']}, not {instruction}"),
-        (found["unguarded_reads"], f"{found['unguarded_reads']} reads between a wait and its barrier"),
+        (found["unguarded"], f"{found['unguarded']} accesses between a wait and its barrier"),
     ]
     return [text for wrong, text in troubles if wrong]
 
@@ -59,9 +59,10 @@ def test_every_variant_is_what_its_configuration_says(version: str, tmp_path: Pa
     assert sum(name.startswith("wgmma") for name in wrong) == 2 * len(configs.WGMMA)
 
 
-def test_a_read_before_the_barrier_is_found() -> None:
-    from compile_ahead import unguarded_reads
+def test_an_access_before_the_barrier_is_found() -> None:
+    from compile_ahead import unguarded
 
     wait, barrier, read = "cp.async.wait_group 0x2;", "bar.sync 0;", "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1};"
-    assert unguarded_reads("\n".join([wait, barrier, read])) == 0
-    assert unguarded_reads("\n".join([wait, read, barrier, read])) == 1
+    assert unguarded("\n".join([wait, barrier, read])) == 0
+    assert unguarded("\n".join([wait, read, barrier, read])) == 1
+    assert unguarded("\n".join([wait, "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10;", barrier])) == 1
