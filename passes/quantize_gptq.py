@@ -63,7 +63,8 @@ def inverse_factor(gram_KK: Tensor, damping: float) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(gram + eye * mean.clamp_min(1e-12) * damping * more)
         upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed and not failed_too and bool(torch.isfinite(upper).all()):
-            return upper.float()
+            factor: Tensor = upper.float()
+            return factor
     raise GramError("the Gram matrix of the inputs cannot be factored: give more calibration tokens or more damping")
 
 

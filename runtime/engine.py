@@ -86,7 +86,7 @@ class Engine(Protocol):
         """Add tokens to prompts of one length until each said an end token, or ``max_new_tokens``.
 
         Args:  temperature: 0 takes the likeliest token; above, tokens are drawn from the softmax of logits over it.
-            seed: of the draws.   ignore_end: go on after an end token.   on_token: is shown each new column [B].
+            seed: of the draws.   ignore_end: never choose an end token.   on_token: is shown each new column [B].
         Raises: GenerateError: no prompt, or no room.
         """
         ...
@@ -114,11 +114,10 @@ def open_engine(
     on_packed = packed and is_lowered(folder)
     if on_packed and dtype is not None:
         raise GenerateError(f"the packed weights of {folder} have a dtype: lower the model anew, or run it dense")
-    model = (
-        open_model(path, dtype=dtype or "auto") if dtype or not has_manifest(folder) else load(folder, packed=packed)
-    )
+    stock = dtype is not None or not has_manifest(folder)
+    model: Any = open_model(path, dtype=dtype or "auto") if stock else load(folder, packed=packed)
     plan = read_layers(folder / PACKED)[1] if on_packed else None
-    moved: Any = model.to(device)
+    moved = model.to(device)
     if device.startswith("cuda"):
         rearrange_for_gpu(moved)
     return StockEngine(moved, device == "cuda" if compiled is None else compiled, tuple(running(moved, plan)))
@@ -129,7 +128,7 @@ def has_manifest(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-class _Clock(BaseStreamer):  # type: ignore[misc]
+class _Clock(BaseStreamer):
     """Notes when tokens come, and shows them."""
 
     def __init__(self, on_token: OnToken | None) -> None:
@@ -190,7 +189,8 @@ class StockEngine:
         if ids_BT.shape[0] == 1:
             settings["streamer"] = clock
         started = time.perf_counter()
-        out: Any = self.model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **settings)
+        model: Any = self.model
+        out: Any = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **settings)
         ended = time.perf_counter()
         first = clock.times[0] if clock.times else ended
         return Generated(out, ids_BT.shape[1], out.shape[1] - ids_BT.shape[1], first - started, ended - first)
@@ -243,12 +243,14 @@ class PackagedEngine:
                 "asked for: ask for fewer, or package the model with a greater length"
             )
         draws = torch.Generator(device=self.device).manual_seed(seed)
-        end = torch.tensor(facts.end, device=self.device)
+        end = torch.tensor(facts.end, dtype=torch.int64, device=self.device)
         done = torch.zeros(len(ids_BT), dtype=torch.bool, device=self.device)
         columns = [ids_BT]
         started = time.perf_counter()
         logits, first = self.packaged.prefill(ids_BT), 0.0
         for left in range(max_new_tokens, 0, -1):
+            if ignore_end:
+                logits[:, end] = float("-inf")
             token = choose(logits, temperature, draws)
             if facts.end and not ignore_end:
                 token = torch.where(done, end[0], token)
@@ -279,9 +281,9 @@ def _check(ids_BT: Tensor, max_new_tokens: int) -> None:
         )
 
 
-def _compile_config(device: torch.device) -> CompileConfig:
+def _compile_config(device: torch.device) -> Any:
     """CUDA graphs where there is CUDA; transformers compiles on accelerators only, unless told."""
-    config = CompileConfig(fullgraph=False, mode="reduce-overhead" if device.type == "cuda" else "default")
+    config: Any = CompileConfig(fullgraph=False, mode="reduce-overhead" if device.type == "cuda" else "default")
     if device.type == "cpu" and hasattr(config, "_compile_all_devices"):
         config._compile_all_devices = True
     return config

@@ -50,7 +50,7 @@ class PackedLinear(nn.Module):
         result = self.product(x)
         if len(self.sizes) == 1:
             return result
-        parts = result.split(self.sizes, -1)
+        parts: tuple[Tensor, ...] = result.split(self.sizes, -1)
         self.held = (x, parts)
         return parts[0]
 
@@ -62,7 +62,8 @@ class PackedLinear(nn.Module):
         if held is not None and held[0] is x:
             return held[1][index]
         if self.order:
-            return self.product(x).split(self.sizes, -1)[index]
+            whole: tuple[Tensor, ...] = self.product(x).split(self.sizes, -1)
+            return whole[index]
         rows = slice(start := sum(self.sizes[:index]), start + self.sizes[index])
         mask, scale, bias = (None if t is None else t[rows] for t in (self.mask, self.scale, self.bias))
         return ops.linear(x, self.values[rows], mask, scale, bias)

@@ -16,14 +16,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 HeadShapes = tuple[tuple[tuple[int, int], tuple[int, int]], ...]
 
 
-class GivenLayer(CacheLayerMixin):  # type: ignore[misc]
+class GivenLayer(CacheLayerMixin):
     """A cache layer over given tensors [B, H, S, D], written in place; position says how many are filled."""
 
     is_compileable = True
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values, self.position = keys, values, position
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
@@ -42,7 +44,7 @@ class GivenLayer(CacheLayerMixin):  # type: ignore[misc]
         """(keys to mask, offset of the first)."""
         return self.keys.shape[-2], 0
 
-    def get_seq_length(self, *args: Any) -> Tensor:
+    def get_seq_length(self, *args: Any) -> Any:
         """How many positions are filled, int64 []."""
         return self.position
 
@@ -61,7 +63,7 @@ class Step(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor, position: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        layers = [GivenLayer(k, v, position) for k, v in zip(keys, values, strict=True)]
+        layers: list[Any] = [GivenLayer(k, v, position) for k, v in zip(keys, values, strict=True)]
         out = self.model(input_ids=ids, past_key_values=Cache(layers=layers), use_cache=True, logits_to_keep=1)
         logits: Tensor = out.logits[:, -1]
         return logits
@@ -79,7 +81,7 @@ def cache_shapes(model: PreTrainedModel) -> HeadShapes:
         raise ValueError(f"it keeps {type(cache).__name__} instead of keys and values of each layer")
     shapes = []
     for at, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer or layer.keys is None:
+        if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
             raise ValueError(f"its layer {at} keeps {type(layer).__name__} instead of all keys and values")
         shapes.append(((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3])))
     return tuple(shapes)

@@ -24,6 +24,7 @@ from secateur.tools.report.console import BadInput, Voice, before_work
 from secateur.tools.report.units import duration
 
 DEFAULT_SHAPES = "4096x4096,11008x4096"
+WORK = Path(".cache/secateur/bench")
 COMPILE_SECONDS, VARIANT_SECONDS = 150, 60
 
 
@@ -43,7 +44,7 @@ def bench_command(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Counted rounds; in each, all take turns.")] = 11,
-    work: Annotated[Path, typer.Option(help="Folder of variants and compiled packages, kept.")] = Path("bench-work"),
+    work: Annotated[Path, typer.Option(help="Folder of variants and compiled packages, kept.")] = WORK,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of speed.json, speed.md, speed.png.")
     ] = None,

@@ -254,5 +254,5 @@ def _timed(
     batch, length = prompt.shape
     prefill, decode = (Spread.of(list(seconds)) for seconds in zip(*times, strict=True))
     share = one.row.linear_bytes * new_tokens / decode.median / bandwidth
-    rates = {"prefill": prefill.rate(batch * length), "decode": decode.rate(batch * new_tokens)}
-    return replace(one.row, **rates, share=share)
+    rates = prefill.rate(batch * length), decode.rate(batch * new_tokens)
+    return replace(one.row, prefill=rates[0], decode=rates[1], share=share)

@@ -47,24 +47,25 @@ def make_config_class() -> type:
 
         def process_weights_after_loading(self, layer: nn.Module) -> None:
             """Pack the loaded weight, or leave it dense and say why."""
-            module, why = packed_linear(self.kind, self.layer_name, layer.weight.detach())
+            weight: Any = layer.weight
+            module, why = packed_linear(self.kind, self.layer_name, weight.detach())
             if module is None:
                 log.warning("%s stays dense: %s", self.layer_name, why)
                 super().process_weights_after_loading(layer)
                 return
-            dtype = layer.weight.dtype
             del layer.weight
             if module.values.is_cuda:
                 module.rearrange()
-                warm_up(module, dtype)
+                warm_up(module, weight.dtype)
             layer.packed = module
 
         def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
             """[..., K] -> [..., N]."""
-            if not hasattr(layer, "packed"):
+            packed: Any = getattr(layer, "packed", None)
+            if packed is None:
                 dense: Tensor = super().apply(layer, x, bias)
                 return dense
-            return product(layer.packed, x, bias)
+            return product(packed, x, bias)
 
     class SecateurConfig(QuantizationConfig):  # type: ignore[misc]
         """Which layers are packed, from the manifest of an artifact."""
