@@ -20,7 +20,8 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from transformers import PreTrainedModel
 
 from secateur.graph.errors import ArtifactError, SecateurError
 from secateur.runtime.artifact import check_target, read_manifest, verify_artifact, writing
+from secateur.runtime.lowered import PackedLinear, packed_modules
+from secateur.runtime.raising import TOLERANCE
 from secateur.runtime.step import Step, cache_shapes, empty_cache
 
 log = logging.getLogger(__name__)
@@ -268,23 +271,46 @@ def _unshared(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _proof(model: nn.Module, packaged: Packaged) -> float:
     """Largest difference of the logits of a prompt and a next token, relative where above one.
 
-    Raises: PackageError: above the tolerance of the dtype.
+    In 16 bits, compiled and eager code round at other places, and neither is the truth: then the compiled steps must
+    come as close to the same weights in float32 as the model itself does, but for half as much again.
+    Raises: PackageError: they differ by more.
     """
-    from secateur.runtime.raising import TOLERANCE
-
     facts = packaged.facts
     count = min(9, facts.length)
     spread = torch.arange(facts.batch * count).reshape(facts.batch, count)
     ids = (spread * 7919 % facts.vocabulary).to(facts.device)
-    wanted = model(input_ids=ids).logits.float()
-    found = [packaged.prefill(ids[:, :-1]).float(), packaged.decode(ids[:, -1:]).float()]
-    gaps = [
-        (a - b).abs().max() / b.abs().max().clamp_min(1) for a, b in zip(found, wanted[:, -2:].unbind(1), strict=True)
-    ]
-    gap = float(torch.stack(gaps).max())
-    if not gap <= TOLERANCE[_dtype(facts.dtype)]:
-        raise PackageError(f"the compiled steps differ from the model by {gap:.3g}: nothing was written")
+    found = torch.stack([packaged.prefill(ids[:, :-1]), packaged.decode(ids[:, -1:])], 1).float()
+    eager = model(input_ids=ids).logits[:, -2:].float()
+    gap, allowed = _gap(found, eager), TOLERANCE[torch.float32]
+    if _dtype(facts.dtype).itemsize == 2:
+        with widened(model):
+            exact = model(input_ids=ids).logits[:, -2:].float()
+        gap, allowed = _gap(found, exact), 1.5 * _gap(eager, exact) + TOLERANCE[torch.float32]
+    if not gap <= allowed:
+        raise PackageError(
+            f"the compiled steps differ by {gap:.3g}, where {allowed:.3g} is allowed: nothing was written"
+        )
     return gap
+
+
+def _gap(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1))
+
+
+@contextmanager
+def widened(model: nn.Module) -> Iterator[None]:
+    """The model with its 16-bit tensors in float32 while the block runs; the very same tensors come back."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.itemsize == 2}
+    kept = {key: t.data for key, t in tensors.items()}
+    scales = {id(m.scale) for _, m in packed_modules(model) if isinstance(m, PackedLinear) and m.scale is not None}
+    try:
+        for key, t in tensors.items():
+            if key not in scales:
+                t.data = kept[key].float()
+        yield
+    finally:
+        for key, t in tensors.items():
+            t.data = kept[key]
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -17,13 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.passes.base import Progress, no_progress
+from secateur.passes.lower import DTYPES
 from secateur.runtime.engine import StockEngine, open_engine
 from secateur.runtime.package import Packaged, compiled_for, load_package, write_package
+from secateur.runtime.raising import TOLERANCE
 from secateur.tools.bench import Spread, clock
 from secateur.tools.machine import resident_bytes
 
-TIE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 1e-2}
-"""Two next tokens whose logits differ by less, relative to the largest logit, may swap between kernels."""
+NOISE = {name: 2 * TOLERANCE[dtype] for name, dtype in DTYPES.items()}
+"""How far the logits of two sound computations in a dtype may lie apart, relative to the largest: each may be off by
+the tolerance.  Two next tokens closer than that may swap; they are counted, and told as ties."""
 
 
 class Steps(Protocol):
@@ -210,30 +213,34 @@ def _tokens_like_dense(
     if not candidate.packed and not candidate.compiled:
         return {"tokens_equal": "is the reference"}
     dense: Any = engine
+    dtype = str(engine.model.dtype).removeprefix("torch.")
     if candidate.packed:
-        dtype = str(engine.model.dtype).removeprefix("torch.")
         dense = open_engine(candidate.folder, device=prompt.device.type, dtype=dtype, packed=False, compiled=False)
-    return compare_tokens(EagerSteps(dense.model), steps, prompt, new_tokens)
+    return compare_tokens(EagerSteps(dense.model), steps, prompt, new_tokens, dtype)
 
 
-def compare_tokens(base: Steps, other: Steps, prompt: Tensor, new_tokens: int) -> dict[str, Any]:
+def compare_tokens(base: Steps, other: Steps, prompt: Tensor, new_tokens: int, dtype: str) -> dict[str, Any]:
     """Force the base's greedy tokens along both; the other must choose the same, but for ties of the base.
 
     Returns: tokens_equal, and fault where they are not.
     """
-    wanted, found, token = base.prefill(prompt), other.prefill(prompt), None
+    wanted, found = base.prefill(prompt).float(), other.prefill(prompt).float()
+    noise = NOISE[dtype]
     equal = ties = 0
+    apart = 0.0
     for _ in range(new_tokens):
         token, choice = wanted.argmax(-1, keepdim=True), found.argmax(-1, keepdim=True)
-        gap = (wanted.gather(1, token) - wanted.gather(1, choice))[:, 0] / wanted.abs().amax(1)
-        tied = gap < TIE[str(wanted.dtype).removeprefix("torch.")]
+        size = wanted.abs().amax(1)
+        tied = (wanted.gather(1, token) - wanted.gather(1, choice))[:, 0] < noise * size
         equal += int((token == choice).sum())
         ties += int(((token != choice)[:, 0] & tied).sum())
-        wanted, found = base.decode(token), other.decode(token)
+        apart = max(apart, float(((found - wanted).abs().amax(1) / size).nan_to_num(float("inf")).max()))
+        wanted, found = base.decode(token).float(), other.decode(token).float()
     total = new_tokens * len(prompt)
     told = f"{equal + ties} of {total}" + (f" ({ties} ties)" if ties else "")
-    right = equal + ties == total and bool(found.isfinite().all())
-    return {"tokens_equal": told, **({} if right else {"fault": f"other tokens than its dense-shaped model: {told}"})}
+    faults = [f"other tokens than its dense-shaped model: {told}"] * (equal + ties < total)
+    faults += [f"logits {apart:.2g} apart from its dense-shaped model's, {noise:.2g} allowed"] * (not apart <= noise)
+    return {"tokens_equal": told, **({"fault": "; ".join(faults)} if faults else {})}
 
 
 def _once(steps: Steps, prompt: Tensor, new_tokens: int) -> tuple[float, float]:

@@ -138,3 +138,19 @@ def test_the_engine_of_a_folder(llama: PreTrainedModel, tmp_path: Path) -> None:
     assert "bfloat16" in dense.name
     with pytest.raises(GenerateError, match="lower the model anew"):
         open_engine(tmp_path / "lowered", dtype="bfloat16")
+
+
+def test_a_model_can_be_looked_at_in_float32_and_comes_back_bit_for_bit(llama: PreTrainedModel) -> None:
+    from secateur.runtime.package import widened
+
+    model = llama.to(torch.bfloat16)
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    ids = torch.randint(3, 96, (1, 6))
+    with torch.no_grad():
+        narrow = model(ids).logits
+        with widened(model):
+            wide = model(ids).logits
+        again = model(ids).logits
+    assert wide.dtype == torch.float32 and narrow.dtype == torch.bfloat16
+    assert torch.equal(narrow, again) and torch.allclose(narrow.float(), wide, atol=0.1 * float(wide.abs().max()))
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
