@@ -205,7 +205,8 @@ class _Finder:
         start = first.start if before is first.start else carried(first.identity, moves)
         end = layer.ends[-1]
         begin = self.order[start] + 1 if start is before else min(self.order[u] for u in start.users if u in own)
-        nodes = self._without_shared([n for n in self.nodes if begin <= self.order[n] <= self.order[end]], start)
+        nodes = [node for node in self.nodes if begin <= self.order[node] <= self.order[end]]
+        nodes = self._without_shared([*self._prepared(nodes, layer.path), *nodes], start)
         inside = set(nodes)
         inputs = {source for node in nodes for source in node.all_input_nodes if source.op != "get_attr"} - inside
         outputs = [node for node in nodes if any(user not in inside for user in node.users)]
@@ -218,6 +219,14 @@ class _Finder:
             parameters=self.owned_by(inside),
             locked=self._block_locked(layer, start, end, outputs),
         )
+
+    def _prepared(self, nodes: list[fx.Node], path: str) -> list[fx.Node]:
+        """What the layer makes for itself before it reads the stream: of its parameters, for example."""
+        inside = set(nodes)
+        for node in reversed(self.nodes[: self.nodes.index(nodes[0])]):
+            if path and layer_path(module_path(node)) == path and node.users and inside >= set(node.users):
+                inside.add(node)
+        return [node for node in self.nodes if node in inside and self.order[node] < self.order[nodes[0]]]
 
     def _without_shared(self, nodes: list[fx.Node], start: fx.Node) -> list[fx.Node]:
         """What the layer computes for all layers, not from its stream (sizes, a table of positions), is not its own."""

@@ -8,7 +8,7 @@ is read off the graph; nothing is built.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,8 @@ from secateur.passes.search_latency import LatencyTable, matrix_uses
 Array = npt.NDArray[np.float64]
 Shape = Mapping[str, int]
 """Units by family, and ``layers``."""
+Polynomial = Mapping[tuple[str, ...], int]
+"""Factors by product of families: ``{("hidden", "mlp"): 3, (): 5}`` is ``3 * hidden * mlp + 5``."""
 Budget = Literal["parameters", "bytes", "latency"]
 LAYERS = "layers"
 MOST = 4_000_000
@@ -40,73 +42,88 @@ class ShapeCosts:
     """Costs of shapes of one Program.
 
     varied: the families whose units are searched, "layers" among them where the depth is.
+    full: what the Program has of each.
     Raises: EditError: a family is missing, locked, or has groups of several sizes; layers that differ.
     """
 
     def __init__(self, program: Program, varied: Sequence[str], table: LatencyTable | None = None) -> None:
-        self.program, self.table = program, table
-        self.families = [name for name in varied if name != LAYERS]
-        self.groups = {family: searched_groups(program, family) for family in self.families}
-        self.leaves: dict[Atom, str] = {g.leaf: family for family, found in self.groups.items() for g in found}
-        self.full: dict[str, int] = {family: found[0].units for family, found in self.groups.items()}
-        self.full[LAYERS] = len(blocks(program))
-        self._known: dict[Any, Array] = {}
-        self._inside, self._outside = self._places(LAYERS in varied)
+        self.program, self.table = program, table or LatencyTable()
+        groups = {family: searched_groups(program, family) for family in varied if family != LAYERS}
+        self.leaves = {group.leaf: family for family, found in groups.items() for group in found}
+        self.full = {family: found[0].units for family, found in groups.items()} | {LAYERS: len(blocks(program))}
+        self.dims = {name: self._dims(name) for name, _ in program.named_parameters()}
+        self._inside, self._outside = self._places() if LAYERS in varied else ([], list(self.dims))
 
     def cost(self, shapes: Mapping[str, Sequence[int]], budget: Budget) -> Array:
         """[shapes]: what each costs.  shapes: by family (and "layers"), the units of every shape."""
         columns = {name: np.asarray(values, dtype=np.float64) for name, values in shapes.items()}
-        self._known.clear()
-        count = len(next(iter(columns.values())))
-        outside, inside = (sum(self._of(n, columns, budget) for n in names) for names in (self._outside, self._inside))
-        depth = columns.get(LAYERS, np.full(count, 1.0))
-        return np.broadcast_to(np.asarray(outside + depth * inside, dtype=np.float64), (count,))
+        columns = {**{name: np.asarray(float(value)) for name, value in self.full.items()}, **columns}
+        total = _seconds if budget == "latency" else _numbers
+        inside, outside = (total(self, names, columns, budget) for names in (self._inside, self._outside))
+        count = len(next(iter(shapes.values())))
+        return np.broadcast_to(np.asarray(outside + columns[LAYERS] * inside), (count,))
 
-    # ------------------------------------------------------------------ where parameters stand
-    def _places(self, deep: bool) -> tuple[list[str], list[str]]:
+    def _places(self) -> tuple[list[str], list[str]]:
         """The parameters of one layer, of which all others are copies, and those outside of the layers."""
-        named = [name for name, _ in self.program.named_parameters()]
-        if not deep:
-            return [], named
         found = blocks(self.program)
-        kinds = [sorted(repr(self._key(name)) for name in block.parameters) for block in found]
+        kinds = [sorted(repr(self.dims[name]) for name in block.parameters) for block in found]
         if any(kind != kinds[0] for kind in kinds):
             other = next(block.name for block, kind in zip(found, kinds, strict=True) if kind != kinds[0])
             raise EditError(f"search: {found[0].name} and {other} are of different sizes: leave layers out")
         inside = {name for block in found for name in block.parameters}
-        return list(found[0].parameters), [name for name in named if name not in inside]
+        return list(found[0].parameters), [name for name in self.dims if name not in inside]
 
-    def _key(self, name: str) -> Any:
-        """The sizes of a parameter as expressions: numbers, families, products and sums of them."""
-        axes, tensor = analyse(self.program).tensors[name]
-        return tuple(self._axis_key(axis) for axis in axes), tensor.element_size()
+    def _dims(self, name: str) -> tuple[Polynomial, ...]:
+        return tuple(self._size(axis) for axis in analyse(self.program).tensors[name][0])
 
-    def _axis_key(self, axis: Atom) -> Any:
+    def _size(self, axis: Atom) -> Polynomial:
+        """The size of an axis in units of the varied families."""
         atom = axis.resolve()
         if atom.kind is Kind.LEAF:
-            return self.leaves.get(atom, atom.size)
-        return atom.kind.value, tuple(self._axis_key(part) for part in atom.parts)
+            return {(self.leaves[atom],): 1} if atom in self.leaves else {(): atom.size}
+        parts = [self._size(part) for part in atom.parts]
+        return _product(parts) if atom.kind is Kind.PRODUCT else _sum(parts)
 
-    # ------------------------------------------------------------------ what they cost
-    def _of(self, name: str, columns: Mapping[str, Array], budget: Budget) -> Array | float:
-        dims, element = self._key(name)
-        sizes = [self._size(dim, columns) for dim in dims]
-        if budget == "latency":
-            assert self.table is not None
-            uses = matrix_uses(self.program).get(name, 0)
-            return uses * self.table.seconds(sizes[0], sizes[1], self.program.gm.get_parameter(name)) if uses else 0.0
-        return np.asarray(np.prod(np.broadcast_arrays(*sizes), axis=0)) * (element if budget == "bytes" else 1)
 
-    def _size(self, key: Any, columns: Mapping[str, Array]) -> Array:
-        if key not in self._known:
-            self._known[key] = self._computed(key, columns)
-        return self._known[key]
+def _numbers(costs: ShapeCosts, names: Sequence[str], columns: Mapping[str, Array], budget: Budget) -> Array:
+    """Parameters or bytes of some parameters."""
+    weights = {name: costs.program.gm.get_parameter(name).element_size() if budget == "bytes" else 1 for name in names}
+    return _evaluated(_sum(_product([{(): weights[name]}, *costs.dims[name]]) for name in names), columns)
 
-    def _computed(self, key: Any, columns: Mapping[str, Array]) -> Array:
-        if not isinstance(key, tuple):
-            return columns.get(key, np.float64(self.full[key])) if isinstance(key, str) else np.float64(key)  # type: ignore[return-value,arg-type]
-        parts = np.broadcast_arrays(*(self._size(part, columns) for part in key[1]))
-        return np.asarray((np.prod if key[0] == Kind.PRODUCT.value else np.sum)(parts, axis=0))
+
+def _seconds(costs: ShapeCosts, names: Sequence[str], columns: Mapping[str, Array], budget: Budget) -> Array:
+    """Time of the matrices among some parameters."""
+    total, uses = np.asarray(0.0), matrix_uses(costs.program)
+    for name in (name for name in names if name in uses):
+        sizes = [_evaluated(dim, columns) for dim in costs.dims[name]]
+        total = total + uses[name] * costs.table.seconds(sizes[0], sizes[1], costs.program.gm.get_parameter(name))
+    return total
+
+
+def _product(factors: Iterable[Polynomial]) -> Polynomial:
+    found: Polynomial = {(): 1}
+    for factor in factors:
+        pairs = itertools.product(found.items(), factor.items())
+        found = _sum({tuple(sorted((*a, *b))): m * n} for (a, m), (b, n) in pairs)
+    return found
+
+
+def _sum(terms: Iterable[Polynomial]) -> Polynomial:
+    found: dict[tuple[str, ...], int] = {}
+    for term in terms:
+        for monomial, factor in term.items():
+            found[monomial] = found.get(monomial, 0) + factor
+    return dict(sorted(found.items()))
+
+
+def _evaluated(polynomial: Polynomial, columns: Mapping[str, Array]) -> Array:
+    total = np.asarray(0.0)
+    for monomial, factor in polynomial.items():
+        value = np.asarray(float(factor))
+        for name in monomial:
+            value = value * columns[name]
+        total = total + value
+    return total
 
 
 def searched_groups(program: Program, family: str) -> list[CoupledGroup]:

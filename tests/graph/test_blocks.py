@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from zoo.checks import captured
 
-from secateur.graph import blocks, capture, drop
+from secateur.graph import blocks, capture, chain, drop
 from secateur.graph.errors import EditError, UnsupportedOp
 
 ATTENTION_AND_MLP = {
@@ -59,6 +59,37 @@ def test_routed_and_shared_experts_are_branches_of_their_own() -> None:
     _, program = captured("deepseek_v3")
     names = [sub.name.split(".", 3)[-1] for sub in blocks(program)[1].sub_blocks]
     assert names == ["self_attn", "mlp", "mlp.shared_experts"]
+
+
+class Shifted(nn.Module):
+    """The first layer works on its parameters before it reads the stream."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.up = nn.Parameter(torch.ones(8)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = self.scale + 1
+            return x + self.up(x * scale)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_what_a_layer_makes_of_its_parameters_beforehand_is_its_own() -> None:
+    torch.manual_seed(0)
+    program = capture(Shifted().eval(), torch.randn(4, 8))
+    assert [len(block.parameters) for block in blocks(program)] == [3, 3]
+    x = torch.randn(4, 8)
+    assert torch.equal(chain(program)(x=x), program(x))
 
 
 class Layered(nn.Module):
