@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dense_wgmma import descriptor_words
 from launch_ahead import launched
 
 from secateur.kernels.sparse24.gpu import configs
@@ -246,12 +247,13 @@ def main() -> None:
     todo = [v for v in [*variants(), starved()] if options.only in v.name]
     start = time.perf_counter()
     with ProcessPoolExecutor(options.workers) as pool:
-        launches = pool.submit(launched, 90)
+        launches, descriptors = pool.submit(launched, 90), pool.submit(descriptor_words)
         found = dict(zip((v.name for v in todo), pool.map(compiled, todo, chunksize=4), strict=True))
     wanted = {v.name: {key: value for key, value in asdict(v).items() if key != "arguments"} for v in todo}
     report = {
         "triton": triton.__version__,
         "launches": launches.result(),
+        "descriptors": descriptors.result(),
         "seconds": time.perf_counter() - start,
         "wanted": wanted,
         "found": found,

@@ -14,6 +14,7 @@ from secateur.kernels.sparse24.gpu import configs
 
 pytest.importorskip("triton", reason="needs the extra `kernels`")
 STARVED = "starved of registers"
+DESCRIPTOR = 0x40000040 << 32  # as kernels/sparse24/gpu/wgmma.py writes it; 4: the next 32 columns
 
 
 def report(version: str, folder: Path) -> dict[str, Any]:
@@ -53,10 +54,16 @@ def test_every_variant_is_what_its_configuration_says(version: str, tmp_path: Pa
     assert {name: texts for name, texts in wrong.items() if texts} == {}
     assert {name: text for name, text in facts["launches"].items() if text} == {}
     assert len(facts["launches"]) == 26
+    assert {DESCRIPTOR, DESCRIPTOR + 4} <= set(facts["descriptors"])
     for kind in configs.DECODE:
         assert sum(name.startswith(f"decode {kind} ") for name in wrong) == 4 * len(configs.DECODE[kind]) + 4
         assert sum(name.startswith(f"gemm {kind} ") for name in wrong) == 4 * len(configs.GEMM[kind]) + 2
     assert sum(name.startswith("wgmma") for name in wrong) == 2 * len(configs.WGMMA)
+
+
+def test_the_warpgroup_kernel_writes_that_descriptor() -> None:
+    source = (ROOT / "kernels" / "sparse24" / "gpu" / "wgmma.py").read_text()
+    assert f"{{{{p, {DESCRIPTOR >> 32:#x}}}}}; add.s64 q1, q0, 4;" in source
 
 
 def test_an_access_before_the_barrier_is_found() -> None:
