@@ -226,7 +226,8 @@ def _wgmma(ptx: Ptx, opcode: str, names: list[str]) -> None:
     dense = expand_a(a, e, int(names[4]), opcode.split(".")[-1])[..., None, :, :]
     right = np.zeros((b.shape[0], 32, 8))
     right[..., B_ROW, B_COL] = halves(b, opcode.split(".")[-1])
-    d = ((dense @ right)[..., C_ROW, C_COL] + c).astype(np.float32)
+    with np.errstate(over="ignore"):  # poison, where a fault is planted
+        d = ((dense @ right)[..., C_ROW, C_COL] + c).astype(np.float32)
     flat = np.moveaxis(d, -3, -2).reshape(*d.shape[:-3], 32, len(outs))
     for register, name in enumerate(outs):
         ptx.registers[name] = np.ascontiguousarray(flat[..., register]).view(np.uint32)
