@@ -1,7 +1,7 @@
 """What it costs to leave blocks out: every method of prune-depth on the demo's model, on held-out text.
 
-Run ``python benchmarks/depth.py --out FOLDER`` after ``make assets``.  Finished rows of FOLDER/depth.json are not measured
-again, and greedy goes on after its last finished round, so that a run that was stopped loses little.
+Run ``python benchmarks/depth.py --out FOLDER`` after ``make assets``.  Finished rows of FOLDER/depth.json are not
+measured again, and greedy goes on after its last finished round, so that a run that was stopped loses little.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ class LatencyTable:
         where = np.arange(rows.size)
         low, high = by_column[at, where], by_column[np.minimum(at + 1, len(grids[0]) - 1), where]
         span = np.maximum(grids[0][np.minimum(at + 1, len(grids[0]) - 1)] - grids[0][at], 1)
-        return (low + (high - low) * (rows.ravel() - grids[0][at]) / span).reshape(rows.shape)
+        between = low + (high - low) * (rows.ravel() - grids[0][at]) / span
+        return np.asarray(between, dtype=np.float64).reshape(rows.shape)
 
     def _one(self, rows: int, columns: int, like: Tensor) -> float:
         if (rows, columns) not in self.measured:
@@ -71,7 +72,8 @@ class LatencyTable:
 def _grid(values: Array) -> Array:
     """At most POINTS of the sizes, the smallest and the largest among them."""
     found = np.unique(values)
-    return found[np.unique(np.linspace(0, len(found) - 1, min(POINTS, len(found))).round().astype(int))]
+    picked = np.unique(np.linspace(0, len(found) - 1, min(POINTS, len(found))).round().astype(int))
+    return np.asarray(found[picked], dtype=np.float64)
 
 
 @torch.no_grad()
