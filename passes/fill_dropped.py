@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from secateur.graph import Block, Program, SubBlock, analyse, blocks, coupled_groups, drop, keep, with_parameters
+from secateur.graph import Block, Cut, Program, SubBlock, analyse, blocks, coupled_groups, drop, keep, with_parameters
 from secateur.graph.errors import EditError
 from secateur.passes.base import Context, Pass, PassResult
 from secateur.passes.quality import logits
@@ -70,7 +70,8 @@ def _filled(program: Program, subs: list[SubBlock]) -> Program:
     zeros = {name for sub in back for name in _ends(base, sub)}
     filled = {n: values[n].detach() if n in values else p.detach() for n, p in base.named_parameters()}
     filled |= {name: torch.zeros_like(filled[name]) for name in zeros}
-    return with_parameters(base, filled).replace(history=program.history, scores={})
+    cut = base.cut or Cut(dense, {})
+    return with_parameters(base, filled).replace(history=program.history, scores={}, cut=cut)
 
 
 def _widths(program: Program, owned: set[str]) -> dict[str, Tensor]:

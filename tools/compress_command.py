@@ -25,6 +25,7 @@ from secateur.tools.opening import Debug, Json, ModelArgument, Verbose
 from secateur.tools.plan import Plan, make_plan
 from secateur.tools.report import plan_tables, run_tables
 from secateur.tools.report.console import BadInput, before_work
+from secateur.tools.report.search import search_tables
 from secateur.tools.report.units import size
 
 MISFIT_HINT = (
@@ -99,7 +100,7 @@ def compress_command(
         with voice.waiting("saving, and opening the result in a fresh process"):
             saved = save(smaller, output, force=force, figures={"calibration": calibration})
     after = footprint(smaller)
-    tables = run_tables(program, smaller, plan.before, after)
+    tables = [*run_tables(program, smaller, plan.before, after), *search_tables(smaller)]
     voice.result(result_json(plan, smaller, after, windows, output, saved), tables)
     voice.note(f"written: {output}")
 

@@ -121,6 +121,14 @@ def test_a_dropped_sub_block_fits_no_class_but_comes_back_with_zeros(kind: str) 
         assert torch.allclose(raised.model(input_ids=ids).logits, smaller(input_ids=ids).logits, atol=1e-5)
 
 
+def test_all_sub_blocks_back_leave_the_dense_model_on_record() -> None:
+    program = deep("llama")
+    filled = FillDropped()(drop(program, ["model.layers.1.mlp"]), Context())
+    assert filled.cut is not None and filled.cut.dense is program and filled.cut.dropped == ()
+    assert filled.num_parameters == program.num_parameters
+    assert not filled.gm.get_parameter("model.layers.1.mlp.down_proj.weight").any()
+
+
 def test_zeros_do_not_stand_in_for_what_a_norm_follows() -> None:
     program = deep("bert")
     smaller = drop(program, ["bert.encoder.layer.1.attention"])

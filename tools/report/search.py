@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from secateur.graph import SecateurError
+from secateur.graph import Program, SecateurError
 from secateur.tools.report.picture import CANVASES, save_figure
 
 
@@ -30,6 +30,11 @@ def search_table(figures: Mapping[str, Any]) -> Table:
         cells += [f"{row['kl_distilled']:.4f}" if "kl_distilled" in row else ""] if distilled else []
         table.add_row(*cells, ", ".join(marks))
     return table
+
+
+def search_tables(program: Program) -> list[Table]:
+    """The table of every search in a Program's history."""
+    return [search_table(step.figures) for step in program.history if step.name == "search"]
 
 
 def pareto(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
