@@ -273,7 +273,7 @@ def _proof(model: nn.Module, packaged: Packaged) -> float:
     """Largest difference of the logits of a prompt and a next token, relative where above one.
 
     In 16 bits, compiled and eager code round at other places, and neither is the truth: then the compiled steps must
-    come as close to the same weights in float32 as the model itself does, but for half as much again.
+    come as close to the same weights in float32 as the model itself does, within twice its distance.
     Raises: PackageError: they differ by more.
     """
     facts = packaged.facts
@@ -286,7 +286,7 @@ def _proof(model: nn.Module, packaged: Packaged) -> float:
     if _dtype(facts.dtype).itemsize == 2:
         with widened(model):
             exact = model(input_ids=ids).logits[:, -2:].float()
-        gap, allowed = _gap(found, exact), 1.5 * _gap(eager, exact) + TOLERANCE[torch.float32]
+        gap, allowed = _gap(found, exact), 2 * _gap(eager, exact) + TOLERANCE[torch.float32]
     if not gap <= allowed:
         raise PackageError(
             f"the compiled steps differ by {gap:.3g}, where {allowed:.3g} is allowed: nothing was written"

@@ -17,16 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.passes.base import Progress, no_progress
-from secateur.passes.lower import DTYPES
 from secateur.runtime.engine import StockEngine, open_engine
 from secateur.runtime.package import Packaged, compiled_for, load_package, write_package
 from secateur.runtime.raising import TOLERANCE
 from secateur.tools.bench import Spread, clock
 from secateur.tools.machine import resident_bytes
 
-NOISE = {name: 2 * TOLERANCE[dtype] for name, dtype in DTYPES.items()}
-"""How far the logits of two sound computations in a dtype may lie apart, relative to the largest: each may be off by
-the tolerance.  Two next tokens closer than that may swap; they are counted, and told as ties."""
+SLACK = 2.0
+"""How many times further from the same weights in float32 than the dense-shaped model a candidate's logits may lie."""
 
 
 class Steps(Protocol):
@@ -212,35 +210,50 @@ def _tokens_like_dense(
     """Whether the tokens are those of the dense-shaped model in the same dtype: the stock checkpoint, run eagerly."""
     if not candidate.packed and not candidate.compiled:
         return {"tokens_equal": "is the reference"}
-    dense: Any = engine
+    base = EagerSteps(engine.model)
     dtype = str(engine.model.dtype).removeprefix("torch.")
     if candidate.packed:
-        dense = open_engine(candidate.folder, device=prompt.device.type, dtype=dtype, packed=False, compiled=False)
-    return compare_tokens(EagerSteps(dense.model), steps, prompt, new_tokens, dtype)
+        base = _dense_steps(candidate, prompt, dtype)
+    exact = base if dtype == "float32" else _dense_steps(candidate, prompt, "float32")
+    return compare_tokens(exact, base, steps, prompt, new_tokens)
 
 
-def compare_tokens(base: Steps, other: Steps, prompt: Tensor, new_tokens: int, dtype: str) -> dict[str, Any]:
-    """Force the base's greedy tokens along both; the other must choose the same, but for ties of the base.
+def _dense_steps(candidate: Candidate, prompt: Tensor, dtype: str) -> EagerSteps:
+    where = prompt.device.type
+    opened = open_engine(candidate.folder, device=where, dtype=dtype, packed=False, compiled=False)
+    assert isinstance(opened, StockEngine)
+    return EagerSteps(opened.model)
 
-    Returns: tokens_equal, and fault where they are not.
+
+def compare_tokens(exact: Steps, base: Steps, other: Steps, prompt: Tensor, new_tokens: int) -> dict[str, Any]:
+    """Force the base's greedy tokens along all three; the other must choose the same, but for ties.
+
+    Two roundings of one computation differ, and neither is the truth.  So what the base itself is off from float32 is
+    the measure: the other may be off by SLACK times that, and two tokens that lie closer in float32 may swap.
+    Args:  exact: the dense-shaped model in float32.   base: the same in the dtype of the other.
+    Returns: tokens_equal, and fault where they are not, or logits lie too far off.
     """
-    wanted, found = base.prefill(prompt).float(), other.prefill(prompt).float()
-    noise = NOISE[dtype]
-    equal = ties = 0
-    apart = 0.0
+    wanted, found, truth = (one.prefill(prompt).float() for one in (base, other, exact))
+    picked, noise, apart = list[tuple[bool, float]](), 0.0, 0.0
     for _ in range(new_tokens):
         token, choice = wanted.argmax(-1, keepdim=True), found.argmax(-1, keepdim=True)
-        size = wanted.abs().amax(1)
-        tied = (wanted.gather(1, token) - wanted.gather(1, choice))[:, 0] < noise * size
-        equal += int((token == choice).sum())
-        ties += int(((token != choice)[:, 0] & tied).sum())
-        apart = max(apart, float(((found - wanted).abs().amax(1) / size).nan_to_num(float("inf")).max()))
-        wanted, found = base.decode(token).float(), other.decode(token).float()
-    total = new_tokens * len(prompt)
-    told = f"{equal + ties} of {total}" + (f" ({ties} ties)" if ties else "")
-    faults = [f"other tokens than its dense-shaped model: {told}"] * (equal + ties < total)
-    faults += [f"logits {apart:.2g} apart from its dense-shaped model's, {noise:.2g} allowed"] * (not apart <= noise)
+        size = truth.abs().amax(1)
+        margin = (truth.gather(1, token) - truth.gather(1, choice))[:, 0] / size
+        picked += zip((token == choice)[:, 0].tolist(), margin.tolist(), strict=True)
+        noise = max(noise, _apart(wanted, truth, size))
+        apart = max(apart, _apart(found, truth, size))
+        wanted, found, truth = (one.decode(token).float() for one in (base, other, exact))
+    allowed = SLACK * noise + TOLERANCE[torch.float32]
+    equal, ties = sum(same for same, _ in picked), sum(not same and margin < allowed for same, margin in picked)
+    told = f"{equal + ties} of {len(picked)}" + (f" ({ties} ties)" if ties else "")
+    faults = [f"other tokens than its dense-shaped model: {told}"] * (equal + ties < len(picked))
+    faults += [f"logits {apart:.2g} off those in float32, {allowed:.2g} allowed"] * (not apart <= allowed)
     return {"tokens_equal": told, **({"fault": "; ".join(faults)} if faults else {})}
+
+
+def _apart(found: Tensor, truth: Tensor, size: Tensor) -> float:
+    """Largest difference of two rows of logits, relative to the largest logit; infinite where not finite."""
+    return float(((found - truth).abs().amax(1) / size).nan_to_num(float("inf")).max())
 
 
 def _once(steps: Steps, prompt: Tensor, new_tokens: int) -> tuple[float, float]:

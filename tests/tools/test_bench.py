@@ -139,14 +139,16 @@ def test_tokens_must_be_those_of_the_base_but_for_ties() -> None:
     tie[2, 7] = tie[2, 2] + 1e-4
     off[3, 7] = 99
     prompt = torch.zeros(1, 1, dtype=torch.int64)
-    assert compare_tokens(Says(base), Says(base.clone()), prompt, 5, "float32") == {"tokens_equal": "5 of 5"}
-    assert compare_tokens(Says(base), Says(tie), prompt, 5, "float32") == {"tokens_equal": "5 of 5 (1 ties)"}
-    told = compare_tokens(Says(base), Says(off), prompt, 5, "float32")
-    assert told["tokens_equal"] == "4 of 5" and "other tokens" in told["fault"]
-    shifted = compare_tokens(Says(base), Says(base * 1.5), prompt, 5, "float32")
-    assert shifted["tokens_equal"] == "5 of 5" and "logits 0.5 apart" in shifted["fault"]
-    broken = compare_tokens(Says(base), Says(torch.full_like(base, float("nan"))), prompt, 5, "float32")
-    assert "logits inf apart" in broken["fault"]
+
+    def compared(other: Tensor, rounded: Tensor = base) -> dict[str, str]:
+        return compare_tokens(Says(base), Says(rounded), Says(other), prompt, 5)
+
+    assert compared(base.clone()) == {"tokens_equal": "5 of 5"}
+    assert compared(tie) == {"tokens_equal": "5 of 5 (1 ties)"}
+    assert compared(off)["tokens_equal"] == "4 of 5" and "other tokens" in compared(off)["fault"]
+    assert compared(base * 1.5)["tokens_equal"] == "5 of 5" and "logits 0.5 off" in compared(base * 1.5)["fault"]
+    assert "logits inf off" in compared(torch.full_like(base, float("nan")))["fault"]
+    assert "fault" not in compared(base * 1.5, rounded=base * 1.3), "the base itself is as far off"
 
 
 @pytest.fixture
