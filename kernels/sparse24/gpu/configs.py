@@ -63,24 +63,25 @@ class WgmmaConfig:
 
 
 Config = DecodeConfig | GemmConfig | WgmmaConfig
-# By kind of values, the likeliest first.  In flight a warp: P * MT * (1152, 640, 800) bytes of float, int8, int4.
+# By kind of values, the likeliest first.  In flight a warp: P * MT * (1152, 640, 800) bytes of float, int8, int4.  With
+# up to 128 registers two blocks of eight warps fit a multiprocessor, beyond that one; Triton 3.6 takes more than 3.8.
 DECODE: dict[str, tuple[DecodeConfig, ...]] = {
     "float": (
-        DecodeConfig(2, 1, 1, 8, registers=104),
-        DecodeConfig(2, 2, 1, 8, registers=168),
-        DecodeConfig(4, 1, 1, 4, registers=192),
+        DecodeConfig(2, 1, 1, 8, registers=128),
+        DecodeConfig(2, 2, 1, 8, registers=184),
+        DecodeConfig(4, 1, 1, 4, registers=224),
         DecodeConfig(1, 2, 2, 8, registers=136),
-        DecodeConfig(1, 1, 2, 8, registers=104),
+        DecodeConfig(1, 1, 2, 8, registers=112),
     ),
     "int8": (
-        DecodeConfig(2, 2, 1, 8, registers=144),
-        DecodeConfig(2, 1, 1, 8, registers=96),
-        DecodeConfig(4, 1, 1, 4, registers=176),
+        DecodeConfig(2, 2, 1, 8, registers=160),
+        DecodeConfig(2, 1, 1, 8, registers=128),
+        DecodeConfig(4, 1, 1, 4, registers=192),
         DecodeConfig(1, 2, 2, 8, registers=128),
-        DecodeConfig(1, 1, 2, 8, registers=96),
+        DecodeConfig(1, 1, 2, 8, registers=104),
     ),
     "int4": (
-        DecodeConfig(2, 1, 1, 8, registers=144),
+        DecodeConfig(2, 1, 1, 8, registers=160),
         DecodeConfig(1, 2, 1, 8, registers=144),
         DecodeConfig(1, 1, 1, 8, registers=112),
         DecodeConfig(1, 2, 2, 8, registers=184),

@@ -28,6 +28,6 @@ VERSIONS = [
 
 def run(version: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Python in a process of its own that sees this version, and this folder's helpers."""
-    folders = [str(old_folder())] * (version == "old") + [str(Path(__file__).parent), str(ROOT)]
+    folders = [str(old_folder())] * (version == "old") + [str(Path(__file__).parent)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "PYTHONSAFEPATH": "1", **environment}
     return subprocess.run([sys.executable, "-P", *command], env=env, cwd=ROOT, capture_output=True, text=True)
