@@ -19,7 +19,7 @@ from secateur.graph.errors import EditError
 from secateur.graph.program import Cut, Program
 
 Units = Sequence[int] | torch.Tensor
-Edit = Mapping[CoupledGroup | str, Units]
+Edit = Mapping[CoupledGroup | str, Units] | Mapping[CoupledGroup, Units] | Mapping[str, Units]
 
 
 def keep(program: Program, edit: Edit) -> Program:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -93,10 +92,7 @@ class Allocate(Pass):
         ]
 
     def preview(self, program: Program) -> Program:
-        edit: dict[CoupledGroup | str, Sequence[int] | torch.Tensor] = {
-            one.group: torch.arange(one.kept) for one in self.plan(program)
-        }
-        return keep(program, edit)
+        return keep(program, {edit.group: torch.arange(edit.kept) for edit in self.plan(program)})
 
     def call(self, program: Program, context: Context) -> PassResult:
         groups, journal = self.free_groups(program), Journal(context.resume)
@@ -120,9 +116,7 @@ class Allocate(Pass):
             options = {"generations": self.generations, "children": self.children}
             mixture, figures["evolution"] = evolve(mixture, menu, limit, fresh, context, journal, **options)
         counts = {name: menu[name][index].kept for name, index in mixture.items()}
-        cut: dict[CoupledGroup | str, Sequence[int] | torch.Tensor] = {
-            name: top_units(program.scores[name], kept) for name, kept in counts.items() if kept < sizes[name][0]
-        }
+        cut = {n: top_units(program.scores[n], kept) for n, kept in counts.items() if kept < sizes[n][0]}
         smaller = keep(program, cut) if cut else program
         figures |= {"kept": counts, "cost": sum(menu[name][index].cost for name, index in mixture.items())}
         return PassResult(smaller, bool(cut), figures)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -77,8 +77,7 @@ def _filled(program: Program, wider: Mapping[str, Tensor]) -> Program:
     if not wider or program.cut is None:
         return program
     cut = program.cut
-    kept: dict[CoupledGroup | str, Sequence[int] | Tensor] = {**cut.kept, **wider}
-    shapes = keep(cut.dense, kept)
+    shapes = keep(cut.dense, {**cut.kept, **wider})
     gone = [name for name in cut.dropped if name in _parts(shapes)]
     base = drop(shapes, gone) if gone else shapes
     made = base.cut or Cut(cut.dense, {})  # without a cut the model is as wide as the dense one again
@@ -93,7 +92,8 @@ def _filled(program: Program, wider: Mapping[str, Tensor]) -> Program:
 
 
 def _parts(program: Program) -> set[str]:
-    return {part.name for block in blocks(program) for part in (block, *block.sub_blocks)}
+    found = blocks(program)
+    return {block.name for block in found} | {sub.name for block in found for sub in block.sub_blocks}
 
 
 def _placed(

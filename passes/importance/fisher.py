@@ -75,6 +75,7 @@ class _Gradients(fx.Interpreter):
     def __init__(self, program: Program, sums: Mapping[Reader, Tensor]) -> None:
         super().__init__(program.gm, garbage_collect_values=True)
         self.extra_traceback = False
+        self._nodes = list(program.gm.graph.nodes)
         self._given, self._sums = program.source.example_inputs, sums
         self._wanted: dict[fx.Node, list[Reader]] = {}
         for reader in sums:
@@ -83,7 +84,7 @@ class _Gradients(fx.Interpreter):
     def forward(self, inputs: Mapping[str, Any]) -> Any:
         """The model's output; parameters are constants, the values that consumers read are variables."""
         given = {**self._given, **inputs}
-        placeholders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
+        placeholders = [node for node in self._nodes if node.op == "placeholder"]
         with torch.enable_grad():
             return self.run(*(given.get(node.target) for node in placeholders), enable_io_processing=False)
 
