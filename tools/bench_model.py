@@ -214,7 +214,7 @@ def _tokens_like_dense(
     dtype = str(engine.model.dtype).removeprefix("torch.")
     if candidate.packed:
         base = _dense_steps(candidate, prompt, dtype)
-    exact = base if dtype == "float32" else _dense_steps(candidate, prompt, "float32")
+    exact = EagerSteps(base.model) if dtype == "float32" else _dense_steps(candidate, prompt, "float32")
     return compare_tokens(exact, base, steps, prompt, new_tokens)
 
 
@@ -230,9 +230,11 @@ def compare_tokens(exact: Steps, base: Steps, other: Steps, prompt: Tensor, new_
 
     Two roundings of one computation differ, and neither is the truth.  So what the base itself is off from float32 is
     the measure: the other may be off by SLACK times that, and two tokens that lie closer in float32 may swap.
-    Args:  exact: the dense-shaped model in float32.   base: the same in the dtype of the other.
+    Args:  exact: the dense-shaped model in float32.   base: the same in the dtype of the other.  Each keeps its own
+        cache: three different objects.
     Returns: tokens_equal, and fault where they are not, or logits lie too far off.
     """
+    assert len({id(exact), id(base), id(other)}) == 3, "each is stepped on its own"
     wanted, found, truth = (one.prefill(prompt).float() for one in (base, other, exact))
     picked, noise, apart = list[tuple[bool, float]](), 0.0, 0.0
     for _ in range(new_tokens):
