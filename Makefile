@@ -37,8 +37,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-pytest: $(READY) assets
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) -m "not slow and not gpu"
+pytest: $(READY) assets triton-old
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu"
 
 # An older Triton beside the installed one: tests/kernels/gpu compiles the GPU kernels by both where it is there.
 triton-old: .cache/triton-old/triton
