@@ -87,11 +87,11 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        assets._once(tmp_path / "model", broken)
+        assets.once(tmp_path / "model", broken)
     assert list(tmp_path.iterdir()) == []
-    made = assets._once(tmp_path / "model", lambda folder: (folder / "whole").write_text("x") and None)
+    made = assets.once(tmp_path / "model", lambda folder: (folder / "whole").write_text("x") and None)
     assert [p.name for p in made.iterdir()] == ["whole"] and [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert assets._once(tmp_path / "model", broken) == made
+    assert assets.once(tmp_path / "model", broken) == made
 
 
 def test_the_faster_of_two_processes_wins(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_the_faster_of_two_processes_wins(tmp_path: Path) -> None:
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "theirs").write_text("x")
 
-    made = assets._once(tmp_path / "model", overtaken)
+    made = assets.once(tmp_path / "model", overtaken)
     assert [p.name for p in made.iterdir()] == ["theirs"] and [p.name for p in tmp_path.iterdir()] == ["model"]
 
 

