@@ -104,11 +104,11 @@ def packed_layers(program: Program, plan: Lowering, holder: nn.Module) -> tuple[
         if row.kind != DENSE and owner is None:
             why = f"no nn.Linear of {type(holder).__name__} holds it"
             row = replace(row, kind=DENSE, bytes=row.dense_bytes, ms=row.dense_ms, shares="", reason=why)
-        elif row.kind != DENSE:
+        if owner is not None:
             renamed[row.layer] = f"{owner}.weight"
             weight = parameters[row.layer].detach()
             row = replace(row, layer=renamed[row.layer])
-            made.append(pack_weight(row, weight, DTYPES[plan.dtype]))
+            made += [pack_weight(row, weight, DTYPES[plan.dtype])] if row.kind != DENSE else []
         rows.append(row)
     shared = tuple(replace(row, shares=renamed.get(row.shares, "")) for row in rows)
     return made, replace(plan, layers=shared)

@@ -19,6 +19,7 @@ from secateur.passes import Pipeline
 from secateur.passes.lower import LayerPlan, Lower, planned
 from secateur.passes.lower_cost import DENSE, KINDS, weight_bytes
 from secateur.passes.quantize_grid import grid_of
+from secateur.runtime.engine import open_engine
 from secateur.runtime.lowered import (
     PackedLayer,
     PackedLinear,
@@ -218,6 +219,9 @@ def test_a_tied_head_can_be_a_rounded_copy(tmp_path: Path) -> None:
     model = secateur.load(tmp_path / "out")
     assert isinstance(model.lm_head, PackedLinear) and model.lm_head.kind == "int8"
     assert model.model.embed_tokens.weight.dtype == torch.float32
+    secateur.save(Lower(smallest=True)(made_24(program)), tmp_path / "dense-head", check=False)
+    told = {row.layer: row for row in open_engine(tmp_path / "dense-head", device="cpu").layers}
+    assert "head=dense" in told["lm_head"].reason, "a tied head has its reason under its own name"
     ids = torch.randint(3, 96, (1, 7))
     stock = secateur.load(tmp_path / "out", packed=False)
     with torch.no_grad():

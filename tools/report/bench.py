@@ -113,7 +113,7 @@ def draw_bench(kernels: Sequence[KernelRow], models: Sequence[ModelRow], file: P
         figure.subplots(max(len(panels), 1), 1, squeeze=False, height_ratios=ratios)[:, 0], panels, strict=False
     ):
         names, values = [name for name, _ in bars], [value for _, value in bars]
-        colours = [THEIRS if name.startswith(("torch", "dense")) else OURS for name in names]
+        colours = [OURS if name.startswith("ours") or " packed " in name else THEIRS for name in names]
         drawn = axes.barh(names, values, color=colours)
         axes.bar_label(drawn, [f"{value:.4g}" for value in values], padding=3, fontsize=8)
         axes.invert_yaxis()
