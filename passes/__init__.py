@@ -1,10 +1,16 @@
 """What may be done to a Program: passes, their options, and pipelines of them."""
 
+from secateur.passes.adapt_lora import AdaptLora
+from secateur.passes.allocate import Allocate
 from secateur.passes.base import Context, Pass, PassResult, PlannedEdit, Progress
 from secateur.passes.data import CalibrationError, Sample, samples
+from secateur.passes.distill import Distill
 from secateur.passes.importance import IMPORTANCES, Importance
+from secateur.passes.lower import Lower
 from secateur.passes.pipeline import Hooks, Pipeline
+from secateur.passes.prune_depth import PruneDepth
 from secateur.passes.prune_width import PruneWidth
+from secateur.passes.quantize import Quantize
 from secateur.passes.recipe import DataSpec
 from secateur.passes.registry import PASSES
 from secateur.passes.repair import Repair
@@ -13,17 +19,23 @@ from secateur.passes.score import Score
 __all__ = [
     "IMPORTANCES",
     "PASSES",
+    "AdaptLora",
+    "Allocate",
     "CalibrationError",
     "Context",
     "DataSpec",
+    "Distill",
     "Hooks",
     "Importance",
+    "Lower",
     "Pass",
     "PassResult",
     "Pipeline",
     "PlannedEdit",
     "Progress",
+    "PruneDepth",
     "PruneWidth",
+    "Quantize",
     "Repair",
     "Sample",
     "Score",

@@ -29,7 +29,17 @@ from secateur.graph import (
     verify,
 )
 from secateur.passes import Pipeline
-from secateur.runtime import compress, load, open_model, plan_config, raise_model, save, save_weights
+from secateur.runtime import (
+    compress,
+    load,
+    open_engine,
+    open_model,
+    plan_config,
+    raise_model,
+    running,
+    save,
+    save_weights,
+)
 
 __version__ = "0.1.0.dev0"
 
@@ -63,9 +73,11 @@ __all__ = [
     "keep",
     "load",
     "masked_call",
+    "open_engine",
     "open_model",
     "plan_config",
     "raise_model",
+    "running",
     "save",
     "save_weights",
     "verify",
