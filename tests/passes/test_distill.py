@@ -100,6 +100,7 @@ def test_micro_batches_make_the_step_of_one_batch(made: Made, plain: Program) ->
     assert kls(single) == pytest.approx(kls(whole), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpointing_and_compilation_change_no_loss(made: Made, plain: Program) -> None:
     assert kls(Distill(**QUICK, checkpointing=True)(*made)) == pytest.approx(kls(plain), rel=1e-5)
     assert kls(Distill(**QUICK, compile="aot_eager")(*made)) == pytest.approx(kls(plain), rel=1e-4)
@@ -197,6 +198,7 @@ def test_rows_that_the_teacher_wrote_down_are_those_it_says(made: Made, tmp_path
     assert entry is not None and entry.tensors["indices"].shape == (24, 8), "other rows replace those of another k"
 
 
+@pytest.mark.slow
 def test_a_corrected_teacher_first_learns_the_text(made: Made) -> None:
     small, context = made
     assert small.cut is not None
