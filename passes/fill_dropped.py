@@ -15,6 +15,10 @@ from secateur.passes.base import Context, Pass, PassResult
 from secateur.passes.quality import logits
 
 Units = dict[Any, Any]
+MISFIT = (
+    "fill-dropped: with zeros in their place the sub-blocks still change the outputs (a norm after the sum, for "
+    "example): no stock class holds this model; drop whole blocks instead"
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class FillDropped(Pass):
             return PassResult(program, modified=False, figures={"filled": []})
         filled = _filled(program, subs)
         if not any(parameter.is_meta for _, parameter in program.named_parameters()):
-            _check(program, filled)
+            check_unchanged(program, filled, MISFIT)
         figures = {
             "filled": [sub.name for sub in subs],
             "parameters_before": program.num_parameters,
@@ -102,13 +106,11 @@ def _ends(program: Program, sub: SubBlock) -> set[str]:
     }
 
 
-def _check(before: Program, after: Program) -> None:
+def check_unchanged(before: Program, after: Program, reason: str) -> None:
+    """Raises EditError, with the reason, where the outputs for the example inputs differ by more than 1e-4."""
     inputs = dict(before.source.example_inputs)
     with torch.no_grad():
         one, other = logits(before(**inputs)), logits(after(**inputs))
     gap = float((one - other).abs().max()) / max(1.0, float(one.abs().max()))
     if not gap <= 1e-4:
-        raise EditError(
-            f"fill-dropped: with zeros in their place the sub-blocks still change the outputs by {gap:.3g} (a norm "
-            "after the sum, for example): no stock class holds this model; drop whole blocks instead"
-        )
+        raise EditError(f"{reason}; the outputs differ by {gap:.3g}")

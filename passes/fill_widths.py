@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from secateur.graph import CoupledGroup, Cut, Program, blocks, coupled_groups, drop, keep, with_parameters
-from secateur.graph.errors import EditError
 from secateur.passes.base import Context, Pass, PassResult
-from secateur.passes.quality import logits
+from secateur.passes.fill_dropped import check_unchanged
 from secateur.passes.repair_sites import kept_positions
+
+MISFIT = (
+    "fill-widths: units of zero still change the outputs (a norm over the units, for example): no stock class holds "
+    "layers of different sizes of this model; prune them to one size"
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class FillWidths(Pass):
         assert program.cut is not None
         filled = _filled(program, wider)
         if not any(parameter.is_meta for _, parameter in program.named_parameters()):
-            _check(program, filled)
+            check_unchanged(program, filled, MISFIT)
         kept = program.cut.kept
         figures = {
             "sizes": {name: [len(kept[name]), len(units)] for name, units in wider.items()},
@@ -111,15 +115,3 @@ def _placed(
             shape = [*value.shape[:dim], size, *value.shape[dim + 1 :]]
             value = value.new_zeros(shape).index_copy_(dim, places.to(value.device), value)
     return value
-
-
-def _check(before: Program, after: Program) -> None:
-    inputs = dict(before.source.example_inputs)
-    with torch.no_grad():
-        one, other = logits(before(**inputs)), logits(after(**inputs))
-    gap = float((one - other).abs().max()) / max(1.0, float(one.abs().max()))
-    if not gap <= 1e-4:
-        raise EditError(
-            f"fill-widths: units of zero still change the outputs by {gap:.3g} (a norm over the units, for example): "
-            "no stock class holds layers of different sizes of this model; prune them to one size"
-        )
