@@ -11,8 +11,11 @@ from transformers import PreTrainedTokenizerFast
 from zoo.models import tiny_model
 
 from secateur.graph import Program, capture
+from secateur.tools import opening
+from secateur.tools.report.console import Voice
 
 LETTERS = "abcdefghij"
+OPENED: dict[bool, Program] = {}
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +45,18 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n\n\n".join(documents))
     return file
+
+
+@pytest.fixture
+def opened_once(monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> None:
+    """The good model is opened and captured once; Programs do not change."""
+    real = opening.open_program
+
+    def open_program(model: str, voice: Voice, *, weights: bool) -> Program:
+        if model != str(model_folder):
+            return real(model, voice, weights=weights)
+        if weights not in OPENED:
+            OPENED[weights] = real(model, voice, weights=weights)
+        return OPENED[weights]
+
+    monkeypatch.setattr(opening, "open_program", open_program)
