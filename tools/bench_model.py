@@ -26,7 +26,7 @@ from secateur.tools.machine import resident_bytes
 
 SLACK = 2.0
 """How many times further from the same weights in float32 than the dense-shaped model a candidate's logits may lie, on
-average over the tokens: the largest distance of a run is left to chance, two roundings of one model differ threefold."""
+average over the tokens.  The largest distance of a run is chance: two roundings of one model differ threefold."""
 
 
 class Steps(Protocol):
