@@ -44,11 +44,12 @@ MEND = "Fetch or save the model again"
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """Shape, dtype and file of a stored tensor."""
+    """Shape, dtype and file of a stored tensor, and the byte of the file where its data begins."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path
+    begin: int = 0
 
     def meta(self) -> torch.Tensor:
         """An empty tensor of this shape and dtype on the meta device."""
@@ -91,7 +92,11 @@ def read_header(file: Path) -> dict[str, TensorRecord]:
     except (UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise SourceError(f"{file} is corrupted: its header does not parse ({error}). {MEND}") from error
     _check_spans(file, spans, size - 8 - length)
-    return {name: TensorRecord(tuple(e["shape"]), DTYPES[e["dtype"]], file) for name, e in entries.items()}
+    start = 8 + length
+    return {
+        name: TensorRecord(tuple(e["shape"]), DTYPES[e["dtype"]], file, start + e["data_offsets"][0])
+        for name, e in entries.items()
+    }
 
 
 def _read_shards(folder: Path) -> dict[str, TensorRecord]:
