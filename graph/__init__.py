@@ -8,9 +8,11 @@ from secateur.graph.coupling import FAMILIES, CoupledGroup, Member, coupled_grou
 from secateur.graph.drop import drop
 from secateur.graph.errors import SecateurError
 from secateur.graph.masked import masked_call
+from secateur.graph.pattern import Pattern, Share, parse_pattern
 from secateur.graph.program import Cut, Program, Source, Step
 from secateur.graph.rewrite import keep, with_parameters
 from secateur.graph.rules import axis_rule
+from secateur.graph.sparse import Sparse
 from secateur.graph.verifier import verify
 
 __all__ = [
@@ -20,9 +22,12 @@ __all__ = [
     "CoupledGroup",
     "Cut",
     "Member",
+    "Pattern",
     "Program",
     "SecateurError",
+    "Share",
     "Source",
+    "Sparse",
     "Stage",
     "Step",
     "SubBlock",
@@ -36,6 +41,7 @@ __all__ = [
     "drop",
     "keep",
     "masked_call",
+    "parse_pattern",
     "verify",
     "with_parameters",
 ]

@@ -17,6 +17,7 @@ from secateur.graph.errors import EditError
 from secateur.graph.program import Cut, Program
 from secateur.graph.residual import sum_of
 from secateur.graph.rewrite import copied
+from secateur.graph.sparse import remaining
 
 Part = Block | SubBlock
 
@@ -44,7 +45,8 @@ def drop(program: Program, names: Iterable[str]) -> Program:
     left = {name for name, _ in smaller.named_parameters()}
     stay = {g.name for g in coupled_groups(before.dense) if any(m.parameter in left for m in g.members)}
     kept = {name: units for name, units in before.kept.items() if name in stay}
-    return smaller.replace(cut=Cut(before.dense, MappingProxyType(kept), tuple(dropped)))
+    cut = Cut(before.dense, MappingProxyType(kept), tuple(dropped))
+    return smaller.replace(cut=cut, sparse=remaining(program.sparse, left))
 
 
 def resolve_drop(program: Program, names: Iterable[str]) -> list[Part]:

@@ -17,6 +17,10 @@ class EditError(SecateurError):
     """An edit names an unknown or locked group, or units that the group does not have."""
 
 
+class PatternError(SecateurError):
+    """A pattern does not parse, does not fit a weight, or a score cannot be ranked; says where and what to do."""
+
+
 class VerificationError(SecateurError):
     """A Program breaks one of the verifier's checks; names the check and the node or parameter."""
 

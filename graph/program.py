@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from secateur.graph.sparse import NONE, SparseWeights
+
 JSON = dict[str, Any]
 
 
@@ -64,6 +66,7 @@ class Program:
     scores: importance of each unit, by group name, [units] float32, higher is more important; empty until a ``score``
         pass ran.  An edit clears it.
     cut: what edits removed since the model was captured, or None; it is not kept in an artifact.
+    sparse: the sparse weights, by parameter name; each holds exact zeros as its pattern says.
     """
 
     gm: fx.GraphModule
@@ -71,6 +74,7 @@ class Program:
     history: tuple[Step, ...] = ()
     scores: Mapping[str, torch.Tensor] = field(default_factory=lambda: MappingProxyType({}))
     cut: Cut | None = None
+    sparse: SparseWeights = field(default_factory=lambda: NONE)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.gm(*args, **kwargs)

@@ -17,6 +17,7 @@ from secateur.graph.calls import accept_calls_of, attribute
 from secateur.graph.coupling import CoupledGroup, coupled_groups
 from secateur.graph.errors import EditError
 from secateur.graph.program import Cut, Program
+from secateur.graph.sparse import SparseWeights, sliced
 
 Units = Sequence[int] | torch.Tensor
 Edit = Mapping[CoupledGroup | str, Units] | Mapping[CoupledGroup, Units] | Mapping[str, Units]
@@ -30,15 +31,17 @@ def keep(program: Program, edit: Edit) -> Program:
     Returns:
         A Program over new Parameters where an axis was cut and over the same ones elsewhere; ties stay ties.
     Raises:
-        EditError: an unknown or locked group, units out of range, twice named, or too few.
+        EditError: an unknown or locked group, units out of range, twice named, or too few; or inputs of a sparse
+            weight would go.
     """
     masks = resolve_edit(program, edit)
     if not masks:
         return program.replace()
     analysis = analyse(program)
     keeping = Keep({group.leaf: mask for group, mask in masks.items()})
+    sparse = _sparse(program, analysis, keeping)
     gm = _rewritten(analysis, keeping)
-    return program.replace(gm=gm, scores=MappingProxyType({}), cut=_cut(program, masks))
+    return program.replace(gm=gm, scores=MappingProxyType({}), cut=_cut(program, masks), sparse=sparse)
 
 
 def with_parameters(program: Program, values: Mapping[str, torch.Tensor]) -> Program:
@@ -76,6 +79,22 @@ def _cut(program: Program, masks: Mapping[CoupledGroup, BoolArray]) -> Cut:
         stays = torch.from_numpy(mask).nonzero()[:, 0]
         kept[group.name] = kept[group.name][stays] if group.name in kept else stays
     return Cut(before.dense, MappingProxyType(kept), before.dropped)
+
+
+def _sparse(program: Program, analysis: Analysis, keeping: Keep) -> SparseWeights:
+    """The sparse weights' rows that stay.  Raises: EditError: inputs of one would go, which tears its groups apart."""
+
+    def positions(name: str, dim: int) -> torch.Tensor | None:
+        axis = analysis.tensors[name][0][dim]
+        return torch.from_numpy(keeping.positions(axis)) if keeping.touches(axis) else None
+
+    torn = [name for name in program.sparse if positions(name, 1) is not None]
+    if torn:
+        raise EditError(
+            f"{torn[0]} is {program.sparse[torn[0]].pattern} sparse along its inputs, and some of them would go "
+            f"({len(torn)} such weights): prune widths first, and make weights sparse after it"
+        )
+    return sliced(program.sparse, positions)
 
 
 def resolve_edit(program: Program, edit: Edit) -> dict[CoupledGroup, BoolArray]:

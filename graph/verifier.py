@@ -14,6 +14,7 @@ from secateur.graph.analysis import analyse, module_path
 from secateur.graph.calls import attribute, bound_inputs
 from secateur.graph.errors import SecateurError, VerificationError
 from secateur.graph.program import Program
+from secateur.graph.sparse import faults
 
 Check = Callable[[Program], Iterator[str]]
 
@@ -135,10 +136,21 @@ def _heads_divide(program: Program) -> Iterator[str]:
                 yield f"{node.name}: {heads[0]} query heads of {heads[2]} on {heads[1]} key/value heads of {heads[3]}"
 
 
+def _sparse_weights_are_sparse(program: Program) -> Iterator[str]:
+    """Every weight that is said to be sparse holds exact zeros as its pattern says."""
+    owned = dict(program.gm.named_parameters())
+    for name, one in program.sparse.items():
+        if name not in owned:
+            yield f"{name} is said to be {one.pattern}, but is no parameter"
+            continue
+        yield from (f"{name} {fault}" for fault in faults(owned[name].detach(), one))
+
+
 CHECKS: dict[str, Check] = {
     "the graph is well formed": _graph_is_well_formed,
     "parameters are used": _parameters_are_used,
     "ties hold": _ties_hold,
+    "sparse weights are sparse": _sparse_weights_are_sparse,
     "heads divide": _heads_divide,
     "shapes propagate": _shapes_propagate,
     "groups are legal": _groups_are_legal,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, final
@@ -113,13 +113,15 @@ class Pass(Options):
     """A transformation of Programs; its dataclass fields are its options.
 
     numerics: exact (bit-equal), close (floating-point reorder) or lossy (needs a quality number).
-    uses: facts about a Program that must hold before ("scores", "cut"); gives: that hold after; ends: that it ends.
+    uses: facts about a Program that must hold before ("scores", "cut", "sparse"); gives: that hold after; ends: that it
+        ends; bars: that must not hold, each with the reason and what to do instead.
     """
 
     numerics: ClassVar[Literal["exact", "close", "lossy"]]
     uses: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
     ends: ClassVar[frozenset[str]] = frozenset()
+    bars: ClassVar[Mapping[str, str]] = {}
 
     @property
     def needs_data(self) -> bool:
@@ -138,7 +140,12 @@ class Pass(Options):
 
     def requires(self, program: Program) -> list[str]:
         """Reasons why the pass cannot run on this Program; none means it can."""
-        return [MISSING[fact] for fact in sorted(self.uses - facts(program))]
+        return self.misplaced(facts(program))
+
+    def misplaced(self, known: Set[str]) -> list[str]:
+        """Reasons why the pass cannot run where these facts hold."""
+        missing = [MISSING[fact] for fact in sorted(self.uses - known)]
+        return missing + [self.bars[fact] for fact in sorted(self.bars.keys() & known)]
 
     def plan(self, program: Program) -> list[PlannedEdit]:
         """The edits that the pass would make.  Needs no weights, scores or data."""
@@ -180,6 +187,7 @@ class Pass(Options):
 MISSING = {
     "scores": "the units have no scores: put score{metric=...} before it",
     "cut": "nothing was pruned since the model was opened: put prune-width{...} before it",
+    "sparse": "no weight is sparse: put sparsify{...} before it",
 }
 
 
@@ -188,5 +196,6 @@ def facts(program: Program) -> frozenset[str]:
     tests: dict[str, Callable[[Program], bool]] = {
         "scores": lambda p: bool(p.scores),
         "cut": lambda p: p.cut is not None,
+        "sparse": lambda p: bool(p.sparse),
     }
     return frozenset(name for name, holds in tests.items() if holds(program))

@@ -15,7 +15,6 @@ from secateur.graph import Program
 from secateur.graph.errors import PipelineError
 from secateur.passes import recipes
 from secateur.passes.base import (
-    MISSING,
     Checkpoints,
     Context,
     Cost,
@@ -123,7 +122,7 @@ class Pipeline(Pass):
         """What the order of the passes leaves missing, told before any work."""
         known, reasons = facts(program), []
         for one in self.passes:
-            reasons += [f"{one.name}: {MISSING[fact]}" for fact in sorted(one.uses - known)]
+            reasons += [f"{one.name}: {reason}" for reason in one.misplaced(known)]
             known = (known - one.ends) | one.gives
         asked = {*self.hooks.print_after, *filter(None, [self.hooks.stop_after])}
         names = {p.name for p in self.passes}

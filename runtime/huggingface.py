@@ -25,6 +25,7 @@ from secateur.graph.program import Program
 from secateur.runtime import reload
 from secateur.runtime.artifact import Draft, check_target, read_manifest, verify_artifact, writing
 from secateur.runtime.classes import quiet
+from secateur.runtime.declared import FIGURE, declaration
 from secateur.runtime.lowering import is_lowered, lowered, write_packed
 from secateur.runtime.raising import (
     Raised,
@@ -230,6 +231,8 @@ def _describe(draft: Draft, program: Program, raised: Raised, figures: Mapping[s
         "difference": raised.difference,
         "reload": dict(figures),
     }
+    if program.sparse:
+        draft.figures[FIGURE] = declaration(program, raised.model)
 
 
 def _write_probe(program: Program, raised: Raised, folder: Path) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from secateur.graph import Cut, Program, SecateurError, Step, drop, keep, with_parameters
 from secateur.graph.rewrite import Edit
+from secateur.graph.sparse import SparseWeights
 from secateur.passes.journal import Entry, digest
+from secateur.runtime.declared import from_json, to_json
 from secateur.runtime.resume_fingerprint import digests, graph_digest
 
 JSON = dict[str, Any]
@@ -36,6 +38,9 @@ def state_of(program: Program, source: Mapping[str, str]) -> Entry:
         tensors |= {f"dense {n}": p.detach() for n, p in cut.dense.named_parameters() if digest(p) != source.get(n)}
     tensors |= {f"kept {place}": units for place, units in enumerate(kept.values())}
     tensors |= {f"score {place}": score for place, score in enumerate(program.scores.values())}
+    for name, one in program.sparse.items():
+        kinds = {"norms": one.norms, "removed": one.removed}
+        tensors |= {f"{kind} {name}": tensor for kind, tensor in kinds.items() if tensor is not None}
     return Entry(
         tensors,
         {
@@ -43,6 +48,8 @@ def state_of(program: Program, source: Mapping[str, str]) -> Entry:
             "scores": list(program.scores),
             "kept": list(kept),
             "dropped": list(cut.dropped) if cut else [],
+            "cut": cut is not None,
+            "sparse": to_json(program.sparse),
             "digests": list(held.items()),
             "graph": graph_digest(program),
         },
@@ -60,10 +67,19 @@ def rebuilt(source: Program, entry: Entry) -> Program:
     program = _valued(_edited(dense, kept, facts["dropped"], facts["graph"]), _under("now ", entry))
     _check(program, facts)
     return program.replace(
-        cut=Cut(dense, MappingProxyType(kept), tuple(facts["dropped"])) if kept or facts["dropped"] else None,
+        cut=Cut(dense, MappingProxyType(kept), tuple(facts["dropped"])) if facts["cut"] else None,
         history=tuple(Step(**step) for step in facts["history"]),
         scores={name: entry.tensors[f"score {place}"] for place, name in enumerate(facts["scores"])},
+        sparse=_sparse(entry),
     )
+
+
+def _sparse(entry: Entry) -> SparseWeights:
+    found = entry.tensors
+    return {
+        name: dataclasses.replace(one, norms=found.get(f"norms {name}"), removed=found.get(f"removed {name}"))
+        for name, one in from_json(entry.facts["sparse"]).items()
+    }
 
 
 def _valued(program: Program, values: Mapping[str, Tensor]) -> Program:

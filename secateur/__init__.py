@@ -40,6 +40,7 @@ from secateur.runtime import (
     save,
     save_weights,
 )
+from secateur.runtime.declared import declared
 
 __version__ = "0.1.0.dev0"
 
@@ -57,7 +58,8 @@ def capture(model: nn.Module | str | Path, example_inputs: Any = None) -> Progra
     if isinstance(model, nn.Module):
         return _graph.capture(model, example_inputs)
     folder = Path(model)
-    return _graph.capture(open_model(model), example_inputs, folder=folder if folder.is_dir() else None)
+    program = _graph.capture(open_model(model), example_inputs, folder=folder if folder.is_dir() else None)
+    return program.replace(sparse=declared(folder))
 
 
 __all__ = [

@@ -10,6 +10,7 @@ import typer
 from secateur.graph import Program, capture
 from secateur.runtime import open_model
 from secateur.runtime.biases import with_biases
+from secateur.runtime.declared import declared
 from secateur.tools.report.console import Voice, before_work, log_to_stderr
 
 ModelArgument = Annotated[str, typer.Argument(help="A model folder (config.json, safetensors) or a Hugging Face id.")]
@@ -36,4 +37,5 @@ def open_program(model: str, voice: Voice, *, weights: bool, biases: bool = Fals
         names = [model, str(getattr(opened, "name_or_path", ""))]
         folder = next((Path(name) for name in names if name and Path(name).is_dir()), None)
         with voice.waiting("capturing the graph"):
-            return capture(opened, folder=folder)
+            program = capture(opened, folder=folder)
+            return program.replace(sparse=declared(folder)) if folder else program

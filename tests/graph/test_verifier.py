@@ -97,6 +97,7 @@ def test_the_checks_are_these() -> None:
         "the graph is well formed",
         "parameters are used",
         "ties hold",
+        "sparse weights are sparse",
         "heads divide",
         "shapes propagate",
         "groups are legal",

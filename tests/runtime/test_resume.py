@@ -13,10 +13,11 @@ import pytest
 import torch
 from runtime_models import SMALL, tiny
 
-from secateur.graph import Program, capture, drop, with_parameters
+from secateur.graph import Cut, Pattern, Program, Share, Sparse, capture, drop, with_parameters
 from secateur.graph.errors import ArtifactError
 from secateur.passes import Context, Hooks, Pass, PassResult, Pipeline, Sample, samples
 from secateur.passes.journal import Journal
+from secateur.passes.lower_layers import linear_layers
 from secateur.runtime.artifact import try_lock
 from secateur.runtime.compress import compress
 from secateur.runtime.resume import ResumeError, Work, working
@@ -112,6 +113,24 @@ def test_removed_blocks_stay_removed(names: list[str], ids: torch.Tensor) -> Non
 def test_weights_changed_before_the_first_edit_are_kept_too(source: Program, again: Program, ids: torch.Tensor) -> None:
     program = Pipeline((Noise(), *Pipeline.parse(TEXT).passes)).run(source, ids)
     assert same(rebuilt(again, state_of(program, digests(source))), program)
+
+
+def test_sparse_weights_are_kept_bit_for_bit(source: Program, again: Program) -> None:
+    values, told = dict[str, torch.Tensor](), dict[str, Sparse]()
+    for one in linear_layers(source)[0][:3]:
+        dense = dict(source.named_parameters())[one.parameter].detach()
+        mask = Pattern(2, 4).mask(dense.abs())
+        values[one.parameter] = torch.where(mask, dense, 0.0)
+        told[one.parameter] = Sparse(Pattern(2, 4), "wanda", torch.rand(one.shape[1]), torch.where(mask, 0.0, dense))
+    last = next(reversed(told))
+    told[last] = Sparse(Share(0.25), "magnitude")
+    program = with_parameters(source, values).replace(sparse=told, cut=Cut(source, {}))
+    found = rebuilt(again, state_of(program, digests(source)))
+    assert same(found, program) and found.cut is not None and not found.cut.kept and list(found.sparse) == list(told)
+    for name, one in found.sparse.items():
+        assert (one.pattern, one.metric) == (told[name].pattern, told[name].metric)
+        for kept, was in ((one.norms, told[name].norms), (one.removed, told[name].removed)):
+            assert (kept is None and was is None) or (kept is not None and torch.equal(kept, was))
 
 
 def test_a_program_that_cannot_be_built_again_is_refused(source: Program, again: Program, ids: torch.Tensor) -> None:
