@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 
 from secateur.graph import Program, coupled_groups
 from secateur.graph.errors import PipelineError
-from secateur.passes.base import Cost
-from secateur.passes.distill import Distill, Share
+from secateur.passes.base import Context, Cost
+from secateur.passes.distill import JSON, Distill, Prepared, Share
 from secateur.passes.quality import logits
 from secateur.passes.training.run import probe
 from secateur.passes.training.text import Text
@@ -49,7 +48,7 @@ class AdaptLora(Distill):
         """Of the moments of adapters alone; activations are those of full training."""
         return Cost(3.0, 4.0, tokens=self.tokens)
 
-    def _prepare(self, model: nn.Module, student: Program, stays: bool, seed: int) -> Callable[[Text], dict[str, Any]]:
+    def _prepare(self, model: nn.Module, student: Program, stays: bool, text: Text, context: Context) -> Prepared:
         if stays:
             raise PipelineError(
                 "adapt-lora: adapters go into linear modules, and no stock class holds this shape: prune to a shape "
@@ -64,11 +63,11 @@ class AdaptLora(Distill):
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets, bias="none"
         )
         with torch.random.fork_rng():
-            torch.manual_seed(seed)  # of A; B is zero, so the model is what it was
+            torch.manual_seed(context.seed)  # of A; B is zero, so the model is what it was
             adapted = peft.get_peft_model(model, config)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-        def finish(text: Text) -> dict[str, Any]:
+        def finish() -> tuple[Program, JSON]:
             inputs = probe(text, model)
             before = _logits(model, inputs)
             adapted.merge_and_unload()
@@ -76,9 +75,10 @@ class AdaptLora(Distill):
             assert gap <= MERGED, f"merging changed the logits by {gap:.3g}"
             for name, parameter in student.named_parameters():
                 parameter.requires_grad_(wanted[name])
-            return {"adapted": len(targets), "adapter_parameters": trained, "merge_difference": float(gap)}
+            told = {"adapted": len(targets), "adapter_parameters": trained, "merge_difference": float(gap)}
+            return student, told
 
-        return finish
+        return Prepared(finish)
 
 
 def projections(model: nn.Module, program: Program) -> list[str]:

@@ -15,6 +15,7 @@ from secateur.graph import Program
 from secateur.graph.errors import PipelineError
 from secateur.passes.base import MISSING, Context, PassResult
 from secateur.passes.training.chunked import Weights
+from secateur.passes.training.mask_schedule import MaskSchedule
 from secateur.passes.training.network import Network
 from secateur.passes.training.plan import TrainingPass, autocast
 from secateur.passes.training.run import Goal, Trained, fingerprint, fresh, module_of, train, write_curve
@@ -22,7 +23,16 @@ from secateur.passes.training.teachers import LiveTeacher, NoTeacher, StoredTeac
 from secateur.passes.training.text import Text
 
 Share = Annotated[float, Field(ge=0)]
+JSON = dict[str, Any]
 DTYPES = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """finish: makes the trained model plain again; gives the trained Program and more figures.   masks: see train."""
+
+    finish: Callable[[], tuple[Program, JSON]]
+    masks: MaskSchedule | None = None
 
 
 @dataclass(frozen=True)
@@ -80,11 +90,11 @@ class Distill(TrainingPass):
         text = self.text(program, context)
         teacher, widths, correction = self._teacher(program, text, context)
         student = fresh(program).replace(scores={})
-        model, stays = module_of(student, context)
+        model, stays = self._model(student, context)
         goal = Goal(self._weights, self.tokens, self.lr, "student", self.states, self._widths(model, widths))
-        finish = self._prepare(model, student, stays, context.seed)
-        trained = train(model, teacher, text, goal, self, context, stays)
-        finished = finish(text)
+        ready = self._prepare(model, student, stays, text, context)
+        trained = train(model, teacher, text, goal, self, context, stays, ready.masks)
+        student, finished = ready.finish()
         _check(student, context, stays)
         write_curve(trained, context.output, self.name)
         figures = {
@@ -97,9 +107,13 @@ class Distill(TrainingPass):
             figures["teacher_correction"] = correction.figures()
         return PassResult(student, True, figures)
 
-    def _prepare(self, model: nn.Module, student: Program, stays: bool, seed: int) -> Callable[[Text], dict[str, Any]]:
-        """Make the model ready to be trained; what is returned makes it plain again and gives more figures."""
-        return lambda text: {}
+    def _model(self, student: Program, context: Context) -> tuple[nn.Module, bool]:
+        """What is trained in the student's place; see ``module_of``."""
+        return module_of(student, context)
+
+    def _prepare(self, model: nn.Module, student: Program, stays: bool, text: Text, context: Context) -> Prepared:
+        """Make the model, over the student's Parameters, ready to be trained."""
+        return Prepared(lambda: (student, {}))
 
     @property
     def _weights(self) -> Weights:

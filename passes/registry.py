@@ -15,6 +15,7 @@ from secateur.passes.prune_depth import PruneDepth
 from secateur.passes.prune_width import PruneWidth
 from secateur.passes.quantize import Quantize
 from secateur.passes.repair import Repair
+from secateur.passes.retrain_sparse import RetrainSparse
 from secateur.passes.score import Score
 from secateur.passes.search import Search
 
@@ -31,6 +32,7 @@ PASSES: Table[Pass] = Table(
     Lower,
     Distill,
     AdaptLora,
+    RetrainSparse,
     FillDropped,
     FillWidths,
     base=Pass,

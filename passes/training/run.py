@@ -22,6 +22,7 @@ from secateur.passes.base import Context
 from secateur.passes.journal import Journal, digest
 from secateur.passes.training.chunked import Weights
 from secateur.passes.training.learner import Learner, Pair
+from secateur.passes.training.mask_schedule import RECORDS, MaskSchedule
 from secateur.passes.training.memory import own_randomness, settle, whole
 from secateur.passes.training.network import Network
 from secateur.passes.training.plan import LOW, Pace, TrainingPass, autocast, pace
@@ -80,9 +81,9 @@ class Trained:
 
 
 def thinned(curve: Sequence[Mapping[str, float]], every: int) -> list[dict[str, float]]:
-    """Means over ``every`` steps each; step, tokens and rate are those of the last."""
+    """Means over ``every`` steps each; step, tokens, rate and what is said of masks are those of the last."""
     parts = [curve[at : at + every] for at in range(0, len(curve), every)]
-    last = ("step", "tokens", "lr")
+    last = ("step", "tokens", "lr", *RECORDS)
     return [
         {key: part[-1][key] if key in last else sum(row[key] for row in part) / len(part) for key in part[-1]}
         for part in parts
@@ -90,13 +91,20 @@ def thinned(curve: Sequence[Mapping[str, float]], every: int) -> list[dict[str, 
 
 
 def train(
-    model: nn.Module, teacher: Teacher, text: Text, goal: Goal, options: TrainingPass, context: Context, stays: bool
+    model: nn.Module,
+    teacher: Teacher,
+    text: Text,
+    goal: Goal,
+    options: TrainingPass,
+    context: Context,
+    stays: bool,
+    masks: MaskSchedule | None = None,
 ) -> Trained:
     """Train a module's weights in place.
 
     Args:
         model: a stock model, or a graph module.   teacher: answers for every batch.   text: see Text.
-        stays: the module cannot leave its device.
+        stays: the module cannot leave its device.   masks: of weights that are under masks in the module, or None.
     Raises: TrainingError: a loss is no number, or ``context.resume`` holds steps of another run.
         PipelineError: an option does not fit the module; a package is missing.
     """
@@ -104,6 +112,8 @@ def train(
     steps = pace(options, text.window, goal.tokens)
     journal = Journal(None if context.resume is None else context.resume / goal.part)
     known = {} if journal.folder is None else fingerprint(model, text, goal, options, context.seed)
+    if known and masks is not None:
+        known["masks"] = masks.fingerprint()
     with _ready(model, options) as low, tempfile.TemporaryDirectory() as folder, own_randomness():
         torch.manual_seed(context.seed)
         precision = torch.bfloat16 if low and options.precision == "auto" else autocast(options.precision, set())
@@ -114,7 +124,7 @@ def train(
             here = next(model.parameters()).device
             use_cpu = not torch.accelerator.is_available() or (stays and here.type == "cpu")
             tutor = tutor_module.Tutor(
-                learner, teacher, text, steps, options, goal.lr, journal, known, context.seed, folder, use_cpu
+                learner, teacher, text, steps, options, goal.lr, journal, known, context.seed, folder, use_cpu, masks
             )
             left = steps.steps - tutor.first_step
             ticks = iter(context.progress(range(left + 1), goal.part, left))

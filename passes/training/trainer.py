@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from secateur.graph.errors import SecateurError
 from secateur.passes.journal import Entry, Journal
 from secateur.passes.training.learner import Learner, Lesson
+from secateur.passes.training.mask_schedule import MaskSchedule
 from secateur.passes.training.memory import (
     optimizer_state,
     prefixed,
@@ -40,6 +41,7 @@ from secateur.passes.training.text import Schedule, Text, collate
 
 STATE = "training"
 TRAINER_STATE = "trainer_state.json"
+BETAS = (0.9, 0.95)
 
 
 class TrainingError(SecateurError):
@@ -53,6 +55,7 @@ class Tutor(Trainer):
         tokens, before the step.
     held_out: one record an evaluation: step, tokens, kl, ce, perplexity.
     first_step: the step that was kept from a run before, or 0.
+    masks: of weights that are trained under them, or None.
     Raises: TrainingError: what was kept is of another run.
     """
 
@@ -69,7 +72,9 @@ class Tutor(Trainer):
         seed: int,
         folder: str,
         use_cpu: bool,
+        masks: MaskSchedule | None = None,
     ) -> None:
+        self.masks = masks
         self.teacher, self.text, self.pace, self.journal, self.fingerprint = teacher, text, pace, journal, fingerprint
         self.curve: list[dict[str, float]] = []
         self.held_out: list[dict[str, float]] = []
@@ -86,6 +91,7 @@ class Tutor(Trainer):
             data_collator=collate,
             train_dataset=Schedule(text.train, pace.steps * pace.sequences, seed),
             eval_dataset=list(text.held_out) or None,
+            optimizer_cls_and_kwargs=self._masked_optimizer(lr),
         )
         self.model_accepts_loss_kwargs = False  # the loss is the mean of a micro-batch: Trainer divides by their number
         self.remove_callback(PrinterCallback)
@@ -103,6 +109,13 @@ class Tutor(Trainer):
             for shared in (state._shared_state, PartialState._shared_state):
                 shared["distributed_type"] = DistributedType.FSDP
             self.is_fsdp_enabled = True
+
+    def _masked_optimizer(self, lr: float) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+        """The optimizer that masked weights need, or None for Trainer's own AdamW."""
+        if self.masks is None:
+            return None
+        kind, made_with = self.masks.optimizer
+        return kind, {"lr": lr, "betas": BETAS, **made_with}
 
     # ------------------------------------------------------------------ what is learned
     def compute_loss(
@@ -153,6 +166,7 @@ class Tutor(Trainer):
         loss, kl, ce, states = means.tolist()
         record = {"step": self.state.global_step, "tokens": self.seen, "loss": loss, "kl": kl, "ce": ce}
         record |= {"states": states} if states else {}
+        record |= self.masks.record if self.masks else {}
         record |= {"lr": logs["learning_rate"], "grad_norm": float(logs["grad_norm"])}
         if not math.isfinite(loss) or not math.isfinite(record["grad_norm"]):
             raise TrainingError(
@@ -196,6 +210,7 @@ class Tutor(Trainer):
             "schedule": self._schedule.state_dict(),
             "curve": self.curve,
             "held_out": self.held_out,
+            "masks": self.masks.facts() if self.masks else None,
             **groups,
             **generators,
         }
@@ -204,6 +219,8 @@ class Tutor(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         put_weights(self._learner, with_prefix("weights", self._entry.tensors))
+        if self.masks:
+            self.masks.restore(self._entry.facts["masks"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -273,7 +290,8 @@ def arguments(
         gradient_accumulation_steps=pace.accumulate,
         optim="adamw_torch",
         learning_rate=lr,
-        adam_beta2=0.95,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
         weight_decay=options.weight_decay,
         max_grad_norm=options.clip,
         lr_scheduler_type="cosine_with_min_lr",

@@ -1,8 +1,9 @@
 """What the tests of training run in a process of its own: distillations of a tiny model, some of them killed.
 
-python worker.py OUT [kind=gpt2] [resume=DIR] [kills=3,1] [random=5] [stop_at=7] [option=JSON ...]
+python worker.py OUT [pass=NAME] [kind=gpt2] [resume=DIR] [kills=3,1] [random=5] [stop_at=7] [option=JSON ...]
 
 Writes OUT/weights.safetensors and OUT/figures.json (process 0).
+pass: distill, of a model without half of its neurons; or retrain-sparse, of a 2:4 model.
 kills: before, the run is started and killed after so many of its steps, one run a number.
 random: before, the run is started and killed at so many random moments.
 stop_at: it ends after so many steps.
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -27,9 +29,12 @@ import torch
 from safetensors.torch import save_file
 from zoo.models import tiny_model
 
-from secateur.graph import Program, capture
+from secateur.graph import Cut, Pattern, Program, Sparse, capture, with_parameters
 from secateur.passes import Context, Pipeline, samples
+from secateur.passes.base import Pass
 from secateur.passes.distill import Distill
+from secateur.passes.lower_layers import linear_layers
+from secateur.passes.retrain_sparse import RetrainSparse
 from secateur.runtime import raise_model
 
 LENGTH, BELOW = 24, 128
@@ -52,9 +57,25 @@ def pruned(kind: str = "llama") -> tuple[Program, Context]:
     return Pipeline.parse("score{metric=magnitude},prune-width{mlp=0.5}")(program, context), context
 
 
-def distilled(out: Path, small: Program, context: Context, options: dict[str, Any]) -> None:
+def sparse(kind: str = "llama", *, dtype: torch.dtype = torch.float32) -> tuple[Program, Context]:
+    """A tiny model, every projection 2:4 by magnitude, what was removed kept; and data to train it on."""
+    program = capture(tiny_model(kind).to(dtype))
+    ids = torch.randint(0, BELOW, (24, LENGTH), generator=torch.Generator().manual_seed(1))
+    parameters, pattern = dict(program.named_parameters()), Pattern(2, 4)
+    values, entries = dict[str, torch.Tensor](), dict[str, Sparse]()
+    for layer in linear_layers(program)[0]:
+        if not layer.head:
+            weight = parameters[layer.parameter].detach()
+            mask = pattern.mask(weight.float().abs())
+            values[layer.parameter] = weight.masked_fill(~mask, 0)
+            entries[layer.parameter] = Sparse(pattern, removed=weight.masked_fill(mask, 0))
+    pruned = with_parameters(program, values).replace(sparse=MappingProxyType(entries), cut=Cut(program, {}))
+    return pruned, Context(data=samples(ids, program), raise_model=raise_model)
+
+
+def trained(out: Path, one: Pass, small: Program, context: Context) -> None:
     """One run, its weights and figures left in ``out``."""
-    result = Distill(**{**SMALL, **options})(small, context)
+    result = one(small, context)
     if int(os.environ.get("RANK", "0")) == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "figures.json").write_text(json.dumps(result.history[-1].figures))
@@ -89,18 +110,26 @@ def _in_child(work: Callable[[], None], seconds: float | None) -> int:
     return os.waitpid(child, 0)[1] & 127
 
 
+MAKERS: dict[str, tuple[Callable[[str], tuple[Program, Context]], type[Pass]]] = {
+    "distill": (pruned, Distill),
+    "retrain-sparse": (sparse, RetrainSparse),
+}
+
+
 def main(out: Path, given: dict[str, str]) -> None:
-    kind, kept = given.pop("kind", "llama"), given.pop("resume", None)
+    given_pass, kind, kept = given.pop("pass", "distill"), given.pop("kind", "llama"), given.pop("resume", None)
     kills, moments = json.loads(f"[{given.pop('kills', '')}]"), int(given.pop("random", "0"))
     stop = int(given.pop("stop_at", "-1"))
     options = {key: json.loads(value) for key, value in given.items()}
 
     torch.set_num_threads(1)  # no other thread, so that a child can be forked
-    small, context = pruned(kind)
+    made, kind_of_pass = MAKERS[given_pass]
+    small, context = made(kind)
     context = replace(context, resume=Path(kept) if kept else None)
 
     def run(progress: Callable[..., Any] | None) -> None:
-        distilled(out, small, context if progress is None else replace(context, progress=progress), options)
+        context_of_run = context if progress is None else replace(context, progress=progress)
+        trained(out, kind_of_pass(**{**SMALL, **options}), small, context_of_run)
 
     for steps in kills:
         assert killed_after(steps, run) == signal.SIGKILL

@@ -1,0 +1,178 @@
+"""When masks change, by what score, and how strongly removed weights are pulled: all that a run's masks are at a step.
+
+L masked weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from secateur.graph.errors import PatternError, SecateurError
+from secateur.passes.journal import digest
+from secateur.passes.training.masked import Score, Site
+from secateur.passes.training.side_decay import Pull, SideDecayAdamW, local
+
+RECORDS = ("flip_rate", "changed", "removed_mass", "decay_to_gradient")
+"""What every step's record says: the part of all mask bits that the last refresh flipped; the part that differs from
+the first mask; the part of sum |W| that is under the mask; and, over removed entries, the root mean square of
+lambda W by that of the weight's gradient, mean over weights, at the last refresh."""
+
+
+class MaskError(SecateurError):
+    """Masks cannot be chosen: a score is no number."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How masks are kept.
+
+    strength: of the pull when it is full: lambda = strength * rms(g) / rms(W), each weight by its own gradient, since
+        scales differ by orders of magnitude between layers; 0 for none.
+    ramp: optimizer steps in which the pull grows from nothing to full.   refresh: steps from one choice of masks to the
+        next, 0 for never.   steps: of the run; masks stay as they are after its last.   moment: see SideDecayAdamW.
+    """
+
+    strength: float
+    ramp: int
+    refresh: int
+    steps: int
+    score: str = "match"
+    moment: str = "gradient"
+
+
+class MaskSchedule:
+    """The masks of one training run.  Its optimizer asks it before, and tells it after, each update.
+
+    sites: weights under masks, in the model that is trained.
+    record: see RECORDS.   step: optimizer steps so far.
+    """
+
+    def __init__(self, sites: Sequence[Site], plan: Plan) -> None:
+        self.sites, self.plan, self.score = list(sites), plan, Score(plan.score)
+        self.step = 0
+        self.record = dict.fromkeys(RECORDS, 0.0)
+        self._removed: dict[str, Tensor] = {}
+
+    @property
+    def optimizer(self) -> tuple[type[SideDecayAdamW], dict[str, Any]]:
+        """Its class and what it is made with, as Trainer takes them."""
+        return SideDecayAdamW, {"masks": self, "moment": self.plan.moment}
+
+    def fingerprint(self) -> str:
+        """Of plan and masks at the start, and of all that new ones are chosen by."""
+        found = hashlib.sha256(repr(self.plan).encode())
+        for site in self.sites:
+            norms = "" if site.sparse.norms is None else digest(site.sparse.norms)
+            found.update(f"{site.name} {site.sparse.pattern} {digest(site.first)} {norms} ".encode())
+        return found.hexdigest()
+
+    # ------------------------------------------------------------------ the optimizer's questions
+    @torch.no_grad()
+    def before_update(self) -> dict[int, Pull]:
+        """The pull on each weight, from gradients as they are now (clipped)."""
+        full = self._strength()
+        if not full:
+            return {}
+        taking = [site for site in self.sites if site.weight.grad is not None]
+        weights = [site.weight for site in taking]
+        squares = _squares(weights, [p.grad for p in weights if p.grad is not None])
+        ratio = torch.where(squares[0] > 0, (squares[1] / squares[0]).sqrt(), 0.0)
+        strengths = (full * ratio).unbind()
+        return {
+            id(site.weight): Pull(self._removed_here(site), strength)
+            for site, strength in zip(taking, strengths, strict=True)
+        }
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Count the step, and choose masks anew where it is time."""
+        self.step += 1
+        if self.plan.refresh and self.step % self.plan.refresh == 0 and self.step < self.plan.steps:
+            self._refresh()
+
+    def _strength(self) -> float:
+        return self.plan.strength * (min(1.0, self.step / self.plan.ramp) if self.plan.ramp else 1.0)
+
+    def _refresh(self) -> None:
+        """New masks, written over the old ones."""
+        sums = torch.stack([self._rechoose(site) for site in self.sites]).sum(0).tolist()
+        bits = sum(site.first.numel() for site in self.sites)
+        shares = (sums[0] / bits, sums[1] / bits, sums[2] / sums[3] if sums[3] else 0.0, sums[4] / len(self.sites))
+        self.record = dict(zip(RECORDS, shares, strict=True))
+        self._removed.clear()
+
+    def _rechoose(self, site: Site) -> Tensor:
+        """A weight's new mask.
+
+        Returns: [5] float64: bits flipped, bits unlike the first mask, sum |W| removed, sum |W|, decay to gradient.
+        """
+        whole, old = _whole(site.weight), site.mask
+        try:
+            new = site.sparse.pattern.mask(self.score(whole.float(), site.sparse))
+        except PatternError as error:
+            raise MaskError(
+                f"step {self.step}: {site.name}: {error}; nothing of this step was kept: lower lr, or precision=float32"
+            ) from error
+        site.first = site.first.to(new.device)
+        size, squares = whole.abs(), whole.square()
+        least = torch.finfo(squares.dtype).tiny
+        loose = squares.masked_fill(old, 0).sum() / (~old).sum().clamp_min(1) / squares.mean().clamp_min(least)
+        found = [(new != old).sum(), (new != site.first).sum(), size.masked_fill(new, 0).sum(), size.sum()]
+        told = torch.stack([part.double() for part in (*found, self._strength() * loose.sqrt())]).cpu()
+        old.copy_(new)
+        return told
+
+    def _removed_here(self, site: Site) -> Tensor:
+        """[rows here, K] bool: what the mask of a weight removes of this process's part."""
+        if site.name not in self._removed:
+            self._removed[site.name] = ~local(_spread(site.mask, site.weight))
+        return self._removed[site.name]
+
+    # ------------------------------------------------------------------ what outlives a kill
+    def facts(self) -> dict[str, Any]:
+        """All but the masks, which are buffers of the model, as JSON."""
+        return {"step": self.step, "record": self.record}
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        """The inverse of ``facts``; the model's buffers are put back by who keeps the model."""
+        self.step, self.record = int(facts["step"]), dict(facts["record"])
+        self._removed.clear()
+
+
+def _squares(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """[2, L] float32: sums of squares of weights and of gradients, over all processes that share them."""
+    found = torch.stack(
+        [torch.stack(torch._foreach_norm([local(t) for t in tensors])).square() for tensors in (weights, gradients)]
+    )
+    mesh: Any = getattr(weights[0], "device_mesh", None)
+    if mesh is not None:
+        torch.distributed.all_reduce(found, group=mesh.get_group())
+    return found
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The full tensor of a weight, where it lies."""
+    full: Any = getattr(weight, "full_tensor", None)
+    return weight.detach() if full is None else full().detach()
+
+
+def _spread(mask: Tensor, like: Tensor) -> Tensor:
+    """A full mask laid out as a weight; every process has all of it, so nothing is sent."""
+    if not hasattr(like, "full_tensor"):
+        return mask
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(mask, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def ramp_steps(share: float, steps: int) -> int:
+    """Steps of a ramp that takes a share of a run."""
+    return math.ceil(share * steps)

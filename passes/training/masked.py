@@ -1,0 +1,252 @@
+"""Weights that are trained under a mask: the product sees m W, the Parameter keeps all of W.
+
+N outputs, K inputs of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from secateur.graph import Program, Sparse
+from secateur.graph.errors import PipelineError
+
+SUFFIX = "_mask"  # of a mask's buffer, after the name of its weight
+ROOM = 0.99  # of the least kept score: how near a removed value may come to it, safe from rounding to bfloat16
+
+
+class _StraightThrough(torch.autograd.Function):
+    """m W, whose gradient goes to all of W.  Source: Bengio et al. 2013, arXiv:1308.3432."""
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+        return weight * mask
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        return None
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def masked(weight_NK: Tensor, mask_NK: Tensor) -> Tensor:
+    """m W: [N, K] in the dtype of W.  The gradient goes to removed entries too, as if they took part."""
+    found: Tensor = _StraightThrough.apply(weight_NK, mask_NK)  # type: ignore[no-untyped-call]
+    return found
+
+
+def kept(weight_NK: Tensor, mask_NK: Tensor) -> Tensor:
+    """m W: [N, K] in the dtype of W.  The gradient of removed entries is zero."""
+    return weight_NK * mask_NK
+
+
+class MaskedLinear(nn.Linear):
+    """A linear module whose product takes m W.
+
+    weight: [N, K], all of W.   weight_mask: persistent buffer [N, K] bool, changed in place between optimizer steps.
+    through: whether removed entries get the gradient, too.
+    """
+
+    weight_mask: Tensor
+    through: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        used = (masked if self.through else kept)(self.weight, self.weight_mask)
+        return F.linear(input, used, self.bias)
+
+
+@dataclass(eq=False)
+class Site:
+    """One weight under its mask.
+
+    name: of the parameter in the Program.   owner: the module that holds it as ``attribute`` and its mask as a buffer;
+    the Parameter there is replaced where processes share it.   first: [N, K] bool, the mask at the start.
+    """
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    sparse: Sparse
+    first: Tensor
+    nodes: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        found: nn.Parameter = getattr(self.owner, self.attribute)
+        return found
+
+    @property
+    def mask(self) -> Tensor:
+        found: Tensor = getattr(self.owner, self.attribute + SUFFIX)
+        return found
+
+
+def start_mask(weight_NK: Tensor, sparse: Sparse) -> Tensor:
+    """The mask of a sparse weight: its non-zeros, and zeros of lowest index where a group has fewer than it may."""
+    return sparse.pattern.mask(weight_NK.detach().float().abs())
+
+
+def put_masks(model: nn.Module, program: Program, *, through: bool) -> list[Site]:
+    """Put every sparse weight of a model under its mask, in place; ``take_masks`` undoes it.
+
+    Args:
+        model: the stock model over the program's Parameters, or the program's graph module.
+    Raises: PipelineError: a weight is held by no plain linear module of a stock model, or by more than that.
+    """
+    if isinstance(model, fx.GraphModule):
+        return [_in_graph(model, name, program, through) for name in program.sparse]
+    if reason := linear_only(model, program):
+        raise PipelineError(f"no mask can be put in this model: {reason}")
+    holders, parameters = _holders(model), dict(program.named_parameters())
+    return [
+        _in_module(holders[id(parameters[name])][0], name, parameters[name], one, through)
+        for name, one in program.sparse.items()
+    ]
+
+
+def linear_only(model: nn.Module, program: Program) -> str | None:
+    """Why the sparse weights of a stock model cannot be put under masks there, or None."""
+    holders, parameters = _holders(model), dict(program.named_parameters())
+    for name in program.sparse:
+        held = holders.get(id(parameters[name]), [])
+        if [type(module) for module in held] != [nn.Linear]:
+            kinds = ", ".join(type(module).__name__ for module in held) or "no module"
+            return f"{name} is held by {kinds}, expected one plain Linear"
+    return None
+
+
+def take_masks(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Make a model plain again; the weights stay as they are."""
+    for site in sites:
+        delattr(site.owner, site.attribute + SUFFIX)
+        if isinstance(site.owner, MaskedLinear):
+            del site.owner.through
+            site.owner.__class__ = nn.Linear  # type: ignore[assignment]
+        for node in site.nodes:
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            mask = node.args[1]
+            node.graph.erase_node(node)
+            node.graph.erase_node(mask)  # type: ignore[arg-type]
+    if isinstance(model, fx.GraphModule):
+        model.recompile()
+
+
+@torch.no_grad()
+def bake(weight_NK: Tensor, mask_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """(m W, (1 - m) W), each [N, K] in the dtype of W, with +0.0 wherever it is zero."""
+    mask_NK = mask_NK.to(weight_NK.device)
+    zero = torch.zeros((), dtype=weight_NK.dtype, device=weight_NK.device)
+    return torch.where(mask_NK, weight_NK, zero) + 0.0, torch.where(mask_NK, zero, weight_NK) + 0.0
+
+
+@torch.no_grad()
+def revived(weight_NK: Tensor, one: Sparse, score: Score) -> Tensor:
+    """The weight with what was removed put back, so that the mask of its score is the mask that it has.
+
+    A removed value whose score is above that of a kept one in its group, as where the kept ones were changed after the
+    choice, is made smaller until it is below: it stands next in line, and no more.
+
+    Returns: [N, K] in the dtype of the weight.
+    """
+    assert one.removed is not None
+    mask = start_mask(weight_NK, one)
+    whole = weight_NK + one.removed.to(weight_NK.device)
+    width = one.pattern.group(weight_NK.shape[1])
+    scores, kept_ones = (t.unflatten(-1, (-1, width)) for t in (score(whole.float(), one), mask))
+    least = scores.masked_fill(~kept_ones, float("inf")).amin(-1, keepdim=True)
+    above = ~kept_ones & (scores > ROOM * least)
+    factor = torch.where(above, ROOM * least / scores.clamp_min(torch.finfo(scores.dtype).tiny), 1.0)
+    return (whole.float() * factor.flatten(-2)).to(weight_NK.dtype)
+
+
+class Score:
+    """Ranks the entries of a sparse weight.
+
+    metric: a row of METRICS, or ``match``: that by which the weight's mask was chosen.
+    """
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+
+    def __call__(self, weight_NK: Tensor, one: Sparse) -> Tensor:
+        """[N, K] float32, higher is kept.  Args: weight_NK: float32."""
+        made: Tensor = METRICS[self.of(one)](weight_NK.abs(), one)
+        return made
+
+    def of(self, one: Sparse) -> str:
+        """The row of METRICS that a weight is ranked by."""
+        if self.metric != "match":
+            return self.metric
+        if one.metric in METRICS and (one.norms is not None or one.metric == "magnitude"):
+            return one.metric
+        return "magnitude" if one.norms is None else "wanda"
+
+    def misfit(self, sparse: Mapping[str, Sparse]) -> str | None:
+        """Why these weights cannot be ranked so, or None."""
+        bare = [name for name, one in sparse.items() if self.of(one) != "magnitude" and one.norms is None]
+        if not bare:
+            return None
+        return (
+            f"score={self.metric} needs the norms of inputs, and {bare[0]} has none ({len(bare)} such weights): choose "
+            "score=magnitude, or put sparsify with a metric that uses calibration data before it"
+        )
+
+
+def _norms(one: Sparse, like: Tensor) -> Tensor:
+    assert one.norms is not None
+    return one.norms.to(like.device, like.dtype)
+
+
+def _ria(size_NK: Tensor, one: Sparse) -> Tensor:
+    tiny = torch.finfo(size_NK.dtype).tiny
+    share = size_NK / size_NK.sum(1, keepdim=True).clamp_min(tiny) + size_NK / size_NK.sum(0).clamp_min(tiny)
+    return share * _norms(one, size_NK).sqrt()
+
+
+METRICS: dict[str, Any] = {
+    "magnitude": lambda size_NK, one: size_NK,
+    "wanda": lambda size_NK, one: size_NK * _norms(one, size_NK),
+    "ria": _ria,
+}
+"""|W| to score.  Sources: Sun et al. 2023 (Wanda), arXiv:2306.11695, eq. 1; Zhang et al. 2024 (RIA), eq. 4."""
+
+
+def _holders(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Which modules hold a parameter themselves."""
+    found: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            found.setdefault(id(parameter), []).append(module)
+    return found
+
+
+def _in_module(owner: nn.Module, name: str, parameter: nn.Parameter, one: Sparse, through: bool) -> Site:
+    first = start_mask(parameter, one)
+    owner.__class__ = MaskedLinear
+    owner.through = through  # type: ignore[assignment]
+    owner.register_buffer("weight" + SUFFIX, first.clone())
+    return Site(name, owner, "weight", one, first)
+
+
+def _in_graph(gm: fx.GraphModule, name: str, program: Program, through: bool) -> Site:
+    path, _, attribute = name.rpartition(".")
+    owner = gm.get_submodule(path)
+    first = start_mask(gm.get_parameter(name), program.sparse[name])
+    owner.register_buffer(attribute + SUFFIX, first.clone())
+    site = Site(name, owner, attribute, program.sparse[name], first)
+    for node in gm.graph.find_nodes(op="get_attr", target=name):
+        with gm.graph.inserting_after(node):
+            mask = gm.graph.get_attr(name + SUFFIX)
+        with gm.graph.inserting_after(mask):
+            used = gm.graph.call_function(masked if through else kept, (node, mask))
+        node.replace_all_uses_with(used, delete_user_cb=lambda user, used=used: user is not used)
+        site.nodes.append(used)
+    gm.recompile()
+    return site
