@@ -142,14 +142,22 @@ def verify_artifact(path: str | Path, *, hashes: bool = True) -> Manifest:
 
     Args:  hashes: re-hash each file; False compares sizes only.
     Raises: ArtifactError: a file is missing, unlisted, of another size, or of another hash; names each."""
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    faults = [_fault(folder, name, record, hashes) for name, record in manifest.files.items()]
-    faults += [f"{name} is not in the manifest" for name in _unlisted(folder, manifest)]
-    found = [fault for fault in faults if fault]
-    if found:
-        raise ArtifactError(f"{folder} is not what its manifest says: {'; '.join(found[:5])}. Save or copy it again")
+    manifest = read_manifest(path)
+    if found := artifact_faults(path, manifest, hashes=hashes):
+        raise ArtifactError(f"{path} is not what its manifest says: {'; '.join(found[:5])}. Save or copy it again")
     return manifest
+
+
+def artifact_faults(
+    path: str | Path, manifest: Manifest, *, hashes: bool = True, known: Mapping[str, str] | None = None
+) -> list[str]:
+    """Where a folder is not what a manifest says: files missing, unlisted, of another size, or of another hash.
+
+    Args:  hashes: re-hash each file.   known: SHA-256 (hex) of files that were hashed already, by relative name."""
+    folder, seen = Path(path), known or {}
+    faults = [_fault(folder, name, record, hashes, seen.get(name)) for name, record in manifest.files.items()]
+    faults += [f"{name} is not in the manifest" for name in _unlisted(folder, manifest)]
+    return [fault for fault in faults if fault]
 
 
 def remove_leftovers(target: Path) -> list[Path]:
@@ -215,13 +223,13 @@ def _unlisted(folder: Path, manifest: Manifest) -> list[str]:
     return [name for name in names if name not in manifest.files]
 
 
-def _fault(folder: Path, name: str, record: FileRecord, hashes: bool) -> str:
+def _fault(folder: Path, name: str, record: FileRecord, hashes: bool, known: str | None) -> str:
     file = folder / name
     if file.is_symlink() or not file.is_file():
         return f"{name} is missing"
     if (size := file.stat().st_size) != record.bytes:
         return f"{name} has {size:,} bytes instead of {record.bytes:,}"
-    if hashes and _sha256(file) != record.sha256:
+    if hashes and (known or _sha256(file)) != record.sha256:
         return f"the content of {name} has changed"
     return ""
 
