@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secateur.graph.errors import PatternError
 
-WIDEST = 32  # of a group: each pair of its entries is compared
+WIDEST = 32  # group whose entries are compared in pairs
 
 
 class Sparsity(ABC):
@@ -111,19 +111,9 @@ class Pattern(Sparsity):
         return self.kept
 
     def ranked(self, score_NK: Tensor, out: Tensor) -> Tensor:
-        """An entry's rank is the number of those in its group that go before it: one comparison for each pair."""
-        entries = score_NK.unflatten(-1, self._split(score_NK)).unbind(-1)
-        ranks = [torch.zeros(entry.shape, dtype=torch.uint8, device=entry.device) for entry in entries]
-        for first, second in combinations(range(self.of), 2):
-            before = (entries[first] >= entries[second]).view(torch.uint8)
-            ranks[second] += before
-            ranks[first] += before ^ 1
-        for rank, place in zip(ranks, out.unflatten(-1, self._split(out)).unbind(-1), strict=True):
-            torch.lt(rank, self.kept, out=place)
+        groups = score_NK.shape[-1] // self.of, self.of
+        best(score_NK.unflatten(-1, groups), self.kept, out.unflatten(-1, groups))
         return out
-
-    def _split(self, tensor: Tensor) -> tuple[int, int]:
-        return tensor.shape[-1] // self.of, self.of
 
 
 @dataclass(frozen=True)
@@ -164,9 +154,29 @@ class Share(Sparsity):
         return columns - int(columns * self.ratio + 1e-9)
 
     def ranked(self, score_NK: Tensor, out: Tensor) -> Tensor:
-        order = score_NK.sort(dim=-1, descending=True, stable=True).indices
-        kept = self.kept_of(score_NK.shape[-1])
-        return out.fill_(False).scatter_(-1, order[..., :kept], True)
+        return best(score_NK, self.kept_of(score_NK.shape[-1]), out)
+
+
+def best(score: Tensor, kept: int, out: Tensor | None = None) -> Tensor:
+    """The ``kept`` highest of each group [..., m], of equal ones the first: [..., m] bool, ``out`` where it is given.
+
+    Up to WIDEST an entry's rank is the number of those in its group that go before it, from one comparison for each
+    pair; longer groups are sorted.  The score must hold no NaN.
+    """
+    made = torch.empty(score.shape, dtype=torch.bool, device=score.device) if out is None else out
+    width = score.shape[-1]
+    if width > WIDEST:
+        order = score.sort(dim=-1, descending=True, stable=True).indices
+        return made.fill_(False).scatter_(-1, order[..., :kept], True)
+    entries = score.unbind(-1)
+    ranks = [torch.zeros(entry.shape, dtype=torch.uint8, device=entry.device) for entry in entries]
+    for first, second in combinations(range(width), 2):
+        before = (entries[first] >= entries[second]).view(torch.uint8)
+        ranks[second] += before
+        ranks[first] += before ^ 1
+    for rank, place in zip(ranks, made.unbind(-1), strict=True):
+        torch.lt(rank, kept, out=place)
+    return made
 
 
 def parse_pattern(text: str) -> Pattern | Share:

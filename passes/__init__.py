@@ -15,6 +15,7 @@ from secateur.passes.recipe import DataSpec
 from secateur.passes.registry import PASSES
 from secateur.passes.repair import Repair
 from secateur.passes.score import Score
+from secateur.passes.sparsify import Sparsify
 
 __all__ = [
     "IMPORTANCES",
@@ -39,5 +40,6 @@ __all__ = [
     "Repair",
     "Sample",
     "Score",
+    "Sparsify",
     "samples",
 ]

@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from secateur.graph import Program, with_parameters
 from secateur.passes.base import Context, Cost, Pass, PassResult
+from secateur.passes.gram import gram_of, output_error
 from secateur.passes.lower_layers import Layer, linear_layers, on_meta, sharing_input, weights
-from secateur.passes.quantize_gptq import output_error, quantize_gptq
+from secateur.passes.quantize_gptq import quantize_gptq
 from secateur.passes.quantize_grid import grid_of
 from secateur.passes.repair_run import Lockstep
 
@@ -97,7 +97,7 @@ class Quantize(Pass):
         groups = sharing_input(layers)
         for sharing in context.progress(groups, "quantize", len(groups)):
             run.advance(sharing[0].node.name)
-            gram = _gram(run, sharing[0].x.name, len(data))
+            gram, _ = gram_of(run, sharing[0].x.name, len(data))
             for layer in sharing:
                 weight = known[layer.parameter]
                 value = quantize_gptq(weight, gram, self.bits, self.damping)
@@ -105,18 +105,6 @@ class Quantize(Pass):
                 made[layer.parameter] = value
                 run.replace(layer.parameter, value, layer.chain)
         return made, errors
-
-
-def _gram(run: Lockstep, x: str, count: int) -> Tensor:
-    """x^T x over all rows of all sequences, [K, K] float64."""
-    total: Tensor | None = None
-    for sample in range(count):
-        rows = run.value(sample, x)
-        rows = rows.reshape(-1, rows.shape[-1]).to(torch.promote_types(rows.dtype, torch.float32))
-        part = (rows.T @ rows).double()
-        total = part if total is None else total + part
-    assert total is not None
-    return total
 
 
 def _relative(weight: Tensor, rounded: Tensor) -> float:

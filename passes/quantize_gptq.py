@@ -10,13 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secateur.passes.gram import inverse_factor
 from secateur.passes.quantize_grid import GROUP, LIMITS, Grid, grid_of, group_scale
 
 BLOCK = 128
-
-
-class GramError(ValueError):
-    """The inputs' Gram matrix cannot be factored, whatever the damping tried."""
 
 
 def quantize_gptq(weight_NK: Tensor, gram_KK: Tensor, bits: int, damping: float) -> Tensor:
@@ -29,7 +26,7 @@ def quantize_gptq(weight_NK: Tensor, gram_KK: Tensor, bits: int, damping: float)
     """
     mask_NK = weight_NK != 0
     work = weight_NK.float().clone()
-    factor = inverse_factor(gram_KK, damping)
+    factor, _ = inverse_factor(gram_KK, damping)
     low, high = LIMITS[bits]
     seen = gram_KK.diagonal().float()
     scale_NG = grid_of(work, bits, seen).scale_NG.clone()
@@ -48,28 +45,3 @@ def quantize_gptq(weight_NK: Tensor, gram_KK: Tensor, bits: int, damping: float)
             result[:, column], errors[:, at] = rounded, error
         work[:, stop:] -= errors @ factor[start:stop, stop:]
     return Grid(bits, scale_NG).nearest(result.to(weight_NK.dtype))
-
-
-def inverse_factor(gram_KK: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor U [K, K] float32 of the damped inverse, ``U^T U = (gram + damping mean I)^-1``.
-
-    Raises: GramError: none is finite.
-    """
-    gram = gram_KK.double().clone()
-    mean = gram.diagonal().mean()
-    gram.diagonal()[gram.diagonal() == 0] = mean.clamp_min(1e-12)  # inputs that never fire say nothing
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    for more in (1.0, 10.0, 100.0):
-        lower, failed = torch.linalg.cholesky_ex(gram + eye * mean.clamp_min(1e-12) * damping * more)
-        upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and not failed_too and bool(torch.isfinite(upper).all()):
-            factor: Tensor = upper.float()
-            return factor
-    raise GramError("the Gram matrix of the inputs cannot be factored: give more calibration tokens or more damping")
-
-
-def output_error(weight_NK: Tensor, rounded_NK: Tensor, gram_KK: Tensor) -> float:
-    """Root of the summed squared change of the outputs, relative to the outputs'."""
-    delta, weight = (rounded_NK - weight_NK).double(), weight_NK.double()
-    changed, whole = ((m * (m @ gram_KK)).sum() for m in (delta, weight))
-    return float((changed.clamp_min(0) / whole.clamp_min(1e-300)).sqrt())

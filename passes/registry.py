@@ -18,6 +18,7 @@ from secateur.passes.repair import Repair
 from secateur.passes.retrain_sparse import RetrainSparse
 from secateur.passes.score import Score
 from secateur.passes.search import Search
+from secateur.passes.sparsify import Sparsify
 
 PASSES: Table[Pass] = Table(
     "a pass",
@@ -28,6 +29,7 @@ PASSES: Table[Pass] = Table(
     Search,
     Repair,
     Compensate,
+    Sparsify,
     Quantize,
     Lower,
     Distill,

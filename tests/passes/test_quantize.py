@@ -11,8 +11,9 @@ from zoo.sparse import grams, keep_two_of_four, made_24
 
 from secateur.graph import Program, SecateurError
 from secateur.passes import Context, samples
+from secateur.passes.gram import GramError, inverse_factor, output_error
 from secateur.passes.quantize import Quantize
-from secateur.passes.quantize_gptq import GramError, inverse_factor, output_error, quantize_gptq
+from secateur.passes.quantize_gptq import quantize_gptq
 from secateur.passes.quantize_grid import GROUP, LIMITS, Grid, find_grid, grid_of, groups
 
 ByKind = Callable[[str], Program]

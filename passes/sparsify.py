@@ -1,0 +1,241 @@
+"""Make weights sparse: n of every m neighbours, or a share of each row.  One shot, layer after layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from secateur.graph import Cut, Pattern, Program, Share, Sparse, parse_pattern, with_parameters
+from secateur.passes.base import Context, Cost, Pass, PassResult
+from secateur.passes.journal import Entry, Journal
+from secateur.passes.lower_layers import Layer, linear_layers, on_meta, sharing_input, weights
+from secateur.passes.options import OptionError
+from secateur.passes.repair_run import Lockstep
+from secateur.passes.sparsify_layer import Recipe, Solved, by_magnitude, solved
+from secateur.passes.sparsify_plan import Budget, Damage, check_budget, chosen_under
+from secateur.passes.targets import aliases, check_names, matched, unknown
+
+Names = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    AfterValidator(check_names),
+]
+PatternText = Annotated[str, AfterValidator(lambda text: str(parse_pattern(text)))]
+
+
+@dataclass(frozen=True)
+class Sparsify(Pass):
+    """Set weights of linear layers to zero in a pattern that hardware can use.  Numerics: lossy.
+
+    In the order of the graph, each weight on the inputs that the already sparse model produces.
+
+    pattern: 2:4 (two of every four neighbouring inputs stay), any other n:m, or a share of zeros in each row (50%).
+    metric: what stays: sparsegpt, wanda, ria (all three need calibration data) or magnitude.
+    update: of sparsegpt: the weights that stay make up for those that go.
+    refine: times that every group's choice and values are then made the best they can be by the inputs' Gram matrix.
+    targets: weights to make sparse: names or parts of names, globs, or re:...; none means every linear layer.
+    ignore: weights to leave dense, in the same form.
+    head: make the layer whose outputs the model returns sparse, too; not where it is tied to the embeddings.
+    budget: part of these weights' dense bytes (or a number of bytes) that they may take, packed; those that are hurt
+        most stay dense.
+    damage: how hurt is measured: kl (of the model's predictions with that weight alone sparse) or output (the squared
+        change of the layer's outputs, relative).
+    damping: added to the diagonal of the Gram matrix, in parts of its mean; grows where it cannot be factored.
+    block: inputs whose updates of later ones are gathered into one product.
+    keep_removed: remember what was taken out, so that retraining can bring it back; it is never saved with a model.
+    offload: hold activations in memory-mapped files: the memory of one sequence, whatever the calibration data.
+    Source: Frantar & Alistarh 2023 (SparseGPT), arXiv:2301.00774; Sun et al. 2024 (Wanda), arXiv:2306.11695; Zhang et
+        al. 2024 (RIA), ICLR 2024; the exact choice in each group is ours.
+    """
+
+    name: ClassVar[str] = "sparsify"
+    numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
+    gives: ClassVar[frozenset[str]] = frozenset({"sparse", "cut"})
+    ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    pattern: PatternText = "2:4"
+    metric: Literal["sparsegpt", "wanda", "ria", "magnitude"] = "sparsegpt"
+    update: bool = True
+    refine: Annotated[int, Field(ge=0)] = 0
+    targets: Names = ()
+    ignore: Names = ()
+    head: bool = False
+    budget: Annotated[Budget | None, BeforeValidator(check_budget)] = None
+    damage: Damage = "kl"
+    damping: Annotated[float, Field(gt=0)] = 0.01
+    block: Annotated[int, Field(ge=1)] = 128
+    keep_removed: bool = True
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refine and (not self.update or not isinstance(self.kind, Pattern)):
+            why = "it changes the weights that stay (update=true)" if not self.update else "it needs a pattern n:m"
+            raise OptionError(f"sparsify: refine={self.refine} cannot be: {why}", option="refine")
+
+    @property
+    def kind(self) -> Pattern | Share:
+        """The pattern."""
+        return parse_pattern(self.pattern)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How one layer is made sparse."""
+        return Recipe(self.kind, self.metric, self.update, self.refine, self.damping, self.block)
+
+    @property
+    def needs_data(self) -> bool:
+        return self.recipe.needs != "nothing" or self.budget is not None
+
+    @property
+    def cost(self) -> Cost:
+        if not self.needs_data:
+            return Cost(0.0, 8.0)
+        flops = 1.0 + (1.0 if self.recipe.needs == "gram" else 0.1) + (2.0 if self.budget is not None else 0.0)
+        return Cost(flops, 8.0, holds=0 if self.offload else 1, solves=4 if self.recipe.needs == "gram" else 0)
+
+    def requires(self, program: Program) -> list[str]:
+        missing = ["the weights are on the meta device: open the model with weights"] * on_meta(program)
+        return super().requires(program) + missing + self._misnamed(program)
+
+    def _misnamed(self, program: Program) -> list[str]:
+        """What is wrong with the names, and with the weights that they mean."""
+        named = [alias for several in aliases(program).values() for alias in several]
+        faults = unknown(self.targets, named, "targets") + unknown(self.ignore, named, "ignore")
+        if faults:
+            return faults
+        chosen, left = self._choose(program)
+        if not chosen:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
+            return [f"no weight can be made sparse ({reasons})"]
+        odd = [(one.parameter, reason) for one in chosen if (reason := self.kind.misfit(one.shape[1]))]
+        faults = [f"{name} cannot be {self.pattern}: {reason}" for name, reason in odd[:3]]
+        faults += ["prune widths to a multiple (round_to), or name such weights in ignore"] if odd else []
+        twice = [one.parameter for one in chosen if one.parameter in program.sparse]
+        return faults + [f"{name} is sparse already: name it in ignore" for name in twice[:3]]
+
+    def _choose(self, program: Program) -> tuple[list[Layer], dict[str, str]]:
+        """The layers that the names mean, in graph order, and why others are left dense."""
+        layers, refused = linear_layers(program)
+        names = aliases(program)
+        wanted = {name for name, several in names.items() if not self.targets or matched(self.targets, several)}
+        spared = {name for name, several in names.items() if matched(self.ignore, several)}
+        left = {name: reason for name, reason in refused.items() if name in wanted - spared}
+        left |= {one.parameter: why for one in layers if one.parameter in wanted and (why := self._kept(one))}
+        return [one for one in layers if one.parameter in wanted - spared - left.keys()], left
+
+    def _kept(self, layer: Layer) -> str:
+        """Why a layer stays dense whatever its name; "" where it need not."""
+        if layer.looked_up:
+            return "it is the table of embeddings, too"
+        return "the model returns its outputs; head=true makes it sparse" if layer.head and not self.head else ""
+
+    def call(self, program: Program, context: Context) -> PassResult:
+        chosen, left = self._choose(program)
+        for name, reason in left.items():
+            context.log.info("sparsify leaves %s dense: %s", name, reason)
+        _warn_of_kernels(chosen, self.kind, context)
+        plan: dict[str, Any] = {}
+        if self.budget is not None:
+            chosen, plan = chosen_under(self.budget, self.damage, self.recipe, program, chosen, context)
+        made = dict(self._made(program, chosen, context))
+        return PassResult(self._put(program, made), bool(made), self._figures(program, made, left) | plan)
+
+    def _made(self, program: Program, chosen: list[Layer], context: Context) -> Iterator[tuple[str, Solved]]:
+        """Each weight made sparse, by name."""
+        known, groups = weights(program), sharing_input(chosen)
+        if self.recipe.needs == "nothing":
+            for one in context.progress(chosen, "sparsify", len(chosen)):
+                yield one.parameter, by_magnitude(one.parameter, known[one.parameter], self.kind)
+            return
+        data, journal = context.data or (), Journal(context.resume)
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(TemporaryDirectory(dir=journal.made))) if self.offload else None
+            run = Lockstep(program, data, folder)
+            for sharing in context.progress(groups, "sparsify", len(groups)):
+                run.advance(sharing[0].node.name)
+                found = _resumed(journal, sharing)
+                if found is None:
+                    named = {one.parameter: known[one.parameter] for one in sharing}
+                    found = solved(self.recipe, named, run, sharing[0].x.name, len(data))
+                    _keep(journal, sharing, found)
+                for one in sharing:
+                    run.replace(one.parameter, found[one.parameter].weight, one.chain)
+                    yield one.parameter, found[one.parameter]
+
+    def _put(self, program: Program, made: Mapping[str, Solved]) -> Program:
+        """The Program with the sparse weights."""
+        known, sparse = weights(program), dict(program.sparse)
+        for name, one in made.items():
+            removed = torch.where(one.weight == 0, known[name], 0) if self.keep_removed else None
+            sparse[name] = Sparse(self.kind, self.metric, one.norms, removed)
+        after = with_parameters(program, {name: one.weight for name, one in made.items()})
+        return after.replace(scores={}, sparse=MappingProxyType(sparse), cut=program.cut or Cut(program, {}))
+
+    def _figures(self, program: Program, made: Mapping[str, Solved], left: Mapping[str, str]) -> dict[str, Any]:
+        known = weights(program)
+        zeros = sum(int((one.weight == 0).sum()) for one in made.values())
+        total = sum(one.weight.numel() for one in made.values())
+        stay = total - zeros
+        changed = sum(int(((one.weight != 0) & (one.weight != known[name])).sum()) for name, one in made.items())
+        errors = [one.error for one in made.values() if one.error is not None]
+        damped = {name: one.damping for name, one in made.items() if one.damping > self.damping * 1.001}
+        found: dict[str, Any] = {
+            "layers": len(made),
+            "sparsity": round(zeros / max(1, total), 6),
+            "of_all_parameters": round(zeros / program.num_parameters, 6),
+            "survivors_changed": round(changed / max(1, stay), 6),
+            "left_dense": dict(left),
+        }
+        if errors:
+            found["error"] = round(math.sqrt(sum(e * e for e in errors) / len(errors)), 5)
+            found["errors"] = {name: round(one.error or 0.0, 5) for name, one in made.items()}
+        return found | ({"more_damping": damped} if damped else {})
+
+
+def _warn_of_kernels(chosen: list[Layer], kind: Pattern | Share, context: Context) -> None:
+    """Tell once of widths that hold the pattern, and that fast kernels do not take."""
+    odd = [one for one in chosen if one.shape[1] % 64] if isinstance(kind, Pattern) else []
+    if odd:
+        least = 16 if any(one.shape[1] % 16 for one in odd) else 64
+        first = next(one for one in odd if one.shape[1] % least)
+        context.log.warning(
+            "sparsify: %d weights have inputs that are no multiple of %d (first: %s, %d): kernels pad them or run them "
+            "dense",
+            sum(one.shape[1] % least > 0 for one in odd),
+            least,
+            first.parameter,
+            first.shape[1],
+        )
+
+
+def _key(sharing: list[Layer]) -> str:
+    return sharing[0].parameter
+
+
+def _keep(journal: Journal, sharing: list[Layer], found: Mapping[str, Solved]) -> None:
+    tensors = {f"weight {one.parameter}": found[one.parameter].weight for one in sharing}
+    norms = found[_key(sharing)].norms
+    tensors |= {} if norms is None else {"norms": norms}
+    facts = {one.parameter: [found[one.parameter].error, found[one.parameter].damping] for one in sharing}
+    journal.write(_key(sharing), tensors, facts)
+
+
+def _resumed(journal: Journal, sharing: list[Layer]) -> dict[str, Solved] | None:
+    """What a run that was killed had found for these layers."""
+    kept: Entry | None = journal.read(_key(sharing))
+    if kept is None or set(kept.facts) != {one.parameter for one in sharing}:
+        return None
+    return {
+        name: Solved(kept.tensors[f"weight {name}"], kept.tensors.get("norms"), *numbers)
+        for name, numbers in kept.facts.items()
+    }
