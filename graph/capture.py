@@ -40,7 +40,7 @@ def capture(model: nn.Module, example_inputs: Any = None, *, folder: Path | None
     was_training = model.training
     model.eval()
     try:
-        inputs = _named_inputs(model, example_inputs)
+        inputs = named_inputs(model, example_inputs)
         gm = _repeated(model, inputs) or _whole(model, inputs)
         accept_any_call(gm, model, inputs)
     finally:
@@ -84,7 +84,11 @@ def _check_equal(gm: fx.GraphModule, model: nn.Module, inputs: dict[str, Any]) -
 
 
 # ---------------------------------------------------------------------- inputs
-def _named_inputs(model: nn.Module, given: Any) -> dict[str, Any]:
+def named_inputs(model: nn.Module, given: Any = None) -> dict[str, Any]:
+    """Inputs of one call by argument name: those given, or made from the configuration of a PreTrainedModel.
+
+    Raises: CaptureError: the model does not say what it takes, or takes no such argument.
+    """
     parameters = inspect.signature(model.forward).parameters
     if given is None:
         inputs = _example_inputs(model, parameters)

@@ -2,8 +2,8 @@
 
 Eight neighbours along the last dim are one byte of bits (1 where a number is not zero), so a histogram of 256 counts
 tells how many groups break every n:m pattern whose m divides 8.  Nothing here is shared with the code that prunes or
-packs: a wrong mask and a wrong count cannot have one cause.  NumPy does the counting, in one thread: the pieces fit into
-a core's cache, and what limits it is the disk.
+packs: a wrong mask and a wrong count cannot have one cause.  NumPy does the counting, in one thread: the pieces fit
+into a core's cache, and what limits it is the disk.
 
 Dims: N rows (all dims but the last), K columns.
 """

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 
 from secateur.graph.errors import ArtifactError
 from secateur.graph.program import Program
-from secateur.runtime import reload
+from secateur.runtime import proof, reload
 from secateur.runtime.artifact import Draft, check_target, read_manifest, verify_artifact, writing
 from secateur.runtime.classes import quiet
 from secateur.runtime.declared import FIGURE, declaration
@@ -60,7 +55,6 @@ INERT_FILES = (
 """Tokenizer and processor files, which are data; code and pickles are never copied."""
 HASHED_BYTES = 4 << 30
 SPARE_BYTES = 64 << 20
-RELOAD_SECONDS = 3600
 
 
 @dataclass(frozen=True)
@@ -157,34 +151,25 @@ def prove_reload(program: Program, raised: Raised, folder: Path) -> dict[str, An
 
     Returns: figures of that process.
     Raises: ArtifactError: says what differs."""
-    with tempfile.TemporaryDirectory(prefix="secateur-probe-") as probe:
-        _write_probe(program, raised, Path(probe))
-        command = [sys.executable, "-P", str(Path(reload.__file__)), str(folder), probe]
-        offline = os.environ | {
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_VERBOSITY": "error",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        ran = _run(command, offline)
-    if ran.returncode != 0:
-        last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ArtifactError(f"a fresh process could not open the saved model, so it was removed: {last}")
-    figures: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
-    if faults := figures.pop("faults"):
+    faults, figures = proof.prove(folder, expected(program, raised))
+    if faults:
         raise ArtifactError(f"the saved model is not the program, so it was removed: {'; '.join(faults)}")
     return figures
 
 
-def _run(command: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=RELOAD_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise ArtifactError(
-            f"the proof in a fresh process took over {RELOAD_SECONDS} s, so the saved model was removed: save with "
-            "check=False, and compare it yourself"
-        ) from None
+def expected(program: Program, raised: Raised) -> proof.Expected:
+    """What a fresh process must find in the folder of a program."""
+    inputs = probe_inputs(program)
+    with torch.no_grad():
+        outputs, stock = comparable(program(**inputs)), comparable(raised.model(**inputs))
+    return proof.Expected(
+        loader=proof.loader(raised.plan.config, raised.plan.cls),
+        inputs=inputs,
+        outputs={name: output for name, output in outputs.items() if name in stock},
+        parameters={name: reload.digest(p) for name, p in raised.model.named_parameters()},
+        tolerance=tolerance(program),
+        generate=raised.model.can_generate() and "input_ids" in inputs,
+    )
 
 
 def _write_model(model: PreTrainedModel, folder: Path, source: Path | None) -> None:
@@ -233,38 +218,6 @@ def _describe(draft: Draft, program: Program, raised: Raised, figures: Mapping[s
     }
     if program.sparse:
         draft.figures[FIGURE] = declaration(program, raised.model)
-
-
-def _write_probe(program: Program, raised: Raised, folder: Path) -> None:
-    inputs = probe_inputs(program)
-    with torch.no_grad():
-        outputs = comparable(program(**inputs))
-    tensors = {f"input:{k}": v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-    tensors |= {f"output:{k}": v for k, v in outputs.items() if k in comparable_names(raised, inputs)}
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / "probe.safetensors")
-    spec = {
-        "loader": _loader(raised),
-        "inputs": {k: v for k, v in inputs.items() if not isinstance(v, torch.Tensor)},
-        "parameters": {name: reload.digest(p) for name, p in raised.model.named_parameters()},
-        "tolerance": tolerance(program),
-        "generate": raised.model.can_generate() and "input_ids" in inputs,
-    }
-    (folder / "probe.json").write_text(json.dumps(spec), "utf-8")
-
-
-def comparable_names(raised: Raised, inputs: Mapping[str, Any]) -> set[str]:
-    """Outputs that the stock model gives for these inputs."""
-    with torch.no_grad():
-        return set(comparable(raised.model(**inputs)))
-
-
-def _loader(raised: Raised) -> str:
-    """The Auto class that leads to the raised model's class, or else that class itself."""
-    for name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageClassification", "AutoModel"):
-        mapping = getattr(transformers, name)._model_mapping
-        if type(raised.plan.config) in mapping and mapping[type(raised.plan.config)] is raised.plan.cls:
-            return name
-    return raised.plan.cls.__name__
 
 
 def as_json(report: SaveReport) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from secateur.graph import capture
 from secateur.graph.errors import ArtifactError
 from secateur.graph.program import Program, Step
-from secateur.runtime import huggingface, reload
+from secateur.runtime import huggingface, proof, reload
 from secateur.runtime.config_plan import StockMisfit
 from secateur.runtime.huggingface import load, save, save_weights
 from secateur.runtime.raising import raise_with_plan
@@ -35,10 +35,10 @@ def program() -> Program:
     return pruned(tiny("LlamaConfig", **SMALL), **PARTS).replace(history=(Step("prune-width", {"ratio": 0.25}),))
 
 
-def proof(program: Program, folder: Path, place: Path) -> dict[str, object]:
+def proved(program: Program, folder: Path, place: Path) -> dict[str, object]:
     """What the fresh process runs, run here."""
     (place / "probe").mkdir(exist_ok=True)
-    huggingface._write_probe(program, raise_with_plan(program), place / "probe")
+    huggingface.expected(program, raise_with_plan(program)).write(place / "probe")
     return reload.prove(folder, place / "probe")
 
 
@@ -60,7 +60,7 @@ def test_experts_and_ties_survive(tmp_path: Path) -> None:
     model = tiny("MixtralConfig", **SMALL | {"num_local_experts": 4, "tie_word_embeddings": True})
     program = pruned(model, experts=0.75, mlp=0.75)
     save(program, tmp_path / "out", check=False)
-    assert proof(program, tmp_path / "out", tmp_path)["faults"] == []
+    assert proved(program, tmp_path / "out", tmp_path)["faults"] == []
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert "lm_head.weight" not in stored
     assert load(tmp_path / "out").config.num_local_experts == 3
@@ -69,7 +69,7 @@ def test_experts_and_ties_survive(tmp_path: Path) -> None:
 def test_bfloat16(tmp_path: Path) -> None:
     program = pruned(tiny("LlamaConfig", **SMALL).to(torch.bfloat16), mlp=0.75)
     save(program, tmp_path / "out", check=False)
-    found = proof(program, tmp_path / "out", tmp_path)
+    found = proved(program, tmp_path / "out", tmp_path)
     assert found["faults"] == [] and load(tmp_path / "out").dtype == torch.bfloat16
 
 
@@ -77,7 +77,7 @@ def test_encoder_and_decoder(tmp_path: Path) -> None:
     fields = {"d_model": 64, "d_ff": 96, "d_kv": 8, "num_layers": 2, "num_heads": 8, "vocab_size": 96}
     program = pruned(tiny("T5Config", "T5ForConditionalGeneration", **fields), mlp=0.75, kv_heads=0.5)
     save(program, tmp_path / "out", check=False)
-    found = proof(program, tmp_path / "out", tmp_path)
+    found = proved(program, tmp_path / "out", tmp_path)
     assert found["faults"] == [] and found["loader"] == "AutoModelForSeq2SeqLM"
 
 
@@ -153,8 +153,8 @@ def test_fresh_process_that_fails_leaves_nothing(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: size mismatch")
-    monkeypatch.setattr(huggingface.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(ArtifactError, match=r"could not open the saved model.*size mismatch"):
+    monkeypatch.setattr(proof.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ArtifactError, match=r"could not open the model.*size mismatch"):
         save(program, tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
@@ -172,9 +172,9 @@ def test_proof_sees_a_planted_fault(
 ) -> None:
     """A lost tensor is re-initialised by transformers without an error."""
     huggingface._write_model(raise_with_plan(program).model, tmp_path / "out", None)
-    assert proof(program, tmp_path / "out", tmp_path)["faults"] == []
+    assert proved(program, tmp_path / "out", tmp_path)["faults"] == []
     plant(tmp_path / "out")
-    assert words in proof(program, tmp_path / "out", tmp_path)["faults"]
+    assert words in proved(program, tmp_path / "out", tmp_path)["faults"]
 
 
 def test_disk_full_while_saving(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
