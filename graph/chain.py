@@ -127,14 +127,15 @@ def _stages(program: Program) -> Iterable[Stage]:
     for block in found:
         here = [node for node in plain if order[node] < order[block.nodes[-1]]]
         if here:
-            yield _stage("between" if here[0] is not nodes[0] else "input", here, None)
-        yield _stage(block.name, block.nodes, block)
+            yield make_stage("between" if here[0] is not nodes[0] else "input", here, None)
+        yield make_stage(block.name, block.nodes, block)
         plain = plain[len(here) :]
     if plain:
-        yield _stage("output", plain, None)
+        yield make_stage("output", plain, None)
 
 
-def _stage(name: str, nodes: Sequence[fx.Node], block: Block | None) -> Stage:
+def make_stage(name: str, nodes: Sequence[fx.Node], block: Block | None = None) -> Stage:
+    """A stage of nodes that follow each other in their graph, which may hold ``get_attr`` nodes in between."""
     inside = set(nodes)
     read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n.op != "get_attr" and n not in inside)
     given = [node for node in nodes if node.op == "placeholder"]
