@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from secateur.graph import Program, coupled_groups
 from secateur.graph.errors import PipelineError
 from secateur.passes.base import Context, Cost
 from secateur.passes.distill import JSON, Distill, Prepared, Share
 from secateur.passes.quality import logits
+from secateur.passes.training.masked import SUFFIX, bake, start_mask
 from secateur.passes.training.run import probe
 from secateur.passes.training.text import Text
 
@@ -26,7 +29,8 @@ class AdaptLora(Distill):
 
     Every linear module that holds a weight which produces or consumes a coupled group gets W + (alpha / rank) B A; only
     A and B are trained, with cross entropy on the text or, by ``kl``, on what the dense model says.  The merged model
-    has the shapes it had, so it is saved like any other.
+    has the shapes it had, so it is saved like any other.  A sparse weight gets m (W + (alpha / rank) B A) from the
+    first step on, so that what is trained is what is merged: exactly as sparse as it was.
 
     kl, ce: weights of the KL to the teacher and of the cross entropy of the text.
     rank, alpha, dropout: of the adapters; dropout is that of their input while they are trained.
@@ -35,6 +39,7 @@ class AdaptLora(Distill):
     """
 
     name: ClassVar[str] = "adapt-lora"
+    bars: ClassVar[Mapping[str, str]] = {}
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
     kl: Share = 0.0
@@ -65,17 +70,20 @@ class AdaptLora(Distill):
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)  # of A; B is zero, so the model is what it was
             adapted = peft.get_peft_model(model, config)
+        masks = _mask_adapters(model, student, peft.tuners.lora.Linear)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
         def finish() -> tuple[Program, JSON]:
             inputs = probe(text, model)
             before = _logits(model, inputs)
             adapted.merge_and_unload()
+            _clear(student, masks)
             gap = (before - _logits(model, inputs)).abs().max() / before.abs().max().clamp_min(1.0)
             assert gap <= MERGED, f"merging changed the logits by {gap:.3g}"
             for name, parameter in student.named_parameters():
                 parameter.requires_grad_(wanted[name])
             told = {"adapted": len(targets), "adapter_parameters": trained, "merge_difference": float(gap)}
+            told |= {"under_masks": len(masks)} if masks else {}
             return student, told
 
         return Prepared(finish)
@@ -95,6 +103,51 @@ def projections(model: nn.Module, program: Program) -> list[str]:
         for path, module in model.named_modules()
         if module is not head and _is_linear(module) and id(module.weight) in held
     ]
+
+
+def _mask_adapters(model: nn.Module, student: Program, kind: type[nn.Module]) -> dict[str, Tensor]:
+    """Put the adapters of sparse weights under those weights' masks, in place.
+
+    Args:  kind: peft's adapted linear module.
+    Returns: masks by parameter name.
+    Raises: PipelineError: a sparse weight has adapters of another kind.
+    """
+
+    class UnderMask(kind):  # type: ignore[misc, valid-type]
+        """m (W + s B A) x + b.  Dropout falls on the input of the adapters alone."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            base, (name,) = self.get_base_layer(), self.active_adapters
+            mask = getattr(self, "weight" + SUFFIX)
+            change = (self.lora_B[name].weight @ self.lora_A[name].weight) * self.scaling[name]
+            dropout = self.lora_dropout[name]
+            if not self.training or isinstance(dropout, nn.Identity):
+                return F.linear(x, (base.weight + change) * mask, base.bias)
+            return F.linear(x, base.weight, base.bias) + F.linear(dropout(x), change * mask)
+
+    held = {id(parameter): name for name, parameter in student.named_parameters() if name in student.sparse}
+    found = {}
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        name = held.get(id(getattr(base, "weight", None)))
+        if base is None or name is None:
+            continue
+        if type(module) is not kind:
+            raise PipelineError(
+                f"adapt-lora: {name} is sparse, and a {type(base).__name__}: only Linear keeps its zeros"
+            )
+        found[name] = start_mask(base.weight, student.sparse[name])
+        module.__class__ = UnderMask
+        module.register_buffer("weight" + SUFFIX, found[name].clone())
+    return found
+
+
+@torch.no_grad()
+def _clear(student: Program, masks: Mapping[str, Tensor]) -> None:
+    """Exact zeros wherever a mask has none of a merged weight."""
+    for name, parameter in student.named_parameters():
+        if name in masks:
+            parameter.copy_(bake(parameter, masks[name])[0])
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -97,7 +97,7 @@ class RetrainSparse(Distill):
         def finish() -> tuple[Program, JSON]:
             last = [(site, site.mask) for site in sites]
             take_masks(model, sites)
-            return _baked(student, last), {"weights_under_masks": len(sites), **_moved(last, masks)}
+            return _baked(student, last, adaptive), {"weights_under_masks": len(sites), **_moved(last, masks)}
 
         return Prepared(finish, masks)
 
@@ -112,14 +112,15 @@ def _revive(student: Program, score: Score) -> None:
 
 
 @torch.no_grad()
-def _baked(student: Program, masks: Sequence[tuple[Site, Tensor]]) -> Program:
-    """The Program whose weights are m W, and which remembers (1 - m) W where it did before."""
+def _baked(student: Program, masks: Sequence[tuple[Site, Tensor]], trained: bool) -> Program:
+    """The Program whose weights are m W, and which remembers (1 - m) W where it did before and that was trained."""
     parameters, sparse = dict(student.named_parameters()), dict[str, Sparse](student.sparse)
     for site, mask in masks:
         parameter = parameters[site.name]
         left, gone = bake(parameter.detach(), mask)
         parameter.copy_(left)
-        sparse[site.name] = replace(site.sparse, removed=None if site.sparse.removed is None else gone)
+        if trained and site.sparse.removed is not None:
+            sparse[site.name] = replace(site.sparse, removed=gone)
     return student.replace(sparse=MappingProxyType(sparse))
 
 

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 from secateur.graph import Program, Sparse
 from secateur.graph.errors import PipelineError
+from secateur.passes.sparsify_scores import METRICS
 
 SUFFIX = "_mask"  # of a mask's buffer, after the name of its weight
 ROOM = 0.99  # of the least kept score: how near a removed value may come to it, safe from rounding to bfloat16
+ROUNDS = 16  # of making removed values smaller, for scores in which entries depend on each other
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -150,20 +152,29 @@ def bake(weight_NK: Tensor, mask_NK: Tensor) -> tuple[Tensor, Tensor]:
 def revived(weight_NK: Tensor, one: Sparse, score: Score) -> Tensor:
     """The weight with what was removed put back, so that the mask of its score is the mask that it has.
 
-    A removed value whose score is above that of a kept one in its group, as where the kept ones were changed after the
-    choice, is made smaller until it is below: it stands next in line, and no more.
+    Where that is not so by itself, as where kept values were changed after the choice, removed values whose score is
+    above that of a kept one in their group are made smaller until it is below: they stand next in line, and no more.
 
     Returns: [N, K] in the dtype of the weight.
     """
     assert one.removed is not None
     mask = start_mask(weight_NK, one)
     whole = weight_NK + one.removed.to(weight_NK.device)
-    width = one.pattern.group(weight_NK.shape[1])
-    scores, kept_ones = (t.unflatten(-1, (-1, width)) for t in (score(whole.float(), one), mask))
+    for _ in range(ROUNDS):
+        scores = score(whole.float(), one)
+        if torch.equal(one.pattern.mask(scores), mask):
+            break
+        whole = torch.where(mask, whole, (whole.float() * _shrinking(scores, mask, one)).to(whole.dtype))
+    return whole
+
+
+def _shrinking(scores_NK: Tensor, mask_NK: Tensor, one: Sparse) -> Tensor:
+    """[N, K]: what removed values are to be multiplied by to rank below the kept ones of their group."""
+    width = one.pattern.group(scores_NK.shape[1])
+    scores, kept_ones = (t.unflatten(-1, (-1, width)) for t in (scores_NK, mask_NK))
     least = scores.masked_fill(~kept_ones, float("inf")).amin(-1, keepdim=True)
-    above = ~kept_ones & (scores > ROOM * least)
-    factor = torch.where(above, ROOM * least / scores.clamp_min(torch.finfo(scores.dtype).tiny), 1.0)
-    return (whole.float() * factor.flatten(-2)).to(weight_NK.dtype)
+    factor = ROOM * least / scores.clamp_min(torch.finfo(scores.dtype).tiny)
+    return factor.clamp_max(1.0).flatten(-2)
 
 
 class Score:
@@ -177,8 +188,9 @@ class Score:
 
     def __call__(self, weight_NK: Tensor, one: Sparse) -> Tensor:
         """[N, K] float32, higher is kept.  Args: weight_NK: float32."""
-        made: Tensor = METRICS[self.of(one)](weight_NK.abs(), one)
-        return made
+        size_NK = weight_NK.abs()
+        norms = size_NK.new_ones(size_NK.shape[1]) if one.norms is None else one.norms.to(size_NK.device, size_NK.dtype)
+        return METRICS[self.of(one)](size_NK, norms)
 
     def of(self, one: Sparse) -> str:
         """The row of METRICS that a weight is ranked by."""
@@ -197,25 +209,6 @@ class Score:
             f"score={self.metric} needs the norms of inputs, and {bare[0]} has none ({len(bare)} such weights): choose "
             "score=magnitude, or put sparsify with a metric that uses calibration data before it"
         )
-
-
-def _norms(one: Sparse, like: Tensor) -> Tensor:
-    assert one.norms is not None
-    return one.norms.to(like.device, like.dtype)
-
-
-def _ria(size_NK: Tensor, one: Sparse) -> Tensor:
-    tiny = torch.finfo(size_NK.dtype).tiny
-    share = size_NK / size_NK.sum(1, keepdim=True).clamp_min(tiny) + size_NK / size_NK.sum(0).clamp_min(tiny)
-    return share * _norms(one, size_NK).sqrt()
-
-
-METRICS: dict[str, Any] = {
-    "magnitude": lambda size_NK, one: size_NK,
-    "wanda": lambda size_NK, one: size_NK * _norms(one, size_NK),
-    "ria": _ria,
-}
-"""|W| to score.  Sources: Sun et al. 2023 (Wanda), arXiv:2306.11695, eq. 1; Zhang et al. 2024 (RIA), eq. 4."""
 
 
 def _holders(model: nn.Module) -> dict[int, list[nn.Module]]:

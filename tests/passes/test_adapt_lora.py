@@ -17,7 +17,7 @@ from secateur.passes.adapt_lora import AdaptLora, projections
 from secateur.runtime import raise_model, save
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
-from worker import pruned
+from worker import pruned, sparse
 
 QUICK = {"tokens": 1440, "batch_tokens": 96, "held_out": 4, "evaluations": 2, "lr": 2e-3, "warmup": 0.0}
 
@@ -59,6 +59,24 @@ def test_the_merged_model_is_the_adapted_one(
     assert {name for name, _ in raise_model(adapted).named_parameters()} == set(before)
     save(adapted, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*adapter*"))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_adapters_of_a_sparse_model_keep_its_zeros(dropout: float) -> None:
+    small, context = sparse()
+    before = {name: p.detach().clone() for name, p in small.named_parameters()}
+    adapted = AdaptLora(**QUICK, dropout=dropout)(small, context)
+    told, parameters = adapted.history[-1].figures, dict(adapted.named_parameters())
+    assert told["merge_difference"] <= 1e-5 and told["under_masks"] == len(small.sparse) == 14
+    for name, one in adapted.sparse.items():
+        after = parameters[name].detach()
+        assert one.pattern.faults(after) is None and not torch.equal(after, before[name])
+        assert torch.equal(after != 0, before[name] != 0) and not ((after == 0) & after.signbit()).any()
+    losses = [point["loss"] for point in told["curve"]]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(input_ids=ids).logits, raise_model(adapted)(input_ids=ids).logits)
 
 
 def test_it_needs_a_stock_model(made: tuple[Program, Context]) -> None:
