@@ -53,6 +53,8 @@ class Lowering:
     """The plan of a model.
 
     layers: in graph order.   dtype: what the lowered model computes in.   left_alone: other weights, and why.
+    chosen: a ``lower`` pass chose the forms, so that is how the model runs; without one, 2:4 weights are kept packed
+        for whoever asks for them.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -61,6 +63,7 @@ class Lowering:
     source: str
     batch: int
     left_alone: Mapping[str, str]
+    chosen: bool = True
 
     @property
     def packed(self) -> tuple[LayerPlan, ...]:
@@ -80,7 +83,7 @@ class Lowering:
         """The plan that ``to_json`` wrote."""
         rows = tuple(LayerPlan(**{**row, "shape": tuple(row["shape"])}) for row in value["layers"])
         names = ("dtype", "machine", "source", "batch", "left_alone")
-        return cls(layers=rows, **{name: value[name] for name in names})
+        return cls(layers=rows, **{name: value[name] for name in names}, chosen=value.get("chosen", True))
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,28 @@ def planned(history: Iterable[Step]) -> Lowering | None:
     """The plan of the last ``lower`` of a history, or None."""
     plans = [step.figures["plan"] for step in history if step.name == Lower.name]
     return Lowering.from_json(plans[-1]) if plans else None
+
+
+def packed_as_pruned(program: Program) -> Lowering:
+    """Every weight that a pass made sparse in the packed form, if it is 2:4 as it stands (1:2 and 1:4 are, too); for a
+    program that was not lowered.  Times are zero: nobody asked how long a product takes."""
+    layers = [layer for layer in linear_layers(program)[0] if layer.parameter in program.sparse]
+    known = weights(program)
+    dtype = next((t for t in (known[layer.parameter].dtype for layer in layers) if t in DTYPES.values()), torch.float32)
+    rows = [row for sharing in sharing_input(layers) for row in _together(sharing, _as_pruned(sharing, known, dtype))]
+    return Lowering(tuple(rows), str(dtype).removeprefix("torch."), "", "", 0, {}, chosen=False)
+
+
+def _as_pruned(layers: Iterable[Layer], known: Mapping[str, Tensor], dtype: torch.dtype) -> list[LayerPlan]:
+    made = []
+    for layer in layers:
+        weight, dense = known[layer.parameter], weight_bytes(DENSE, *layer.shape, dtype)
+        closed = "it is the table of embeddings, too" if layer.looked_up else not_24(weight)
+        closed = f"its weight is {weight.dtype}" if weight.dtype != dtype else closed
+        kind, reason = (DENSE, closed) if closed else (SPARSE, "2:4 as it was pruned")
+        size = weight_bytes(kind, *layer.shape, dtype)
+        made.append(LayerPlan(layer.parameter, kind, layer.shape, size, dense, 0.0, 0.0, False, reason))
+    return made
 
 
 def bits_of(row: LayerPlan) -> int | None:

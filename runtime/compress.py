@@ -30,6 +30,7 @@ def compress(
     seed: int | None = None,
     force: bool = False,
     check: bool = True,
+    packed: bool = True,
     restart: bool = False,
     tell: Callable[[str], None] = log.info,
 ) -> SaveReport:
@@ -37,7 +38,7 @@ def compress(
     same call is made again, and ends with the same weights, bit for bit.
 
     Args:  pipeline: or its text.   output: folder to be made; ``<output>.work`` beside it keeps the run's state.
-        data, progress, seed: as ``Pipeline.run``.   force, check: as ``save``.
+        data, progress, seed: as ``Pipeline.run``.   force, check, packed: as ``save``.
         restart: forget what an earlier run kept.   tell: gets a line where the run goes on from something kept.
     Raises: PipelineError, CalibrationError: cannot run as asked.   ResumeError: the kept run was begun with something
         else, or another process is at work there.   StockMisfit, ArtifactError: as ``save``."""
@@ -50,4 +51,4 @@ def compress(
     read = samples(batches, program) if batches is not None and pipeline.needs_data else None
     with working(output, program, pipeline, read, seed, restart=restart, tell=tell) as work:
         smaller = pipeline.run(program, batches, progress, seed=seed, raise_model=raise_model, checkpoints=work)
-        return save(smaller, output, force=force, check=check)
+        return save(smaller, output, force=force, check=check, packed=packed)

@@ -27,7 +27,7 @@ from secateur.runtime.artifact import MANIFEST
 from secateur.runtime.huggingface import load
 from secateur.runtime.lowered import packed_modules, rearrange_for_gpu
 from secateur.runtime.lowering import FOLDER as PACKED
-from secateur.runtime.lowering import Running, is_lowered, read_layers, running
+from secateur.runtime.lowering import Running, read_plan, running, runs_packed
 from secateur.runtime.package import Packaged, is_package, load_package
 from secateur.runtime.source import open_model
 
@@ -97,26 +97,26 @@ def open_engine(
     *,
     device: str | None = None,
     dtype: str | None = None,
-    packed: bool = True,
+    packed: bool | None = None,
     compiled: bool | None = None,
 ) -> Engine:
     """The engine for a folder: a package, an artifact of ours, or any checkpoint (or Hugging Face id).
 
     Args:  device: cpu or cuda; None is cuda where there is one.   dtype: of a stock model; None is the stored one.
-        packed: run on packed weights, where they are.   compiled: compile the decode step of a stock model; None does
-        so on CUDA only.
+        packed: run on packed weights; None does where ``lower`` chose so.   compiled: compile the decode step of a
+        stock model; None does so on CUDA only.
     Raises: GenerateError: a dtype for packed weights, which have theirs.   What ``load`` and ``open_model`` raise.
     """
     folder = Path(path).expanduser()
     if is_package(folder):
         return PackagedEngine(load_package(folder))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_packed = packed and is_lowered(folder)
+    on_packed = runs_packed(folder, packed)
     if on_packed and dtype is not None:
         raise GenerateError(f"the packed weights of {folder} have a dtype: lower the model anew, or run it dense")
     stock = dtype is not None or not has_manifest(folder)
-    model: Any = open_model(path, dtype=dtype or "auto") if stock else load(folder, packed=packed)
-    plan = read_layers(folder / PACKED)[1] if on_packed else None
+    model: Any = open_model(path, dtype=dtype or "auto") if stock else load(folder, packed=on_packed)
+    plan = read_plan(folder / PACKED) if on_packed else None
     moved = model.to(device)
     if device.startswith("cuda"):
         rearrange_for_gpu(moved)

@@ -21,7 +21,7 @@ from secateur.runtime import proof, reload
 from secateur.runtime.artifact import Draft, check_target, read_manifest, verify_artifact, writing
 from secateur.runtime.classes import quiet
 from secateur.runtime.declared import FIGURE, declaration
-from secateur.runtime.lowering import is_lowered, lowered, write_packed
+from secateur.runtime.lowering import lowered, runs_packed, write_packed
 from secateur.runtime.raising import (
     Raised,
     as_history,
@@ -83,6 +83,7 @@ def save(
     *,
     force: bool = False,
     check: bool = True,
+    packed: bool = True,
     figures: Mapping[str, Any] | None = None,
 ) -> SaveReport:
     """Save as a stock checkpoint: configuration, safetensors, tokenizer and generation files, and the manifest.
@@ -90,7 +91,10 @@ def save(
     Before the folder appears, a fresh process opens it with plain transformers and proves that no key is missing,
     unexpected or mismatched, that every parameter is bit-equal, that the outputs agree, and that generation with the
     cache gives the tokens of generation without it.
+    A program with sparse weights, or one that was lowered, has its packed weights beside the stock ones.  What was
+    written is read again: every group of every sparse weight is counted, and packed and stock weights are compared.
     Args:  force: replace a folder that is not an artifact.   check: False skips the fresh process.
+        packed: False leaves the packed weights out.
         figures: JSON values to stand in the manifest beside those of the proof.
     Raises: StockMisfit: no stock class holds the program.   ArtifactError: cannot be written, or the proof failed;
         nothing is left behind."""
@@ -104,7 +108,7 @@ def save(
     with writing(path, needed_bytes=program.num_bytes + SPARE_BYTES, force=force) as draft:
         _write_model(raised.model, draft.folder, _source_folder(program))
         proved = prove_reload(program, raised, draft.folder) if check else {}
-        packed = write_packed(program, raised.model, draft.folder)
+        side = write_packed(program, raised.model, draft.folder) if packed else {}
         _describe(draft, program, raised, proved)
         draft.figures |= dict(figures or {})
     return SaveReport(
@@ -114,21 +118,23 @@ def save(
         changes=raised.plan.changes,
         difference=raised.difference,
         reload=proved,
-        packed=packed,
+        packed=side,
         seconds=time.perf_counter() - started,
     )
 
 
-def load(path: str | Path, *, verify: bool | None = None, packed: bool = True) -> PreTrainedModel:
+def load(path: str | Path, *, verify: bool | None = None, packed: bool | None = None) -> PreTrainedModel:
     """The model of a saved artifact, in eval mode, ready to generate; on its packed weights, where it was lowered.
 
     Args:  verify: re-hash every file; None does so below 4 GiB.  Sizes are always compared.
-        packed: False opens the stock checkpoint even where packed weights lie beside it.
-    Raises: ArtifactError: not a finished artifact, or changed since.   SourceError: its checkpoint is not sound."""
+        packed: True runs on the packed weights beside the stock checkpoint, False does not; None does if ``lower``
+        chose so.
+    Raises: ArtifactError: not a finished artifact, changed since, or without the packed weights that were asked for.
+        SourceError: its checkpoint is not sound."""
     folder = Path(path).expanduser()
     manifest = read_manifest(folder)
     verify_artifact(folder, hashes=manifest.num_bytes <= HASHED_BYTES if verify is None else verify)
-    return lowered(folder) if packed and is_lowered(folder) else open_model(folder)
+    return lowered(folder) if runs_packed(folder, packed) else open_model(folder)
 
 
 def save_weights(program: Program, path: str | Path, *, force: bool = False) -> None:

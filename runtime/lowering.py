@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,10 +24,10 @@ from secateur.graph.program import Program
 from secateur.kernels.sparse24 import formats
 from secateur.kernels.sparse24.backends import backend_report
 from secateur.kernels.sparse24.ops import op_of
-from secateur.passes.lower import DTYPES, LayerPlan, Lowering, bits_of, planned
+from secateur.passes.lower import DTYPES, LayerPlan, Lowering, bits_of, packed_as_pruned, planned
 from secateur.passes.lower_cost import DENSE
 from secateur.passes.quantize_grid import Grid, find_grid, grid_of
-from secateur.runtime.lowered import PackedLayer, PackedLinear, packed_modules, stacked
+from secateur.runtime.lowered import NAMES, PackedLayer, PackedLinear, packed_modules, stacked
 from secateur.runtime.source import open_model
 
 log = logging.getLogger(__name__)
@@ -116,13 +117,13 @@ def packed_layers(program: Program, plan: Lowering, holder: nn.Module) -> tuple[
 
 # ---------------------------------------------------------------------- the side file
 def write_packed(program: Program, holder: nn.Module, folder: Path) -> dict[str, Any]:
-    """Write the packed weights of a program that was lowered into ``folder/packed``; nothing for one that was not.
+    """Write packed weights into ``folder/packed``: as the last ``lower`` chose, or else all that a pass made 2:4.
 
     Args:  holder: the stock model over the program's parameters.
     Returns: figures: layers by kind, bytes packed and dense; empty where nothing was packed.
     """
-    plan = planned(program.history)
-    if plan is None or not plan.packed:
+    plan = planned(program.history) or packed_as_pruned(program)
+    if not plan.packed:
         return {}
     layers, done = packed_layers(program, plan, holder)
     write_layers(layers, done, folder / FOLDER)
@@ -146,23 +147,46 @@ def read_layers(folder: Path) -> tuple[list[PackedLayer], Lowering]:
 
     Raises: ArtifactError: damaged, of another version, or tensors that do not fit the plan.
     """
+    plan = read_plan(folder)
+    return [layer for _, layer in stored_layers(folder, plan)], plan
+
+
+def stored_layers(folder: Path, plan: Lowering) -> Iterator[tuple[LayerPlan, PackedLayer]]:
+    """The packed weights of a plan, one after another, checked.
+
+    Raises: ArtifactError: damaged, or tensors that do not fit the plan.
+    """
     try:
-        value = json.loads((folder / PLAN).read_text("utf-8"))
-        if value["version"] != VERSION:
-            raise ArtifactError(
-                f"{folder / PLAN} has version {value['version']}, expected {VERSION}: save the model again"
-            )
-        plan = Lowering.from_json(value)
-        tensors = load_file(folder / WEIGHTS)
-        layers = [_checked(row, tensors) for row in plan.packed]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with safe_open(folder / WEIGHTS, "pt") as held:
+            names = set(held.keys())
+            for row in plan.packed:
+                yield row, _checked(row, {n: held.get_tensor(n) for n in _tensor_names(row) if n in names})
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ArtifactError(f"{folder} is damaged ({error}): save the model again") from error
-    return layers, plan
+
+
+def read_plan(folder: Path) -> Lowering:
+    """The plan that ``write_layers`` wrote.
+
+    Raises: ArtifactError: damaged, or of another version.
+    """
+    file = folder / PLAN
+    try:
+        value = json.loads(file.read_text("utf-8"))
+        if value["version"] != VERSION:
+            raise ArtifactError(f"{file} has version {value['version']}, expected {VERSION}: save the model again")
+        return Lowering.from_json(value)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{file} is damaged ({error}): save the model again") from error
+
+
+def _tensor_names(row: LayerPlan) -> list[str]:
+    return [f"{row.layer.removesuffix('.weight')}.{name}" for name in NAMES]
 
 
 def _checked(row: LayerPlan, tensors: Mapping[str, Tensor]) -> PackedLayer:
     name, bits = row.layer.removesuffix(".weight"), bits_of(row)
-    own = {n: tensors[f"{name}.{n}"] for n in ("values", "mask", "scale") if f"{name}.{n}" in tensors}
+    own = {n: tensors[f"{name}.{n}"] for n in NAMES if f"{name}.{n}" in tensors}
     if row.kind.startswith("2:4"):
         kind = KIND_OF_BITS[bits] if bits else str(own["values"].dtype).removeprefix("torch.")
         formats.Packed24.from_tensors(own, kind, row.shape)
@@ -211,9 +235,20 @@ def lowered(folder: Path) -> PreTrainedModel:
     return model
 
 
-def is_lowered(folder: Path) -> bool:
+def has_packed(folder: Path) -> bool:
     """Whether packed weights lie beside a checkpoint."""
     return (folder / FOLDER / PLAN).is_file()
+
+
+def runs_packed(folder: Path, asked: bool | None) -> bool:
+    """Whether a folder's model is to run on its packed weights.
+
+    Args:  asked: None means as a ``lower`` pass chose, and dense where none did.
+    Raises: ArtifactError: they are asked for and are not there, or their plan is damaged.
+    """
+    if asked and not has_packed(folder):
+        raise ArtifactError(f"{folder} has no packed weights: save a model whose weights are 2:4, or lowered")
+    return has_packed(folder) and (read_plan(folder / FOLDER).chosen if asked is None else asked)
 
 
 def running(model: nn.Module, plan: Lowering | None = None) -> list[Running]:

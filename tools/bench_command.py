@@ -12,7 +12,7 @@ import typer
 
 from secateur.passes.lower import DTYPES
 from secateur.passes.lower_cost import keep_timings, read_timings, stream_bandwidth, weight_bytes
-from secateur.runtime.lowering import is_lowered
+from secateur.runtime.lowering import has_packed
 from secateur.tools import opening
 from secateur.tools.bench_kernels import FORMS, KernelRow, bench_kernels, timings_of
 from secateur.tools.bench_model import Candidate, ModelRow, bench_model, candidates
@@ -76,7 +76,7 @@ def bench_command(
         first = next(iter(folders.values()))
         with voice.waiting("making variants"):
             folders |= make_variants(first, wanted, work, packed_dtype, head, voice.note)
-        chosen = candidates(folders, {n: is_lowered(f) for n, f in folders.items()}, dtypes, compiled)
+        chosen = candidates(folders, {n: has_packed(f) for n, f in folders.items()}, dtypes, compiled)
         prompt = prompt_for(folders, batches[0], prompt_tokens, where)
         options: dict[str, Any] = {"new_tokens": new_tokens, "rounds": rounds, "work": work}
         found = bench_model(chosen, prompt, bandwidth, **options, progress=voice.progress, tell=voice.note)
@@ -198,7 +198,7 @@ def dry(
     forms = [form.name for form in FORMS[where.type]]
     products = sum(4 * max(weight_bytes("dense", n, k, torch.float32), 128 << 20) / bandwidth for n, k in shapes)
     seconds = products * len(forms) * len(batches) * (rounds + 1)
-    lowered = {**{n: is_lowered(f) for n, f in folders.items()}, **{v: v != "pruned" for v in variants}}
+    lowered = {**{n: has_packed(f) for n, f in folders.items()}, **{v: v != "pruned" for v in variants}}
     places = {**folders, **{v: Path(v) for v in variants}}
     chosen: list[Candidate] = candidates(places, lowered, dtypes, compiled) if folders else []
     largest = max((sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in folders.values()), default=0)

@@ -57,6 +57,9 @@ def compress_command(
     print_after: Annotated[list[str] | None, typer.Option(help="Print the graph after this pass (stderr).")] = None,
     time_passes: Annotated[bool, typer.Option("--time-passes", help="Tell the seconds of each pass (stderr).")] = False,
     stop_after: Annotated[str | None, typer.Option(help="End after this pass and save what there is.")] = None,
+    packed: Annotated[
+        bool, typer.Option(help="Keep packed 2:4 weights beside the checkpoint, where there are any.")
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is no artifact.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what a killed run kept, and begin again.")] = False,
     verbose: Verbose = False,
@@ -98,11 +101,14 @@ def compress_command(
             work = held.enter_context(kept)
         smaller = passes.run(program, windows, voice.progress, raise_model=raise_model, checkpoints=work)
         with voice.waiting("saving, and opening the result in a fresh process"):
-            saved = save(smaller, output, force=force, figures={"calibration": calibration})
+            saved = save(smaller, output, force=force, packed=packed, figures={"calibration": calibration})
     after = footprint(smaller)
     tables = [*run_tables(program, smaller, plan.before, after), *search_tables(smaller)]
     voice.result(result_json(plan, smaller, after, windows, output, saved), tables)
     voice.note(f"written: {output}")
+    if saved.packed:
+        sizes = [size(saved.packed[name]) for name in ("bytes", "dense_bytes")]
+        voice.note(f"packed weights beside it: {sizes[0]} for {sizes[1]} (--no-packed leaves them out)")
 
 
 def read_pipeline(text: str | None, recipe: str | None) -> Pipeline:

@@ -54,7 +54,8 @@ def generate_command(
         tokenizer = read_tokenizer(model)
         ids = prompt_ids(tokenizer, text, chat)
         with voice.waiting(f"opening {model}"):
-            engine = open_engine(model, device=device, dtype=check_dtype(dtype), packed=not dense, compiled=compiled)
+            packed = False if dense else None
+            engine = open_engine(model, device=device, dtype=check_dtype(dtype), packed=packed, compiled=compiled)
     told = describe(engine)
     voice.note(f"{told['engine']}, weights {size(told['weight_bytes'])}")
     if dry_run:
@@ -93,7 +94,7 @@ def package_command(
     with before_work():
         check_target(output, force=force)
         with voice.waiting(f"opening {model}"):
-            engine = open_engine(model, dtype=check_dtype(dtype), packed=not dense, compiled=False)
+            engine = open_engine(model, dtype=check_dtype(dtype), packed=False if dense else None, compiled=False)
         if not isinstance(engine, StockEngine):
             raise BadInput(f"{model} is a package already")
     told = {**describe(engine), "length": length, "batch": batch, "output": str(output)}

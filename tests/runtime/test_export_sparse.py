@@ -1,0 +1,93 @@
+"""A program with sparse weights on disk: a stock checkpoint with exact zeros, and its packed weights beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from runtime_models import SMALL, tiny
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import secateur
+from secateur.graph import Pattern, Program, Sparse, capture, with_parameters
+from secateur.graph.errors import ArtifactError
+from secateur.passes.lower import Lower, packed_as_pruned
+from secateur.passes.lower_cost import DENSE
+from secateur.passes.lower_layers import linear_layers
+from secateur.runtime.declared import declared
+from secateur.runtime.engine import open_engine
+from secateur.runtime.lowered import packed_modules
+from secateur.runtime.lowering import FOLDER, has_packed, read_plan, runs_packed
+
+
+def as_sparse(program: Program, pattern: str = "2:4") -> Program:
+    """The program with every linear layer but the head in a pattern, by magnitude."""
+    one = Sparse(Pattern.parse(pattern))
+    known = dict(program.named_parameters())
+    layers = [layer.parameter for layer in linear_layers(program)[0] if not layer.head]
+    kept = {name: one.pattern.mask(known[name].detach().abs()) for name in layers}
+    values = {name: torch.where(mask, known[name].detach(), 0.0) for name, mask in kept.items()}
+    return with_parameters(program, values).replace(sparse=dict.fromkeys(layers, one))
+
+
+@pytest.fixture(scope="module")
+def dense() -> Program:
+    return capture(tiny("LlamaConfig", **SMALL))
+
+
+@pytest.fixture(scope="module")
+def program(dense: Program) -> Program:
+    return as_sparse(dense)
+
+
+def test_both_forms_lie_in_the_folder_and_the_stock_one_runs(program: Program, tmp_path: Path) -> None:
+    report = secateur.save(program, tmp_path / "out", check=False)
+    assert report.packed["kinds"] == {"2:4": 14} and 0 < report.packed["bytes"] < 0.54 * report.packed["dense_bytes"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "sparsity" not in json.dumps(config) and "quantization_config" not in config
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    for name, parameter in program.named_parameters():
+        assert torch.equal(parameter, stock.get_parameter(name))
+        assert not bool((stock.get_parameter(name).signbit() & (parameter == 0)).any()), "zeros are +0.0"
+    opened = secateur.load(tmp_path / "out")
+    assert not list(packed_modules(opened)) and type(opened.model.layers[0].mlp.up_proj) is nn.Linear
+    packed = secateur.load(tmp_path / "out", packed=True)
+    ids = torch.randint(3, 96, (2, 7))
+    with torch.no_grad():
+        assert len(list(packed_modules(packed))) == 14 and torch.allclose(
+            packed(ids).logits, stock(ids).logits, atol=1e-4
+        )
+    assert not read_plan(tmp_path / "out" / FOLDER).chosen
+    assert open_engine(tmp_path / "out", device="cpu").layers[0].kind == DENSE
+    told = {row.kind for row in open_engine(tmp_path / "out", device="cpu", packed=True).layers}
+    assert told == {"2:4", DENSE}
+
+
+def test_the_packed_weights_can_be_left_out(program: Program, tmp_path: Path) -> None:
+    report = secateur.save(program, tmp_path / "out", check=False, packed=False)
+    assert report.packed == {} and not has_packed(tmp_path / "out")
+    assert not runs_packed(tmp_path / "out", None) and not runs_packed(tmp_path / "out", False)
+    with pytest.raises(ArtifactError, match="has no packed weights"):
+        secateur.load(tmp_path / "out", packed=True)
+
+
+def test_what_lower_chose_is_what_runs(program: Program, tmp_path: Path) -> None:
+    secateur.save(Lower(smallest=True)(program), tmp_path / "out", check=False)
+    assert runs_packed(tmp_path / "out", None) and list(packed_modules(secateur.load(tmp_path / "out")))
+    assert not list(packed_modules(secateur.load(tmp_path / "out", packed=False)))
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "1:2"])
+def test_stricter_patterns_are_packed_as_2_4(pattern: str, dense: Program) -> None:
+    plan = packed_as_pruned(as_sparse(dense, pattern))
+    assert [row.kind for row in plan.layers] == ["2:4"] * 14 and not plan.chosen
+    assert sum(1 for row in plan.layers if row.shares) == 10, "queries, keys, values; gate and up"
+
+
+def test_looser_patterns_are_declared_and_not_packed(dense: Program, tmp_path: Path) -> None:
+    report = secateur.save(as_sparse(dense, "4:8"), tmp_path / "out", check=False)
+    assert report.packed == {} and not has_packed(tmp_path / "out")
+    assert {str(one.pattern) for one in declared(tmp_path / "out").values()} == {"4:8"}
