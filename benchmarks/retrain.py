@@ -1,0 +1,382 @@
+"""What training under masks gives back to a sparse model, and what the moving of masks adds.
+
+Run ``python benchmarks/retrain.py --out FOLDER`` after ``make assets``.  One cell is one (arm, learning rate, tokens,
+seed); each goes on from its last kept step when the command is given again, and a finished one is not run again.
+Writes retrain.json, retrain.md, retrain.png and masks.png after every cell.  ``--cost`` times steps instead and writes
+cost.json: masked against dense, in turns.
+
+The gap is counted in logarithms of perplexity: 0 is the sparse model before training, 1 the dense model after the best
+of its own trainings on the same tokens (the arm ``dense``; without it, the dense model as it came).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import AutoTokenizer
+
+import secateur
+from secateur.graph import Program
+from secateur.passes import Context, samples
+from secateur.passes.distill import Distill
+from secateur.passes.journal import Journal
+from secateur.passes.retrain_sparse import RetrainSparse
+from secateur.passes.training.mask_schedule import RECORDS, MaskSchedule, Plan
+from secateur.passes.training.masked import put_masks, take_masks
+from secateur.passes.training.plan import TrainingPass
+from secateur.passes.training.side_decay import SideDecayAdamW
+from secateur.runtime import raise_model
+from secateur.runtime.resume_fingerprint import digests
+from secateur.runtime.resume_state import rebuilt, state_of
+from secateur.tools.corpus import calibration_windows, token_stream
+from secateur.tools.demo.assets import MIN_CHARACTERS, MODEL_FOLDER, TEXT, default_cache, text
+from secateur.tools.machine import describe_machine, peak_memory_bytes
+from secateur.tools.report.console import Voice
+from secateur.tools.report.curves import Panel, draw_curves
+
+START = "sparsify{metric=wanda}"
+CE: dict[str, Any] = {"kl": 0.0, "ce": 1.0}
+KL: dict[str, Any] = {"kl": 1.0, "ce": 0.0, "temperature": 1.0}
+ARMS: dict[str, tuple[type[TrainingPass], dict[str, Any]]] = {
+    "dense": (Distill, CE),
+    "ce": (RetrainSparse, {"mode": "fixed", **CE}),
+    "fixed": (RetrainSparse, {"mode": "fixed"}),
+    "fixed-kl": (RetrainSparse, {"mode": "fixed", **KL}),
+    "static": (RetrainSparse, {"ramp": 0.0}),
+    "adaptive": (RetrainSparse, {}),
+    "adaptive-kl": (RetrainSparse, KL),
+    "adaptive-ce": (RetrainSparse, CE),
+    "magnitude": (RetrainSparse, {"score": "magnitude", "revive": "zero"}),
+    "magnitude-revived": (RetrainSparse, {"score": "magnitude"}),
+    "no-pull": (RetrainSparse, {"strength": 0.0}),
+    "zero": (RetrainSparse, {"revive": "zero"}),
+    "sum": (RetrainSparse, {"moment": "sum"}),
+    "fixed-sum": (RetrainSparse, {"mode": "fixed", "moment": "sum"}),
+}
+"""Losses without a word are the paper's: 0.67 KL at temperature 2, 0.33 cross entropy."""
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36, 10: 2.26}
+
+
+def training_documents(cache: Path) -> list[str]:
+    """The leads that are neither for calibration nor held out, without repeats."""
+    with zipfile.ZipFile(cache / TEXT.file) as archive:
+        entries = json.loads(archive.read(TEXT.inside))
+    parts = text(cache)
+    others = {*parts.calibration, *parts.held_out}
+    leads = {" ".join(entries[title]["extract"].split()) for title in sorted(entries)}
+    return sorted(lead for lead in leads if len(lead) >= MIN_CHARACTERS and lead not in others)
+
+
+def prepare(out: Path, options: argparse.Namespace, voice: Voice) -> tuple[Program, Program]:
+    """The dense and the sparse model, and the tokenised training text; made once."""
+    folder, cache = default_cache() / MODEL_FOLDER, default_cache()
+    tokenizer, window = AutoTokenizer.from_pretrained(folder), options.window
+    if not (out / "train.safetensors").is_file():
+        documents = training_documents(cache)
+        tokens = int(token_stream(documents, tokenizer)[0].numel() // window * window)
+        ids = calibration_windows(documents, tokenizer, tokens=tokens, window=window).windows.int()
+        out.mkdir(parents=True, exist_ok=True)
+        save_file({"input_ids": ids}, out / "train.part")
+        os.replace(out / "train.part", out / "train.safetensors")
+    dense, journal = secateur.capture(folder), Journal(out / "start")
+    kept = journal.read("start")
+    if kept is None:
+        calibration = calibration_windows(text(cache).calibration, tokenizer, tokens=options.calibration, window=window)
+        begun = time.perf_counter()
+        sparse = secateur.Pipeline.parse(options.start).run(dense, data=calibration, progress=voice.progress)
+        entry = state_of(sparse, digests(dense))
+        journal.write("start", entry.tensors, entry.facts)
+        print(f"{options.start}: {time.perf_counter() - begun:.0f} s", flush=True)
+        return dense, sparse
+    return dense, rebuilt(dense, kept)
+
+
+@torch.no_grad()
+def quality(model: Any, dense: Any, held: torch.Tensor, end: int) -> dict[str, float]:
+    """Perplexity and mean KL(dense || model) on held-out documents, in nats a token; end tokens are no targets."""
+    losses, kls = [], []
+    for row in held:
+        logs, wanted = (F.log_softmax(m(input_ids=row[None]).logits[0, :-1].float(), -1) for m in (model, dense))
+        counted = row[1:] != end
+        losses.append(F.nll_loss(logs, row[1:], reduction="none")[counted])
+        kls.append((wanted.exp() * (wanted - logs)).sum(-1)[counted])
+    return {"perplexity": math.exp(torch.cat(losses).double().mean()), "kl": float(torch.cat(kls).double().mean())}
+
+
+def cell_pass(arm: str, lr: float, tokens: int, options: argparse.Namespace) -> TrainingPass:
+    """The pass of a cell."""
+    kind, own = ARMS[arm]
+    moving = {"refresh": options.refresh} if kind is RetrainSparse else {}
+    return kind(
+        tokens=tokens,
+        lr=lr,
+        batch_tokens=options.batch_tokens,
+        micro_batch=options.micro_batch,
+        window=options.window,
+        data=str(options.out / "train.safetensors"),
+        precision=options.precision,
+        held_out=options.windows,
+        evaluations=options.evaluations,
+        save_every=options.save_every,
+        **moving,
+        **own,
+    )
+
+
+def run_cell(name: str, one: TrainingPass, seed: int, out: Path, models: Any, held: Any, end: int) -> dict[str, Any]:
+    """Train, measure and write one cell; what a killed run kept is used."""
+    work, (dense, sparse) = out / "cells" / name, models
+    start = dense if type(one) is Distill else sparse
+    context = Context(
+        data=samples(held[:2], start),
+        progress=Voice(False).progress,
+        seed=seed,
+        output=work / "curves",
+        resume=work / "kept",
+        raise_model=raise_model,
+    )
+    begun, worked = time.perf_counter(), time.process_time()
+    trained = one(start, context)
+    worked = time.process_time() - worked
+    step = trained.history[-1]
+    found = {
+        "cell": name,
+        "seed": seed,
+        "options": step.options,
+        "figures": step.figures,
+        "curve": json.loads((work / "curves" / f"{one.name}.json").read_text())["curve"],
+        "held_out_documents": quality(trained, dense, held, end),
+        "cpu_seconds_of_training": worked,
+        "seconds_of_this_run": time.perf_counter() - begun,
+        "peak_bytes": peak_memory_bytes(),
+    }
+    _write(work / "result.json", json.dumps(found, indent=1) + "\n")
+    for kept in (work / "kept").rglob("*.safetensors"):
+        kept.unlink()
+    return found
+
+
+def _write(file: Path, body: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    part.write_text(body, encoding="utf-8")
+    os.replace(part, file)
+
+
+def _spread(values: list[float], shape: str) -> str:
+    """Mean and half the 95 % interval (Student's t)."""
+    mean, count = statistics.mean(values), len(values)
+    if count < 2:
+        return f"{mean:{shape}}"
+    t = STUDENT_T.get(count, 2.0)
+    return f"{mean:{shape}} ± {t * statistics.stdev(values) / count**0.5:{shape}}"
+
+
+def summary(facts: dict[str, Any], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for all seeds of an arm, a rate and a number of tokens."""
+    groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault((cell["arm"], cell["options"]["lr"], cell["options"]["tokens"]), []).append(cell)
+    rows = []
+    for (arm, lr, tokens), found in groups.items():
+        controls: dict[float, list[float]] = {}
+        for cell in cells:
+            if cell["arm"] == "dense" and cell["options"]["tokens"] == tokens:
+                controls.setdefault(cell["options"]["lr"], []).append(cell["held_out_documents"]["perplexity"])
+        best = min([statistics.mean(v) for v in controls.values()] + [facts["dense"]["perplexity"]])
+        reached = [cell["held_out_documents"]["perplexity"] for cell in found]
+        wide = math.log(facts["before"]["perplexity"] / best)
+        rows.append(
+            {
+                "arm": arm,
+                "lr": lr,
+                "tokens": tokens,
+                "seeds": len(found),
+                "perplexity": reached,
+                "kl": [cell["held_out_documents"]["kl"] for cell in found],
+                "dense_control": best,
+                "gap_closed": [] if arm == "dense" else [1 - math.log(p / best) / wide for p in reached],
+                "mask_changed": [
+                    cell["figures"].get("mask_bits_changed", 0) / cell["figures"].get("mask_bits", 1) for cell in found
+                ],
+                "cpu_seconds_per_step": [c["cpu_seconds_of_training"] / c["figures"]["steps"] for c in found],
+            }
+        )
+    return rows
+
+
+def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> None:
+    """All finished cells as JSON, table and pictures."""
+    rows = summary(facts, cells)
+    _write(out / "retrain.json", json.dumps({**facts, "rows": rows, "cells": cells}, indent=1) + "\n")
+    table = ["| arm | lr | tokens | seeds | perplexity | KL | gap closed | mask bits changed | CPU-s a step |"]
+    table.append("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for name in ("dense", "before"):
+        table.append(f"| {name}, untrained | | 0 | | {facts[name]['perplexity']:.2f} | {facts[name]['kl']:.3f} | | | |")
+    for row in rows:
+        gap = _spread([100 * g for g in row["gap_closed"]], ".1f") + " %" if row["gap_closed"] else ""
+        reached, kl = _spread(row["perplexity"], ".2f"), _spread(row["kl"], ".3f")
+        moved, seconds = 100 * statistics.mean(row["mask_changed"]), statistics.mean(row["cpu_seconds_per_step"])
+        table.append(
+            f"| {row['arm']} | {row['lr']:g} | {row['tokens']:,} | {row['seeds']} | {reached} | {kl} | {gap} "
+            f"| {moved:.2f} % | {seconds:.1f} |"
+        )
+    protocol = "\n".join(f"- {key}: {value}" for key, value in {**facts["protocol"], **facts["machine"]}.items())
+    _write(out / "retrain.md", f"# What training under masks gives back\n\n{protocol}\n\n" + "\n".join(table) + "\n")
+    level = (facts["dense"]["perplexity_held_out_windows"], "dense, untrained")
+    panels = [
+        Panel("perplexity", "perplexity", "held-out windows", level, True),
+        Panel("KL to the dense model", "kl", "nats a token, held-out windows"),
+    ]
+    _draw(cells, "held_out", panels, out / "retrain.png", facts["protocol"]["start"])
+    moving = [cell for cell in cells if cell["figures"].get("mask_bits_changed")]
+    if moving:
+        titles = ("bits flipped by a refresh", "bits unlike the first mask", "sum |W| removed", "decay to gradient")
+        shares = [
+            Panel(t, key, "share", None, at == 0) for at, (t, key) in enumerate(zip(titles, RECORDS, strict=True))
+        ]
+        _draw(moving, "curve", shares, out / "masks.png", facts["protocol"]["start"])
+
+
+def _draw(cells: list[dict[str, Any]], what: str, panels: list[Panel], file: Path, title: str) -> None:
+    runs: dict[str, list[Any]] = {}
+    for cell in cells:
+        points = cell["curve"] if what == "curve" else cell["figures"][what]
+        shown = [point for point in points if what != "curve" or point["removed_mass"]]
+        runs.setdefault(cell["cell"].rpartition("-seed")[0], []).append(shown)
+    draw_curves(runs, panels, file, title)
+
+
+def facts_of(options: argparse.Namespace, models: Any, held: torch.Tensor, end: int) -> dict[str, Any]:
+    """Protocol, machine, and what both models are worth before they are trained; measured once."""
+    file, (dense, sparse) = options.out / "before.json", models
+    protocol = {
+        "model": MODEL_FOLDER,
+        "start": options.start,
+        "calibration": f"{options.calibration:,} tokens of Wikipedia leads, windows of {options.window}",
+        "batch": f"{options.batch_tokens:,} tokens a step, windows of {options.window}",
+        "held_out_windows": f"the first {options.windows} windows of the training text, not trained on",
+        "the table": f"{held.numel():,} tokens of leads in no other set, windows of {options.window}, float32",
+        "kl": "KL(dense || trained), nats, mean over tokens",
+        "products in training": options.precision,
+    }
+    if file.is_file():
+        kept: dict[str, Any] = json.loads(file.read_text())
+        if kept["protocol"] != protocol:
+            raise SystemExit(f"{options.out} holds another protocol: give another --out")
+        return kept
+    windows = load_file(options.out / "train.safetensors")["input_ids"].long()
+    found = {
+        "protocol": protocol,
+        "machine": describe_machine(),
+        "before": quality(sparse, dense, held, end),
+        "dense": quality(dense, dense, held, end),
+    }
+    found["dense"]["perplexity_held_out_windows"] = quality(dense, dense, windows[: options.windows], -1)["perplexity"]
+    _write(file, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def cost(options: argparse.Namespace) -> None:
+    """CPU seconds of a step (forward, backward, update) of one model, dense and under masks, in turns; medians."""
+    dense = secateur.capture(default_cache() / MODEL_FOLDER)
+    sparse = secateur.Pipeline.parse("sparsify{metric=magnitude}")(dense)
+    stock = raise_model(sparse)
+    ids = torch.randint(0, 1000, (1, options.batch_tokens), generator=torch.Generator().manual_seed(0))
+    parameters = list(stock.parameters())
+    plain, plan = SideDecayAdamW(parameters, lr=1e-6), Plan(strength=0.1, ramp=0, refresh=0, steps=10**9)
+    times: dict[str, list[float]] = {"dense": [], "fixed": [], "adaptive": [], "refresh": []}
+    for _ in range(options.rounds + 1):
+        for kind in ("dense", "fixed", "adaptive"):
+            sites = [] if kind == "dense" else put_masks(stock, sparse, through=kind == "adaptive")
+            schedule = MaskSchedule(sites, plan)
+            plain.masks = schedule if kind == "adaptive" else None
+            begun = time.process_time()
+            with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
+                logits = stock(input_ids=ids, use_cache=False).logits
+            F.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).backward()
+            plain.step()
+            plain.zero_grad()
+            times[kind].append(time.process_time() - begun)
+            if kind == "adaptive":
+                schedule.plan = replace(plan, refresh=1)
+                begun = time.process_time()
+                schedule.after_update()
+                times["refresh"].append(time.process_time() - begun)
+            take_masks(stock, sites)
+    medians = {kind: statistics.median(values[1:]) for kind, values in times.items()}
+    found = {
+        "tokens": options.batch_tokens,
+        "precision": options.precision,
+        "cpu_seconds": medians,
+        "fixed_to_dense": medians["fixed"] / medians["dense"],
+        "adaptive_to_dense": medians["adaptive"] / medians["dense"],
+        "adaptive_with_refresh_every_10_to_dense": (medians["adaptive"] + medians["refresh"] / 10) / medians["dense"],
+        "machine": describe_machine(),
+    }
+    _write(options.out / "cost.json", json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=["dense", "ce", "fixed", "static", "adaptive"])
+    parser.add_argument("--tokens", nargs="*", type=int, default=[61_440])
+    parser.add_argument("--lrs", nargs="*", type=float, default=[5e-4])
+    parser.add_argument("--dense-lrs", nargs="*", type=float, default=[5e-5], help="of the arm dense")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--start", default=START, help="the pipeline that makes the sparse model")
+    parser.add_argument("--calibration", type=int, default=32_768)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--refresh", type=int, default=10)
+    parser.add_argument("--precision", default="bfloat16", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--evaluations", type=int, default=4)
+    parser.add_argument("--save-every", type=int, default=20)
+    parser.add_argument("--windows", type=int, default=8, help="windows of the training text held out")
+    parser.add_argument("--held-out-tokens", type=int, default=24_576)
+    parser.add_argument("--cost", action="store_true", help="time steps instead")
+    parser.add_argument("--rounds", type=int, default=5, help="of --cost")
+    options = parser.parse_args()
+    if options.cost:
+        cost(options)
+        return
+    models = prepare(options.out, options, Voice(False))
+    tokenizer = AutoTokenizer.from_pretrained(default_cache() / MODEL_FOLDER)
+    stream, _ = token_stream(text(default_cache()).held_out, tokenizer, tokens=options.held_out_tokens)
+    held, end = stream.view(-1, options.window), tokenizer.eos_token_id
+    facts, cells = facts_of(options, models, held, end), []
+    print({key: facts[key]["perplexity"] for key in ("dense", "before")}, flush=True)
+    for seed in options.seeds:
+        for tokens in options.tokens:
+            for arm in options.arms:
+                for lr in options.dense_lrs if arm == "dense" else options.lrs:
+                    name = f"{arm}-lr{lr:g}-{tokens}-seed{seed}"
+                    done, one = options.out / "cells" / name / "result.json", cell_pass(arm, lr, tokens, options)
+                    if done.is_file():
+                        cell = json.loads(done.read_text())
+                        if cell["options"] != json.loads(json.dumps(one.to_json())):
+                            raise SystemExit(f"{done} was made with other options: give another --out, or remove it")
+                    else:
+                        cell = run_cell(name, one, seed, options.out, models, held, end)
+                    cells.append({"arm": arm, **cell})
+                    print(name, cell["figures"]["held_out"][-1], cell["held_out_documents"], flush=True)
+                    report(options.out, facts, cells)
+
+
+if __name__ == "__main__":
+    main()
