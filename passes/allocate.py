@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -52,6 +53,9 @@ class Allocate(Pass):
     uses: ClassVar[frozenset[str]] = frozenset({"scores"})
     gives: ClassVar[frozenset[str]] = frozenset({"cut"})
     ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+    bars: ClassVar[Mapping[str, str]] = {
+        "sparse": "weights are sparse along the inputs that would go: put allocate before sparsify"
+    }
 
     ratio: Fraction = 0.25
     families: tuple[Family, ...] = ("mlp",)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -59,6 +59,9 @@ class Distill(TrainingPass):
     name: ClassVar[str] = "distill"
     numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
     ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+    bars: ClassVar[Mapping[str, str]] = {
+        "sparse": "weights are sparse, and training would fill their zeros: use retrain-sparse, or distill first"
+    }
 
     kl: Share = 1.0
     ce: Share = 0.0

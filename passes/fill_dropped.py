@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -33,6 +33,9 @@ class FillDropped(Pass):
     numerics: ClassVar[Literal["exact", "close", "lossy"]] = "close"
     uses: ClassVar[frozenset[str]] = frozenset({"cut"})
     ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+    bars: ClassVar[Mapping[str, str]] = {
+        "sparse": "weights are sparse, and those put back are not: put fill-dropped before sparsify"
+    }
 
     def preview(self, program: Program) -> Program:
         return _filled(program, list(_dropped_parts(program)))

@@ -32,6 +32,9 @@ class FillWidths(Pass):
     numerics: ClassVar[Literal["exact", "close", "lossy"]] = "close"
     uses: ClassVar[frozenset[str]] = frozenset({"cut"})
     ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+    bars: ClassVar[Mapping[str, str]] = {
+        "sparse": "weights are sparse, and new inputs would come between theirs: put fill-widths before sparsify"
+    }
 
     def preview(self, program: Program) -> Program:
         return _filled(program, _wider(program))

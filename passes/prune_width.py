@@ -56,6 +56,9 @@ class PruneWidth(Pass):
     uses: ClassVar[frozenset[str]] = frozenset({"scores"})
     gives: ClassVar[frozenset[str]] = frozenset({"cut"})
     ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+    bars: ClassVar[Mapping[str, str]] = {
+        "sparse": "weights are sparse along the inputs that would go: put prune-width before sparsify"
+    }
 
     ratio: Fraction | None = None
     families: tuple[Family, ...] = ("mlp",)

@@ -45,7 +45,7 @@ class Recipe(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader; reads 2e6 as a number and refuses a key that is given twice."""
+    """The safe loader; reads 2e6 as a number, 2:4 as text, and refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -59,6 +59,13 @@ class _Dumper(yaml.SafeDumper):
     """The safe dumper; quotes words that the loader above would read as numbers."""
 
 
+_INT = "tag:yaml.org,2002:int"
+_INTEGER = re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)$")
+_Loader.yaml_implicit_resolvers = {  # YAML 1.1 takes 2:4 for a number to the base sixty
+    first: [(tag, pattern) for tag, pattern in found if tag != _INT]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, _INTEGER, list("-+0123456789"))
 for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"{NUMBER.pattern}$"), list("-+.0123456789"))
 

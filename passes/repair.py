@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,9 @@ class Repair(Pass):
     numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
     uses: ClassVar[frozenset[str]] = frozenset({"cut"})
     ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+    bars: ClassVar[Mapping[str, str]] = {
+        "sparse": "weights are sparse, and a refit would fill their zeros: put repair before, reconstruct after it"
+    }
 
     target: Target = "stream"
     bias: bool = True

@@ -57,6 +57,9 @@ class Search(Pass):
     uses: ClassVar[frozenset[str]] = frozenset({"scores"})
     gives: ClassVar[frozenset[str]] = frozenset({"cut"})
     ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+    bars: ClassVar[Mapping[str, str]] = {
+        "sparse": "weights are sparse along the inputs that would go: put search before sparsify"
+    }
 
     layers: Choice = field(default=(), hash=False)
     hidden: Choice = field(default=(), hash=False)
