@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from zoo.sparse import grams
-from zoo.sparsity_reference import magnitude_mask, ria_mask, sparsegpt, wanda_mask
+from zoo.sparsity_reference import magnitude_mask, ria_mask, sparsegpt, sparsegpt_by_columns, wanda_mask
 
 from secateur.graph import Pattern, Program, Share, drop, with_parameters
 from secateur.graph.errors import EditError, PipelineError
@@ -57,6 +57,13 @@ def test_sparsegpt_is_that_of_the_paper(pattern: Pattern | Share) -> None:
     assert torch.equal(found != 0, wanted != 0) and pattern.faults(found) is None
     assert torch.allclose(found, wanted.float(), atol=1e-4)
     assert torch.equal(mask, found != 0)
+
+
+def test_the_reference_of_the_benchmark_is_that_of_the_definition() -> None:
+    weight = torch.randn(16, 48)
+    gram = grams(weight)
+    slow = sparsegpt(weight, gram, Pattern(2, 4), damping=0.01)
+    assert torch.allclose(sparsegpt_by_columns(weight, gram, 0.01), slow.float(), atol=1e-5)
 
 
 def test_updates_are_gathered_without_changing_the_result() -> None:

@@ -38,17 +38,13 @@ def ria_mask(weight_NK: Tensor, norms_K: Tensor) -> Tensor:
 def sparsegpt(weight_NK: Tensor, gram_KK: Tensor, pattern: Pattern | Share, damping: float, block: int = 128) -> Tensor:
     """Frantar & Alistarh 2023, by the definition that algorithm 1 speeds up: after an input is pruned, all weights of
     the inputs still to come are moved by the optimal brain surgeon's update with the inverse of *their* Gram matrix."""
-    weight, hessian = weight_NK.double().clone(), gram_KK.double().clone()
+    weight = weight_NK.double().clone()
     columns = weight.shape[1]
-    dead = hessian.diagonal() == 0
-    hessian[dead, dead] = hessian.diagonal().mean()
-    hessian = hessian + damping * gram_KK.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
     pruned = torch.zeros_like(weight, dtype=torch.bool)
-    inverse = torch.linalg.inv(hessian)
-    inverses = [inverse]
+    inverses = [torch.linalg.inv(_damped(gram_KK, damping))]
     for _ in range(columns - 1):  # taking an input out of the Gram matrix, in its inverse (eq. 4 of the paper)
-        inverse = (inverse - torch.outer(inverse[:, 0], inverse[0]) / inverse[0, 0])[1:, 1:]
-        inverses.append(inverse)
+        inverse = inverses[-1]
+        inverses.append((inverse - torch.outer(inverse[:, 0], inverse[0]) / inverse[0, 0])[1:, 1:])
     for column in range(columns):
         if isinstance(pattern, Pattern) and column % pattern.of == 0:
             _choose(weight, pruned, inverses, column, column + pattern.of, pattern.of - pattern.kept)
@@ -61,6 +57,28 @@ def sparsegpt(weight_NK: Tensor, gram_KK: Tensor, pattern: Pattern | Share, damp
         weight[:, column:] -= torch.outer(gone / inverse[0, 0], inverse[0])
         weight[pruned[:, column], column] = 0.0
     return weight
+
+
+def sparsegpt_by_columns(weight_NK: Tensor, gram_KK: Tensor, damping: float) -> Tensor:
+    """The same for 2:4 and large weights: algorithm 1 with blocks of all inputs, nothing gathered."""
+    weight = weight_NK.double().clone()
+    inverse = torch.linalg.inv(_damped(gram_KK, damping))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    for column in range(weight.shape[1]):
+        if column % 4 == 0:
+            salience = weight[:, column : column + 4] ** 2 / upper.diagonal()[column : column + 4] ** 2
+            stays = top_of_groups(salience)
+        gone = torch.where(stays[:, column % 4], 0.0, weight[:, column])
+        weight[:, column:] -= torch.outer(gone / upper[column, column], upper[column, column:])
+        weight[~stays[:, column % 4], column] = 0.0
+    return weight.float()
+
+
+def _damped(gram_KK: Tensor, damping: float) -> Tensor:
+    hessian, mean = gram_KK.double().clone(), gram_KK.diagonal().double().mean()
+    dead = hessian.diagonal() == 0
+    hessian[dead, dead] = mean
+    return hessian + damping * mean * torch.eye(len(hessian), dtype=torch.float64)
 
 
 def _choose(weight: Tensor, pruned: Tensor, inverses: list[Tensor], start: int, stop: int, zeros: int) -> None:
