@@ -11,6 +11,7 @@ from secateur.runtime.package import load_package, write_package
 from secateur.runtime.raising import Raised, raise_model, raise_with_plan
 from secateur.runtime.resume import ResumeError, working
 from secateur.runtime.source import open_model
+from secateur.runtime.verify import verify_folder
 
 __all__ = [
     "ConfigPlan",
@@ -35,6 +36,7 @@ __all__ = [
     "save",
     "save_weights",
     "verify_artifact",
+    "verify_folder",
     "working",
     "write_package",
     "writing",

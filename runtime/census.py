@@ -90,6 +90,11 @@ class Census:
         return math.prod(self.shape)
 
     @property
+    def columns(self) -> int:
+        """K."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
     def pattern(self) -> str:
         """The strictest of PATTERNS that holds; "" where none does or nothing was counted."""
         return next((name for name in PATTERNS if self.over.get(name, 1) == 0), "")

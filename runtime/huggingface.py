@@ -20,7 +20,7 @@ from secateur.graph.program import Program
 from secateur.runtime import proof, reload
 from secateur.runtime.artifact import Draft, check_target, read_manifest, verify_artifact, writing
 from secateur.runtime.classes import quiet
-from secateur.runtime.declared import FIGURE, declaration
+from secateur.runtime.declared import FIGURE, declaration, from_json
 from secateur.runtime.lowering import lowered, runs_packed, write_packed
 from secateur.runtime.raising import (
     Raised,
@@ -32,6 +32,7 @@ from secateur.runtime.raising import (
     tolerance,
 )
 from secateur.runtime.source import open_model
+from secateur.runtime.verify import stored_faults
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ def save(
         _write_model(raised.model, draft.folder, _source_folder(program))
         proved = prove_reload(program, raised, draft.folder) if check else {}
         side = write_packed(program, raised.model, draft.folder) if packed else {}
+        _check_stored(program, raised, draft.folder)
         _describe(draft, program, raised, proved)
         draft.figures |= dict(figures or {})
     return SaveReport(
@@ -176,6 +178,13 @@ def expected(program: Program, raised: Raised) -> proof.Expected:
         tolerance=tolerance(program),
         generate=raised.model.can_generate() and "input_ids" in inputs,
     )
+
+
+def _check_stored(program: Program, raised: Raised, folder: Path) -> None:
+    """Count every group of every sparse weight in the files that were written."""
+    claimed = from_json(declaration(program, raised.model))
+    if claimed and (faults := stored_faults(folder, claimed)):
+        raise ArtifactError(f"the saved weights are not sparse as they should be, so they were removed: {faults[0]}")
 
 
 def _write_model(model: PreTrainedModel, folder: Path, source: Path | None) -> None:

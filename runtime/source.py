@@ -76,7 +76,13 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
     file = folder / CONFIG
     if not file.is_file():
         raise SourceError(f"{folder} has no {CONFIG}: it is not a model folder in the Hugging Face format")
-    data = read_json(file)
+    return stock_class(read_json(file), file)
+
+
+def stock_class(data: Mapping[str, Any], file: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    """The same from what was read from a file.
+
+    Raises: SourceError: an unknown model_type, remote code, values the class refuses."""
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise SourceError(_unknown_type(file, kind, "auto_map" in data))
@@ -89,7 +95,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
         raise SourceError(f"{file} names another weights file (transformers_weights): rename that file, drop the field")
     try:
         with quiet():
-            config = CONFIG_MAPPING[kind].from_dict(data)
+            config = CONFIG_MAPPING[kind].from_dict(dict(data))
         return config, model_class(config, data.get("architectures"))
     except SourceError as error:
         raise SourceError(f"{file}: {error}") from None

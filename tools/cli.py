@@ -22,6 +22,7 @@ from secateur.tools.inspect import groups_of_block, inspect
 from secateur.tools.opening import Debug, Json, ModelArgument, Verbose
 from secateur.tools.report import draw_groups, inspection_tables, pass_tables, recipe_tables
 from secateur.tools.report.console import Voice, before_work, report_error
+from secateur.tools.verify_command import verify_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command("bench")(bench_command)
@@ -30,6 +31,7 @@ app.command("demo")(demo_command)
 app.command("evaluate")(evaluate_command)
 app.command("generate")(generate_command)
 app.command("package")(package_command)
+app.command("verify")(verify_command)
 
 
 def main() -> None:

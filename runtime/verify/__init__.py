@@ -1,0 +1,6 @@
+"""Whether a model folder, of ours or not, is what it says it is: every answer comes from the stored files."""
+
+from secateur.runtime.verify.findings import Finding, Level, Outcome, Verification
+from secateur.runtime.verify.run import stored_faults, verify_folder
+
+__all__ = ["Finding", "Level", "Outcome", "Verification", "stored_faults", "verify_folder"]

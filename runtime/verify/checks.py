@@ -1,0 +1,257 @@
+"""What is looked at in a folder without running a model.  Each check says at least one thing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from secateur.graph.errors import SecateurError
+from secateur.graph.pattern import Pattern
+from secateur.passes.lower import DTYPES, LayerPlan
+from secateur.runtime.artifact import MANIFEST, artifact_faults, read_manifest
+from secateur.runtime.census import PATTERNS, Census
+from secateur.runtime.checkpoint import INDEX, SINGLE, read_json
+from secateur.runtime.classes import BUILD_FAILURES, innermost
+from secateur.runtime.lowering import FOLDER, dense_weight, has_packed, read_plan, stored_layers
+from secateur.runtime.source import CONFIG, REFUSED_FIELDS, check_weights
+from secateur.runtime.verify.claims import Claim, Overall, sparsity_configs
+from secateur.runtime.verify.findings import Finding, counted, limited, place
+from secateur.runtime.verify.subject import Subject
+
+Findings = Iterator[Finding]
+ALMOST = 0.01
+"""A weight with fewer broken groups than this part was meant to hold the pattern."""
+CHANGED = "The files are not what was saved: copy them again, or save the model again"
+PRUNE_AGAIN = "Prune the weight again and save it with its mask applied, or take the claim out"
+
+
+def files(subject: Subject) -> Findings:
+    """Pickles and code are named, never opened."""
+    told = list[Finding]()
+    code = [file.as_posix() for file in subject.files if file.suffix == ".py"]
+    weights = [file for file in subject.files if file.suffix == ".safetensors"]
+    if subject.pickles:
+        names = ", ".join(subject.pickles[:3])
+        level = "warning" if weights else "fault"
+        mend = "Delete them" if weights else "If you trust them, convert them once with transformers' save_pretrained"
+        told.append(Finding(level, f"pickles, which can run code when they are read: {names}", mend))
+    if code:
+        names = ", ".join(code[:3])
+        told.append(Finding("warning", f"code: {names}", "It was not run; never load it with trust_remote_code=True"))
+    if (subject.folder / SINGLE).is_file() and (subject.folder / INDEX).is_file():
+        told.append(Finding("warning", f"{SINGLE} and {INDEX}: loaders take the first", "Delete the one that is stale"))
+    yield from told
+    if not told:
+        yield Finding("ok", f"{len(subject.files)} files, no pickle, no code")
+
+
+def checkpoint(subject: Subject) -> Findings:
+    """Headers, ranges and shards are sound."""
+    files_read = {record.file.name for record in subject.stored.values()}
+    stray = [f.name for f in subject.folder.glob("*.safetensors") if f.name not in files_read]
+    if stray:
+        yield Finding("warning", f"no loader reads {', '.join(sorted(stray)[:3])}", "Delete what is stale")
+    yield Finding("ok", f"{len(subject.stored):,} tensors in {len(files_read)} files, headers and ranges sound")
+
+
+def manifest(subject: Subject) -> Findings:
+    """Sizes and SHA-256 are those of the manifest."""
+    if not (subject.folder / MANIFEST).is_file():
+        yield Finding("note", f"no {MANIFEST}: not an artifact of secateur, so nothing says what the files should be")
+        return
+    read = read_manifest(subject.folder)
+    faults = [Finding("fault", one, CHANGED) for one in artifact_faults(subject.folder, read, known=subject.hashes)]
+    yield from limited(faults, "files")
+    if not faults:
+        yield Finding("ok", f"{len(read.files)} files have the size and the SHA-256 that the manifest says")
+
+
+def numbers(subject: Subject) -> Findings:
+    """Everything is finite; zeros that were pruned are +0.0."""
+    wrong = [one for one in subject.tensors.values() if one.nans or one.infinities]
+    mend = "The model diverged, or the file is damaged: save it again from a sound model"
+    yield from limited([Finding("fault", _odd(one), mend) for one in wrong], "tensors")
+    claimed = {subject.stored_name(claim.tensor) for claim in subject.claims[0]}
+    negative = [one for one in subject.tensors.values() if one.negative_zeros]
+    worst = [one for one in negative if one.name in claimed]
+    mend = "Add 0.0 to the weight before saving it: packers have taken -0.0 for a number"
+    yield from limited([Finding("fault", _negative(one), mend) for one in worst], "tensors")
+    sparse = [one for one in negative if one.pattern and one.name not in claimed]
+    yield from limited([Finding("warning", _negative(one), mend) for one in sparse], "tensors")
+    rest = sum(one.negative_zeros for one in negative if one not in worst and one not in sparse)
+    if rest:
+        yield Finding("note", f"{rest:,} zeros in dense tensors are -0.0, which does no harm there")
+    if not wrong:
+        yield Finding("ok", f"{sum(one.numel for one in subject.tensors.values()):,} numbers, none NaN or infinite")
+
+
+def patterns(subject: Subject) -> Findings:
+    """Every claim holds in every group, and nothing almost holds a pattern."""
+    single, overall = subject.claims
+    faults = [found for claim in single for found in _broken(subject, claim)]
+    faults += [found for claim in overall for found in _less(subject, claim)]
+    yield from limited(faults, "weights")
+    claimed = {subject.stored_name(claim.tensor) for claim in single}
+    almost = [one for one in subject.tensors.values() if one.name not in claimed and _almost(one)]
+    yield from limited([_nearly(one) for one in almost], "weights")
+    held = counted({str(p): sum(c.pattern == p for c in single) for p in dict.fromkeys(c.pattern for c in single)})
+    if (single or overall) and not faults:
+        yield Finding("ok", f"claimed and true in every group: {held or 'the share of zeros'}")
+    found = {name: sum(one.pattern == name for one in subject.tensors.values()) for name in PATTERNS}
+    matrices = sum(bool(one.over) for one in subject.tensors.values())
+    as_they_stand = counted({name: number for name, number in found.items() if number}) or "none"
+    yield Finding("note" if single or overall else "ok", f"of {matrices:,} matrices hold a pattern: {as_they_stand}")
+
+
+def packed(subject: Subject) -> Findings:
+    """Packed weights are the stock ones, bit for bit."""
+    if not has_packed(subject.folder):
+        yield Finding("note", "no packed weights")
+        return
+    plan = read_plan(subject.folder / FOLDER)
+    dtype, faults, rounded, size, dense = DTYPES[plan.dtype], list[Finding](), 0, 0, 0
+    for row, layer in stored_layers(subject.folder / FOLDER, plan):
+        size, dense, rounded = size + layer.nbytes, dense + row.dense_bytes, rounded + row.rounds
+        name = subject.stored_name(row.layer)
+        if name is None:
+            faults.append(Finding("fault", f"packed {row.layer} has no stock weight", CHANGED))
+        elif not row.rounds:
+            faults += _unlike(
+                row, dense_weight(row.kind, row.shape, layer.tensors, dtype), subject.tensor(name).to(dtype)
+            )
+    yield from limited(faults, "weights")
+    if rounded:
+        yield Finding("note", f"{rounded} packed weights are rounded copies (head=int8), so they were not compared")
+    if not any(one.level == "fault" for one in faults):
+        share = f"{size:,} bytes, {100 * size / max(dense, 1):.4g} % of dense"
+        yield Finding("ok", f"{len(plan.packed):,} packed weights are the stock ones bit for bit: {share}")
+
+
+def configuration(subject: Subject) -> Findings:
+    """config.json leads to a stock class, and asks nothing that loaders and servers refuse."""
+    if not (subject.folder / CONFIG).is_file():
+        yield Finding("note", f"no {CONFIG}: only the tensors were looked at")
+        return
+    data = read_json(subject.folder / CONFIG)
+    ours = subject.manifest is not None
+    for where in sparsity_configs(data):
+        mend = "Delete the field: the zeros are in the weights, and every loader opens them without it"
+        says = f"{CONFIG} has {where}: vLLM refuses models with one since March 2026"
+        yield Finding("fault" if ours else "warning", says, mend)
+    for name in REFUSED_FIELDS:
+        if data.get(name) and not sparsity_configs({name: data[name]}):
+            yield Finding("note", f"{CONFIG} has {name}: such a model is not opened here")
+    if "auto_map" in data:
+        yield Finding("warning", f"{CONFIG} has auto_map, which names code", "Delete the field if a stock class exists")
+    try:
+        yield Finding("ok", f"{type(subject.build()).__name__} can be built")
+    except (SecateurError, *BUILD_FAILURES) as error:
+        says = f"no stock class: {error if isinstance(error, SecateurError) else innermost(error)}"
+        yield Finding("fault" if ours else "warning", says, "Parameters and outputs were not compared")
+
+
+def parameters(subject: Subject) -> Findings:
+    """The stored tensors are the class's parameters, by transformers' own rules; tied ones are one."""
+    model = subject.model
+    if model is None:
+        yield Finding("note", "no class to compare the tensors with")
+        return
+    try:
+        check_weights(type(model), model.config, subject.stored, subject.folder)
+        yield Finding("ok", f"no tensor is missing, left over or of another shape for {type(model).__name__}")
+    except SecateurError as error:
+        masks = any("mask" in name.split(".")[-1] for name in subject.stored)
+        hint = "; a mask beside a weight means that the weight was saved without it: multiply them" if masks else ""
+        yield Finding("fault", str(error), f"Save the model again with the tool that made it{hint}")
+    for names in subject.ties:
+        there = [name for name in names if name in subject.stored]
+        unlike = [name for name in there[1:] if not _same_bits(subject.tensor(there[0]), subject.tensor(name))]
+        if unlike:
+            says = f"{there[0]} and {unlike[0]} are one parameter in the class and differ in the file"
+            yield Finding("fault", says, "Loaders disagree about which one counts: store one of them")
+        elif len(there) > 1:
+            yield Finding("note", f"{' and '.join(there)} are one parameter and stored {len(there)} times")
+
+
+# ---------------------------------------------------------------------- single weights
+def _broken(subject: Subject, claim: Claim) -> Findings:
+    """Where a claim about one weight does not hold."""
+    name = subject.stored_name(claim.tensor)
+    mend = PRUNE_AGAIN if claim.source.startswith(CONFIG) else CHANGED
+    if name is None:
+        yield Finding("fault", f"{claim.source} says that {claim.tensor} is {claim.pattern}; it is not stored", mend)
+        return
+    one, told = subject.tensors[name], f"{claim.source} says that it is {claim.pattern}"
+    if len(one.shape) != 2:
+        yield Finding("fault", f"{name} has shape {list(one.shape)}, no matrix; {told}", mend)
+    elif isinstance(claim.pattern, Pattern):
+        over, of = one.over.get(str(claim.pattern), 0), claim.pattern.of
+        if over or not one.over:
+            groups = one.numel // of
+            where = place(one, one.first.get(str(claim.pattern), (0, 0)), of)
+            says = f"{over:,} of {groups:,} groups hold over {claim.pattern.kept} non-zeros; {told}; the first: {where}"
+            yield Finding("fault", says if one.over else f"{name} holds {one.dtype}, no weights; {told}", mend)
+    elif one.fullest[0] > (kept := claim.pattern.kept_of(one.columns)):
+        says = f"row {one.fullest[1]} of {name} in {one.file} holds {one.fullest[0]:,} non-zeros, {kept:,} allowed"
+        yield Finding("fault", f"{says}; {told}", mend)
+
+
+def _less(subject: Subject, claim: Overall) -> Findings:
+    """Where weights together hold fewer zeros than claimed."""
+    names = {subject.stored_name(name) for name in claim.tensors} - {None}
+    found = [subject.tensors[name] for name in names if name is not None]
+    share = sum(one.zeros for one in found) / max(sum(one.numel for one in found), 1)
+    if share < claim.share - ALMOST:
+        says = f"{claim.source} says that {claim.share:.1%} are zeros, and {share:.1%} of {len(found)} weights are"
+        yield Finding("fault", says, PRUNE_AGAIN)
+
+
+def _rate(one: Census, name: str) -> float:
+    _, of = PATTERNS[name]
+    return one.over.get(name, 0) * of / max(one.numel, 1)
+
+
+def _almost(one: Census) -> str:
+    """The pattern that a weight misses by a few groups only, "" if none."""
+    if one.pattern or not one.over:
+        return ""
+    return next((name for name in PATTERNS if _rate(one, name) < ALMOST), "")
+
+
+def _nearly(one: Census) -> Finding:
+    name = _almost(one)
+    kept, of = PATTERNS[name]
+    over, groups, where = one.over[name], one.numel // of, place(one, one.first[name], of)
+    says = f"almost {name}: {over:,} of {groups:,} groups hold over {kept} non-zeros; the first: {where}"
+    return Finding("warning", says, "If it was pruned, something changed it since: apply its mask and save it again")
+
+
+def _odd(one: Census) -> str:
+    found = counted({name: n for name, n in (("NaN", one.nans), ("infinite", one.infinities)) if n})
+    return f"{one.name} holds {found}; the first: {place(one, one.odd or (0, 0))}"
+
+
+def _negative(one: Census) -> str:
+    return f"{one.negative_zeros:,} of {one.zeros:,} zeros of {one.name} in {one.file} are -0.0"
+
+
+def _unlike(row: LayerPlan, packed_NK: torch.Tensor, stock_NK: torch.Tensor) -> Findings:
+    if _same_bits(packed_NK, stock_NK):
+        return
+    if packed_NK.shape == stock_NK.shape and torch.equal(packed_NK, stock_NK):
+        yield Finding("warning", f"packed {row.layer} differs from the stock one in the sign of zeros", CHANGED)
+        return
+    wrong = (packed_NK != stock_NK).nonzero() if packed_NK.shape == stock_NK.shape else torch.zeros(0, 2)
+    first = f", first in row {int(wrong[0, 0])}, column {int(wrong[0, 1])}" if len(wrong) else ""
+    says = f"packed {row.layer} is not the stock weight: {len(wrong):,} numbers differ{first}"
+    if not len(wrong):
+        says = f"packed {row.layer} is {list(packed_NK.shape)}, the stock weight {list(stock_NK.shape)}"
+    yield Finding("fault", says, CHANGED)
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    first, second = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))
+    return torch.equal(first, second)

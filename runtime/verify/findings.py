@@ -1,0 +1,106 @@
+"""What was found in a folder, and how bad it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from secateur.runtime.census import Census
+
+Level = Literal["ok", "note", "warning", "fault"]
+LEVELS: tuple[Level, ...] = ("note", "ok", "warning", "fault")
+"""Mildest first."""
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found.   says: what and where.   mend: what to do about it."""
+
+    level: Level
+    says: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one check found; never nothing."""
+
+    check: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def level(self) -> Level:
+        """The worst of its findings."""
+        return max((one.level for one in self.findings), key=LEVELS.index)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What all checks found.
+
+    num_bytes: of the tensors that were counted.   count_seconds: that reading and counting (and hashing) them took.
+    seconds: of everything.
+    """
+
+    folder: Path
+    outcomes: tuple[Outcome, ...]
+    tensors: tuple[Census, ...]
+    num_bytes: int
+    count_seconds: float
+    seconds: float
+
+    @property
+    def green(self) -> bool:
+        """Whether there is no fault."""
+        return not self.faults
+
+    @property
+    def faults(self) -> list[Finding]:
+        """Every fault, in the order of the checks."""
+        return [one for outcome in self.outcomes for one in outcome.findings if one.level == "fault"]
+
+    @property
+    def gbps(self) -> float:
+        """10^9 bytes a second of reading and counting."""
+        return self.num_bytes / 1e9 / self.count_seconds if self.count_seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        tensors = [asdict(one) | {"pattern": one.pattern, "share_of_zeros": one.share} for one in self.tensors]
+        checks = [asdict(one) | {"level": one.level} for one in self.outcomes]
+        levels = Counter(finding.level for outcome in self.outcomes for finding in outcome.findings)
+        return {
+            "folder": str(self.folder),
+            "green": self.green,
+            "faults": levels["fault"],
+            "warnings": levels["warning"],
+            "checks": checks,
+            "bytes": self.num_bytes,
+            "count_seconds": self.count_seconds,
+            "gb_per_second": self.gbps,
+            "seconds": self.seconds,
+            "tensors": tensors,
+        }
+
+
+def limited(findings: Sequence[Finding], what: str) -> list[Finding]:
+    """The first few findings of one kind, and how many more there are."""
+    more = len(findings) - SHOWN
+    rest = [Finding(findings[SHOWN].level, f"and {more:,} more {what}", findings[SHOWN].mend)] if more > 0 else []
+    return [*findings[:SHOWN], *rest]
+
+
+def place(one: Census, where: tuple[int, int], width: int = 1) -> str:
+    """``row 3, columns 8-11 of layers.0.up.weight in model.safetensors``."""
+    row, column = where
+    columns = f"column {column}" if width == 1 else f"columns {column}-{min(column + width, one.columns) - 1}"
+    return f"row {row}, {columns} of {one.name} in {one.file}"
+
+
+def counted(levels: Mapping[str, int]) -> str:
+    """``3 a, 1 b``."""
+    return ", ".join(f"{number:,} {name}" for name, number in levels.items())
