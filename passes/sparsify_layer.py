@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.graph import Pattern, Share
 from secateur.graph.errors import PatternError
 from secateur.passes.data import CalibrationError
-from secateur.passes.gram import gram_of, inverse_factor, rows_of, squares_of
+from secateur.passes.gram import GramError, gram_of, inverse_factor, rows_of, squares_of
 from secateur.passes.repair_run import Lockstep
 from secateur.passes.sparsify_gpt import sparse_gpt
 from secateur.passes.sparsify_refine import refined
@@ -79,10 +79,14 @@ def solved(recipe: Recipe, dense: Mapping[str, Tensor], run: Lockstep, x: str, c
         squares_K = gram_KK.diagonal()
     else:
         squares_K, tokens = squares_of(run, x, count)
+    first = next(iter(dense))
     if not bool(squares_K.isfinite().all()):
-        raise CalibrationError(f"the inputs of {next(iter(dense))} are not finite: look at the model and the text")
+        raise CalibrationError(f"the inputs of {first} are not finite: look at the model and the text")
     norms_K = (squares_K / max(1, tokens)).sqrt().float()
-    sparse_NK, damping = _sparse(recipe, dense, stacked_NK, norms_K, gram_KK)
+    try:
+        sparse_NK, damping = _sparse(recipe, dense, stacked_NK, norms_K, gram_KK)
+    except GramError as error:
+        raise CalibrationError(f"{first}: {error}") from error
     made, at = dict[str, Solved](), 0
     probe_TK = torch.cat([rows_of(run.value(sample, x)) for sample in _probes(count)])
     for name, weight in dense.items():

@@ -283,6 +283,15 @@ def test_nan_is_named(llama: Program, data: Context) -> None:
         Pipeline.parse("sparsify{metric=wanda,targets=lm_head,head=true}")(infinite, data)
 
 
+def test_damping_grows_where_it_must_and_is_told(llama: Program, data: Context) -> None:
+    few = Context(data=(data.data or ())[:2])  # 40 tokens for 64 inputs: the Gram matrices are singular
+    made = Sparsify(damping=1e-8, targets=("q_proj",))(llama, few)
+    assert made.history[-1].figures["more_damping"].keys() == made.sparse.keys()
+    assert all(weight_of(made, name).isfinite().all() for name in made.sparse)
+    with pytest.raises(CalibrationError, match=r"q_proj.weight: the Gram matrix of the inputs cannot be factored"):
+        Sparsify(damping=1e-30, targets=("q_proj",))(llama, few)
+
+
 # ---------------------------------------------------------------------- a budget
 @pytest.mark.parametrize("damage", ["kl", "output"])
 def test_a_budget_leaves_dense_what_is_hurt_most(llama: Program, data: Context, damage: str) -> None:
