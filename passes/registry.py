@@ -10,10 +10,12 @@ from secateur.passes.fill_widths import FillWidths
 from secateur.passes.importance import IMPORTANCES, Importance
 from secateur.passes.lower import Lower
 from secateur.passes.options import Table
+from secateur.passes.permute_channels import PermuteChannels
 from secateur.passes.plugins import load_class
 from secateur.passes.prune_depth import PruneDepth
 from secateur.passes.prune_width import PruneWidth
 from secateur.passes.quantize import Quantize
+from secateur.passes.reconstruct import Reconstruct
 from secateur.passes.repair import Repair
 from secateur.passes.retrain_sparse import RetrainSparse
 from secateur.passes.score import Score
@@ -29,7 +31,9 @@ PASSES: Table[Pass] = Table(
     Search,
     Repair,
     Compensate,
+    PermuteChannels,
     Sparsify,
+    Reconstruct,
     Quantize,
     Lower,
     Distill,

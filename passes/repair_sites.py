@@ -161,7 +161,7 @@ def _site(
         return f"{op} does not read it as a weight matrix"
     if op == "aten.addmm" and set(operands[3:]) - {1, None}:
         return "addmm scales its operands"
-    if _open_rows(operands[x_arg]):
+    if open_rows(operands[x_arg]):
         return "its rows depend on the data (routing)"
     turned = stands_in_out != bool(use.turns % 2)
     shape = dict(program.cut.dense.named_parameters())[name].shape if program.cut else weight.shape
@@ -190,7 +190,7 @@ def _bias(operand: Any, uses: Mapping[str, list[Use]]) -> tuple[str | None, tupl
     return None, ()
 
 
-def _open_rows(x: fx.Node) -> bool:
+def open_rows(x: fx.Node) -> bool:
     """Whether the number of rows is known only with the data, as in a mixture of experts."""
     sizes = [s.node.expr for s in x.meta["val"].shape if isinstance(s, torch.SymInt)]
     return any(str(symbol).startswith("u") for size in sizes for symbol in size.free_symbols)

@@ -1,0 +1,121 @@
+"""Rebuild each sub-block of a pruned model so that it gives what the dense one gave."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from secateur.graph import Program, with_parameters
+from secateur.passes.base import Context, Cost, Pass, PassResult
+from secateur.passes.data import CalibrationError
+from secateur.passes.journal import Entry, Journal
+from secateur.passes.lower_layers import Layer, on_meta
+from secateur.passes.reconstruct_fit import fit_layers, stream_error, train
+from secateur.passes.reconstruct_part import Fitted, Task
+from secateur.passes.reconstruct_run import Target, Walk
+
+
+@dataclass(frozen=True)
+class Reconstruct(Pass):
+    """Fit the surviving weights of each sub-block to the dense model's stream.  Numerics: lossy.
+
+    Attention and MLP are taken one after the other, on the inputs that the sub-blocks before them, already rebuilt,
+    produce.  First every layer is fitted by least squares over the entries that its mask leaves, then all of the
+    sub-block together by Adam.  The masks stay; where no weight is sparse, all entries of the matrices may change.  One
+    calibration sequence in five is held back: a sub-block whose error there does not fall stays as it is.  Errors are
+    those of the stream after the sub-block, relative to the stream, token by token.
+
+    target: stream (the dense model's stream: earlier errors are corrected too), own (what the dense sub-block adds to
+        its own stream, added to the stream as it is now) or dense (as own, on the dense model's inputs).
+    solver: lsq, adam, or both, one after the other.
+    epochs, lr: of Adam; the learning rate is relative to the root mean square of each weight.
+    vectors: let biases and the scales of norms change, too.
+    autocast: run the training in bfloat16 where PyTorch deems it safe.
+    offload: hold activations in memory-mapped files.
+    Source: Frantar & Alistarh 2022 (OBC), arXiv:2208.11580 for the layer-wise form; Li et al. 2021 (BRECQ),
+        arXiv:2102.05426, section 3 for blocks; the aim at the stream is that of ``repair``.
+    """
+
+    name: ClassVar[str] = "reconstruct"
+    numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
+    uses: ClassVar[frozenset[str]] = frozenset({"cut"})
+    ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    target: Target = "stream"
+    solver: Literal["lsq", "adam", "both"] = "both"
+    epochs: Annotated[int, Field(ge=1)] = 3
+    lr: Annotated[float, Field(gt=0)] = 0.01
+    vectors: bool = True
+    autocast: bool = False
+    offload: bool = False
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+    @property
+    def cost(self) -> Cost:
+        adam = 0.0 if self.solver == "lsq" else 3.0 * self.epochs
+        return Cost(8.0 + adam, 8.0, holds=0 if self.offload else 3)
+
+    def requires(self, program: Program) -> list[str]:
+        missing = ["the weights are on the meta device: open the model with weights"] * on_meta(program)
+        return super().requires(program) + missing
+
+    def call(self, program: Program, context: Context) -> PassResult:
+        data = context.data or ()
+        if len(data) < 2:
+            raise CalibrationError("reconstruct needs two calibration sequences or more: one is held back to check it")
+        journal = Journal(context.resume)
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(TemporaryDirectory(dir=journal.made))) if self.offload else None
+            walk = Walk(program, data, self.vectors, folder)
+            for name, reason in walk.refused.items():
+                context.log.info("reconstruct leaves %s alone: %s", name, reason)
+            values, figures = dict[str, Tensor](), dict[str, Any]()
+            for part in context.progress(walk.parts, "reconstruct", len(walk.parts)):
+                fitted, task = walk.reach(part, self.target)
+                kept = journal.read(part.name)
+                if kept is None:
+                    kept = self._fit(fitted, task, walk.layers(part), context)
+                    journal.write(part.name, kept.tensors, kept.facts)
+                fitted.masters |= {name: value.to(fitted.masters[name]) for name, value in kept.tensors.items()}
+                walk.finish(part, fitted)
+                values |= fitted.values() if kept.tensors else {}
+                figures[part.name] = kept.facts
+        rebuilt = with_parameters(program, values).replace(scores={}) if values else program
+        summary = {"tokens": sum(s.tokens for s in data), "sequences": len(data), "left_alone": walk.refused}
+        return PassResult(rebuilt, bool(values), {**summary, "parts": figures})
+
+    def _fit(self, fitted: Fitted, task: Task, layers: Sequence[Layer], context: Context) -> Entry:
+        """What changes in a part, and by how much its error falls; nothing where it does not."""
+        back, before = sorted(task.back), {name: master.clone() for name, master in fitted.masters.items()}
+        errors = [stream_error(fitted, task, back)]
+        if self.solver != "adam":
+            fit_layers(fitted, task, layers)
+            errors.append(stream_error(fitted, task, back))
+            if not errors[-1] < errors[0]:
+                fitted.masters, errors[-1] = dict(before), errors[0]
+        if self.solver != "lsq":
+            train(fitted, task, self.epochs, self.lr, context.seed, partial(_autocast, task, self.autocast))
+            errors.append(stream_error(fitted, task, back))
+        told = [round(math.sqrt(error), 6) for error in errors]
+        better = min(errors[1:]) < errors[0]
+        return Entry(fitted.values() if better else {}, {"error": told})
+
+
+def _autocast(task: Task, wanted: bool) -> contextlib.AbstractContextManager[object]:
+    if not wanted:
+        return contextlib.nullcontext()
+    return torch.autocast(task.wanted[0].device.type, torch.bfloat16)

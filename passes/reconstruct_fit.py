@@ -1,0 +1,165 @@
+"""How a part is fitted: least squares layer by layer, then Adam on all of its parameters at once.
+
+Dims: T tokens of one sequence, N outputs, K inputs, H channels of the stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from secateur.graph.residual import carried
+from secateur.passes.lower_layers import Layer, sharing_input
+from secateur.passes.masked_fit import fit_masked
+from secateur.passes.reconstruct_part import Fitted, Task
+from secateur.passes.repair_fit import Products
+
+WARM_UP = 0.05  # of the steps
+
+
+def token_weights(wanted: Tensor) -> Tensor:
+    """[T, 1]: what makes the squared error of each token relative to its own square.
+
+    A norm reads the stream, so that what counts is the direction of each token; and a few first tokens, a thousand
+    times longer than the others, would be all that is fitted."""
+    rows = wanted.reshape(-1, wanted.shape[-1]).float()
+    return rows.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+
+
+def stream_error(fitted: Fitted, task: Task, which: Sequence[int]) -> float:
+    """Mean square of the error over the square of the stream, over the tokens of some sequences."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for at in which:
+            loss = _loss(fitted.stream(task.inputs[at]), task.wanted[at])
+            total, count = total + float(loss) * _tokens(task.wanted[at]), count + _tokens(task.wanted[at])
+    return total / max(count, 1)
+
+
+def _loss(found: Tensor, wanted: Tensor) -> Tensor:
+    gap = (found.float() - wanted.float()).reshape(-1, wanted.shape[-1])
+    return (gap * token_weights(wanted)).square().mean()
+
+
+def _tokens(stream: Tensor) -> int:
+    return stream.numel() // stream.shape[-1]
+
+
+# ---------------------------------------------------------------------- least squares
+def fit_layers(fitted: Fitted, task: Task, layers: Sequence[Layer]) -> None:
+    """Refit the layers of a part in the order of its graph, each on what the ones before it now give.
+
+    A layer whose result is added to the stream aims at the stream after the part, the others at their own results in
+    the dense model.  Layers that share an input are one fit; they change only where the sequences held back gain by it.
+    """
+    for sharing in sharing_input(layers):
+        names = [layer.parameter for layer in sharing]
+        seen, held = (_products(fitted, task, sharing, which) for which in (task.seen, sorted(task.back)))
+        mask = torch.cat([_mask(fitted, name) for name in names])
+        delta_NK = fit_masked(seen, held, mask).delta_NK
+        for name, part in zip(names, _split(delta_NK, fitted, names), strict=True) if delta_NK is not None else ():
+            fitted.masters[name] = fitted.masters[name] + part
+
+
+def _split(delta_NK: Tensor, fitted: Fitted, names: Sequence[str]) -> Sequence[Tensor]:
+    return delta_NK.split([len(fitted.masters[name]) for name in names])
+
+
+def _mask(fitted: Fitted, name: str) -> Tensor:
+    mask = fitted.masks[name]
+    return torch.ones_like(fitted.masters[name], dtype=torch.bool) if mask is None else mask
+
+
+def _products(fitted: Fitted, task: Task, sharing: Sequence[Layer], which: Sequence[int]) -> Products:
+    """Sums over the tokens of some sequences of what the layers' results lack."""
+    weights = [fitted.masters[layer.parameter] for layer in sharing]
+    made = Products(weights[0].shape[1], sum(map(len, weights)), False, weights[0].device)
+    last = len(sharing) == 1 and _adds_to_stream(fitted, sharing[0])
+    nodes = [layer.node.name for layer in sharing]
+    for at in which:
+        x, *now = fitted.peek(task.inputs[at], [sharing[0].x.name, *nodes])
+        if last:
+            with torch.no_grad():
+                lacks = [task.wanted[at] - fitted.stream(task.inputs[at])]
+            by = token_weights(task.wanted[at])
+        else:
+            wanted = task.dense.peek(task.dense_inputs[at], nodes)
+            lacks, by = [one - other for one, other in zip(wanted, now, strict=True)], torch.ones(1, device=x.device)
+        made.add(_rows(x) * by, torch.cat([_rows(one) for one in lacks], 1) * by)
+    return made
+
+
+def _adds_to_stream(fitted: Fitted, layer: Layer) -> bool:
+    return any(carried(sub.branch.operand) is layer.node for sub in fitted.part.sub_blocks)
+
+
+def _rows(value: Tensor) -> Tensor:
+    return value.reshape(-1, value.shape[-1]).float()
+
+
+# ---------------------------------------------------------------------- Adam
+def train(
+    fitted: Fitted,
+    task: Task,
+    epochs: int,
+    lr: float,
+    seed: int,
+    autocast: Callable[[], contextlib.AbstractContextManager[object]],
+) -> None:
+    """Adam on the stream after the part, one sequence a step; the state of the epoch that serves those held back best.
+
+    Args: lr: relative to the root mean square of each parameter's free entries; it falls to zero as a cosine.
+    """
+    groups = [
+        {"params": [_open(master)], "lr": lr * _size(master, fitted.masks[name])}
+        for name, master in fitted.masters.items()
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    steps = epochs * len(task.seen)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps))
+    best, kept = stream_error(fitted, task, sorted(task.back)), _copy(fitted)
+    for order in _orders(task.seen, epochs, seed):
+        for at in order:
+            with autocast():
+                found = fitted.stream(task.inputs[at])
+            optimizer.zero_grad()
+            _loss(found, task.wanted[at]).backward()  # type: ignore[no-untyped-call]
+            for name, master in fitted.masters.items():
+                if fitted.masks[name] is not None and master.grad is not None:
+                    master.grad.mul_(fitted.masks[name])
+            optimizer.step()
+            schedule.step()
+        error = stream_error(fitted, task, sorted(task.back))
+        if error < best:
+            best, kept = error, _copy(fitted)
+    fitted.masters = kept
+
+
+def _open(master: Tensor) -> Tensor:
+    return master.requires_grad_(True)
+
+
+def _copy(fitted: Fitted) -> dict[str, Tensor]:
+    return {name: master.detach().clone() for name, master in fitted.masters.items()}
+
+
+def _size(master: Tensor, mask: Tensor | None) -> float:
+    """Root mean square of the entries that may change."""
+    free = master.detach() if mask is None else master.detach()[mask]
+    return float(free.square().mean().sqrt()) if free.numel() else 0.0
+
+
+def _cosine(step: int, steps: int) -> float:
+    """The part of the learning rate at a step: a short rise, then half a cosine."""
+    warm = max(1, round(WARM_UP * steps))
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _orders(seen: Sequence[int], epochs: int, seed: int) -> Iterator[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        yield [seen[at] for at in torch.randperm(len(seen), generator=generator).tolist()]
