@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -95,12 +96,12 @@ def patterns(subject: Subject) -> Findings:
     claimed = {subject.stored_name(claim.tensor) for claim in single}
     almost = [one for one in subject.tensors.values() if one.name not in claimed and _almost(one)]
     yield from limited([_nearly(one) for one in almost], "weights")
-    held = counted({str(p): sum(c.pattern == p for c in single) for p in dict.fromkeys(c.pattern for c in single)})
+    held = counted(Counter(pattern for _, pattern in {(claim.tensor, str(claim.pattern)) for claim in single}))
     if (single or overall) and not faults:
         yield Finding("ok", f"claimed and true in every group: {held or 'the share of zeros'}")
-    found = {name: sum(one.pattern == name for one in subject.tensors.values()) for name in PATTERNS}
+    found = Counter(one.pattern for one in subject.tensors.values() if one.pattern)
     matrices = sum(bool(one.over) for one in subject.tensors.values())
-    as_they_stand = counted({name: number for name, number in found.items() if number}) or "none"
+    as_they_stand = counted(found) or "none"
     yield Finding("note" if single or overall else "ok", f"of {matrices:,} matrices hold a pattern: {as_they_stand}")
 
 

@@ -10,27 +10,17 @@ import torch
 from runtime_models import SMALL, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
+from zoo.sparse import as_sparse
 
 import secateur
-from secateur.graph import Pattern, Program, Sparse, capture, with_parameters
+from secateur.graph import Program, capture
 from secateur.graph.errors import ArtifactError
 from secateur.passes.lower import Lower, packed_as_pruned
 from secateur.passes.lower_cost import DENSE
-from secateur.passes.lower_layers import linear_layers
 from secateur.runtime.declared import declared
 from secateur.runtime.engine import open_engine
 from secateur.runtime.lowered import packed_modules
 from secateur.runtime.lowering import FOLDER, has_packed, read_plan, runs_packed
-
-
-def as_sparse(program: Program, pattern: str = "2:4") -> Program:
-    """The program with every linear layer but the head in a pattern, by magnitude."""
-    one = Sparse(Pattern.parse(pattern))
-    known = dict(program.named_parameters())
-    layers = [layer.parameter for layer in linear_layers(program)[0] if not layer.head]
-    kept = {name: one.pattern.mask(known[name].detach().abs()) for name in layers}
-    values = {name: torch.where(mask, known[name].detach(), 0.0) for name, mask in kept.items()}
-    return with_parameters(program, values).replace(sparse=dict.fromkeys(layers, one))
 
 
 @pytest.fixture(scope="module")

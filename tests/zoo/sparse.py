@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from secateur.graph import Program, with_parameters
+from secateur.graph import Pattern, Program, Sparse, with_parameters
 from secateur.passes.lower_layers import linear_layers
 
 
@@ -25,6 +25,16 @@ def made_24(program: Program, but: Iterable[str] = ()) -> Program:
     ]
     known = dict(program.named_parameters())
     return with_parameters(program, {one.parameter: keep_two_of_four(known[one.parameter]) for one in layers})
+
+
+def as_sparse(program: Program, pattern: str = "2:4") -> Program:
+    """The program with every linear layer but the head in a pattern, by magnitude."""
+    one = Sparse(Pattern.parse(pattern))
+    known = dict(program.named_parameters())
+    layers = [layer.parameter for layer in linear_layers(program)[0] if not layer.head]
+    kept = {name: one.pattern.mask(known[name].detach().abs()) for name in layers}
+    values = {name: torch.where(mask, known[name].detach(), 0.0) for name, mask in kept.items()}
+    return with_parameters(program, values).replace(sparse=dict.fromkeys(layers, one))
 
 
 def grams(weight: Tensor, rows: int = 400) -> Tensor:
