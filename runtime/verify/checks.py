@@ -17,7 +17,7 @@ from secateur.runtime.classes import BUILD_FAILURES, innermost
 from secateur.runtime.lowering import FOLDER, dense_weight, has_packed, read_plan, stored_layers
 from secateur.runtime.source import CONFIG, REFUSED_FIELDS, check_weights
 from secateur.runtime.verify.claims import Claim, Overall, sparsity_configs
-from secateur.runtime.verify.findings import Finding, counted, limited, place
+from secateur.runtime.verify.findings import Finding, Level, counted, limited, place
 from secateur.runtime.verify.subject import Subject
 
 Findings = Iterator[Finding]
@@ -34,7 +34,7 @@ def files(subject: Subject) -> Findings:
     weights = [file for file in subject.files if file.suffix == ".safetensors"]
     if subject.pickles:
         names = ", ".join(subject.pickles[:3])
-        level = "warning" if weights else "fault"
+        level: Level = "warning" if weights else "fault"
         mend = "Delete them" if weights else "If you trust them, convert them once with transformers' save_pretrained"
         told.append(Finding(level, f"pickles, which can run code when they are read: {names}", mend))
     if code:
