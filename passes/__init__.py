@@ -7,11 +7,13 @@ from secateur.passes.data import CalibrationError, Sample, samples
 from secateur.passes.distill import Distill
 from secateur.passes.importance import IMPORTANCES, Importance
 from secateur.passes.lower import Lower
+from secateur.passes.permute_channels import PermuteChannels
 from secateur.passes.pipeline import Hooks, Pipeline
 from secateur.passes.prune_depth import PruneDepth
 from secateur.passes.prune_width import PruneWidth
 from secateur.passes.quantize import Quantize
 from secateur.passes.recipe import DataSpec
+from secateur.passes.reconstruct import Reconstruct
 from secateur.passes.registry import PASSES
 from secateur.passes.repair import Repair
 from secateur.passes.score import Score
@@ -31,12 +33,14 @@ __all__ = [
     "Lower",
     "Pass",
     "PassResult",
+    "PermuteChannels",
     "Pipeline",
     "PlannedEdit",
     "Progress",
     "PruneDepth",
     "PruneWidth",
     "Quantize",
+    "Reconstruct",
     "Repair",
     "Sample",
     "Score",
