@@ -30,6 +30,8 @@ PATTERNS: Mapping[str, tuple[int, int]] = {"1:4": (1, 4), "1:2": (1, 2), "2:4": 
 """Strictest first: each of them holds wherever one before it does."""
 CHUNK_BYTES = 1 << 20
 CODE = 8
+BITMASK, COMPRESSED = ".bitmask", ".compressed"
+"""Endings of the two tensors in which compressed-tensors keeps a sparse weight: a bit an element, and the values."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Census:
     first: by pattern, row and first column of the first such group.
     fullest: the most non-zeros of a row, and that row.
     odd: row and column of the first element that is not finite.
+    shape: [N, K] of the weight for the bits that compressed-tensors keeps of one, K rounded up to whole bytes.
     digest: SHA-256 as ``reload.digest`` takes it; empty if it was not asked for.
     """
 
@@ -126,7 +129,8 @@ def census_of_file(
             whole.update(head)
         for name, record in ordered:
             own = hashlib.sha256(f"{record.dtype} {list(record.shape)} ".encode()) if digests else None
-            count = _Count(record, (patterns or {}).get(name, {}))
+            kept_as_bits = name.endswith(BITMASK) and name.removesuffix(BITMASK) + COMPRESSED in records
+            count = _Count(record, (patterns or {}).get(name, {}), kept_as_bits)
             for piece in _pieces(stream, record):
                 for one in (whole, own):
                     if one is not None:
@@ -160,10 +164,12 @@ def _pieces(stream: Any, record: TensorRecord) -> Iterator[memoryview]:
 class _Count:
     """The counts of one tensor, added up piece by piece."""
 
-    def __init__(self, record: TensorRecord, patterns: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, record: TensorRecord, patterns: Mapping[str, tuple[int, int]], kept_as_bits: bool) -> None:
         self.record, self.bits = record, BITS.get(record.dtype)
+        self.kept_as_bits = kept_as_bits and record.dtype == torch.uint8
         self.columns = record.shape[-1] if record.shape else 1
-        self.patterns = dict(PATTERNS) | dict(patterns) if len(record.shape) > 1 and self.bits else {}
+        counts = len(record.shape) > 1 and (self.bits is not None or self.kept_as_bits)
+        self.patterns = dict(PATTERNS) | dict(patterns) if counts else {}
         self.row = self.filled = self.negative = self.nans = self.infinities = 0
         self.over = dict.fromkeys(self.patterns, 0)
         self.first: dict[str, tuple[int, int]] = {}
@@ -172,18 +178,22 @@ class _Count:
 
     def add(self, piece: memoryview) -> None:
         """Count one piece of whole rows."""
-        if self.bits is None:
+        if self.kept_as_bits:
+            codes = np.frombuffer(piece, dtype=np.uint8).reshape(-1, self.columns)
+            filled_NK = np.unpackbits(codes, axis=1, bitorder="little")
+        elif self.bits is not None:
+            bits = np.frombuffer(piece, dtype=self.bits.whole).reshape(-1, self.columns)
+            filled_NK = self._numbers(bits, self.bits)
+            codes = np.packbits(filled_NK, axis=1, bitorder="little")  # [N, K/8]; columns beyond K are zeros
+        else:
             return
-        bits = np.frombuffer(piece, dtype=self.bits.whole).reshape(-1, self.columns)
-        filled_NK = self._numbers(bits, self.bits)
-        codes = np.packbits(filled_NK, axis=1, bitorder="little")  # [N, K/8]; columns beyond K are zeros
         per_row = ONES[codes].sum(1, dtype=np.int64)
         self.filled += int(per_row.sum())
         most = int(per_row.argmax())
         self.fullest = max(self.fullest, (int(per_row[most]), self.row + most), key=lambda pair: pair[0])
         if self.patterns:
             self._groups(np.bincount(codes.ravel(), minlength=1 << CODE), codes, filled_NK)
-        self.row += len(bits)
+        self.row += len(codes)
 
     def _numbers(self, bits: Array, kind: Bits) -> Array:
         """Which elements are not zero; counts negative zeros and what is not finite."""
@@ -208,7 +218,7 @@ class _Count:
                 found, wide = int(histogram @ table), CODE
                 wrong = table[codes] if found and name not in self.first else codes
             else:
-                padded = np.pad(filled_NK, ((0, 0), (0, -self.columns % of)))
+                padded = np.pad(filled_NK, ((0, 0), (0, -filled_NK.shape[1] % of)))
                 wrong = padded.reshape(len(padded), -1, of).sum(-1) > kept
                 found, wide = int(np.count_nonzero(wrong)), of
             self.over[name] += found
@@ -219,12 +229,13 @@ class _Count:
 
     def done(self, name: str, digest: str) -> Census:
         record = self.record
+        shape = (*record.shape[:-1], CODE * self.columns) if self.kept_as_bits else record.shape
         return Census(
             name=name,
             file=record.file.name,
-            shape=record.shape,
+            shape=shape,
             dtype=str(record.dtype).removeprefix("torch."),
-            zeros=math.prod(record.shape) - self.filled if self.bits else 0,
+            zeros=math.prod(shape) - self.filled if self.bits or self.kept_as_bits else 0,
             negative_zeros=self.negative,
             nans=self.nans,
             infinities=self.infinities,

@@ -164,7 +164,9 @@ def parameters(subject: Subject) -> Findings:
     except SecateurError as error:
         masks = any("mask" in name.split(".")[-1] for name in subject.stored)
         hint = "; a mask beside a weight means that the weight was saved without it: multiply them" if masks else ""
-        yield Finding("fault", str(error), f"Save the model again with the tool that made it{hint}")
+        packed_by_others = any(subject.config.get(name) for name in REFUSED_FIELDS)
+        level: Level = "warning" if packed_by_others else "fault"
+        yield Finding(level, str(error), f"Save the model again with the tool that made it{hint}")
     for names in subject.ties:
         there = [name for name in names if name in subject.stored]
         unlike = [name for name in there[1:] if not _same_bits(subject.tensor(there[0]), subject.tensor(name))]

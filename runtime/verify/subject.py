@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from secateur.graph.errors import SecateurError, SourceError
 from secateur.graph.pattern import Pattern
 from secateur.runtime.artifact import Manifest, read_manifest
-from secateur.runtime.census import PATTERNS, Census, census_of_file
+from secateur.runtime.census import BITMASK, PATTERNS, Census, census_of_file
 from secateur.runtime.checkpoint import INDEX, PICKLES, SINGLE, TensorRecord, read_checkpoint, read_header, read_json
 from secateur.runtime.classes import BUILD_FAILURES, build_on_meta
 from secateur.runtime.source import CONFIG, REFUSED_FIELDS, stock_class
@@ -107,7 +107,7 @@ class Subject:
         transformers gives the inner model."""
         alike = next((names for names in self.ties if name in names), [])
         prefix = f"{self.model.base_model_prefix}." if self.model is not None else ""
-        tried = [name, *alike, *(one.removeprefix(prefix) for one in (name, *alike)), prefix + name]
+        tried = [name, *alike, *(one.removeprefix(prefix) for one in (name, *alike)), prefix + name, name + BITMASK]
         return next((one for one in tried if one in self.stored), None)
 
     @cached_property

@@ -20,6 +20,7 @@ from zoo.sparse import as_sparse
 import secateur
 from secateur.graph import Pattern, Program, Share, Sparse, capture
 from secateur.graph.errors import ArtifactError, SourceError
+from secateur.kernels.sparse24.formats import pack
 from secateur.runtime import huggingface
 from secateur.runtime.census import census_of_file
 from secateur.runtime.checkpoint import SINGLE, read_header
@@ -374,6 +375,28 @@ def test_rare_patterns_are_counted_because_they_are_claimed(tmp_path: Path) -> N
     weight[2, 16:32] = 1.0
     save_file({"w": weight}, tmp_path / SINGLE)
     assert "1 of 15 groups hold over 3 non-zeros" in stored_faults(tmp_path, {"w": Sparse(pattern)})[0]
+
+
+def test_weights_that_others_keep_as_bits_and_values_are_counted(foreign: Path) -> None:
+    def compress(tensors: dict[str, Tensor]) -> None:
+        weight = tensors.pop(UP)
+        packed = pack(weight)
+        tensors |= {
+            f"{UP}.compressed": packed.values,
+            f"{UP}.bitmask": packed.mask,
+            f"{UP}.shape": torch.tensor(weight.shape),
+        }
+
+    claim = {**LLM_COMPRESSOR, "format": "sparse-24-bitmask"}
+    edit_json(foreign / "config.json", quantization_config={"sparsity_config": claim})
+    rewrite(foreign, compress)
+    found = look(foreign)
+    assert found.green and "claimed and true in every group: 14 2:4" in told(found, "ok")
+    one = next(one for one in found.tensors if one.name == f"{UP}.bitmask")
+    assert one.shape == (96, 64) and one.share == 0.5 and one.pattern == "2:4"
+    rewrite(foreign, lambda tensors: tensors[f"{UP}.bitmask"][5].fill_(0b01111100))
+    assert "8 of 1,536 groups hold over 2 non-zeros" in told(look(foreign), "fault")
+    assert f"the first: row 5, columns 4-7 of {UP}.bitmask" in told(look(foreign), "fault")
 
 
 def test_a_folder_is_wanted(tmp_path: Path) -> None:
