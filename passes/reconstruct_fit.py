@@ -65,8 +65,8 @@ def fit_layers(fitted: Fitted, task: Task, layers: Sequence[Layer]) -> None:
             fitted.masters[name] = fitted.masters[name] + part
 
 
-def _split(delta_NK: Tensor, fitted: Fitted, names: Sequence[str]) -> Sequence[Tensor]:
-    return delta_NK.split([len(fitted.masters[name]) for name in names])
+def _split(delta_NK: Tensor, fitted: Fitted, names: Sequence[str]) -> list[Tensor]:
+    return list(torch.split(delta_NK, [len(fitted.masters[name]) for name in names]))
 
 
 def _mask(fitted: Fitted, name: str) -> Tensor:
@@ -127,10 +127,11 @@ def train(
             with autocast():
                 found = fitted.stream(task.inputs[at])
             optimizer.zero_grad()
-            _loss(found, task.wanted[at]).backward()  # type: ignore[no-untyped-call]
+            _loss(found, task.wanted[at]).backward()
             for name, master in fitted.masters.items():
-                if fitted.masks[name] is not None and master.grad is not None:
-                    master.grad.mul_(fitted.masks[name])
+                mask = fitted.masks[name]
+                if mask is not None and master.grad is not None:
+                    master.grad.mul_(mask)
             optimizer.step()
             schedule.step()
         error = stream_error(fitted, task, sorted(task.back))
