@@ -26,7 +26,7 @@ class FamilySummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``secateur inspect`` tells."""
+    """What ``secateur inspect`` tells.   sparse: pattern -> number of weights that a manifest says hold it."""
 
     model: str
     folder: str | None
@@ -35,6 +35,7 @@ class Inspection:
     blocks: tuple[str, ...]
     families: tuple[FamilySummary, ...]
     nodes: int
+    sparse: Mapping[str, int]
 
     def to_json(self) -> JSON:
         """As JSON values."""
@@ -59,6 +60,7 @@ def inspect(program: Program) -> Inspection:
         blocks=tuple(blocks(groups)),
         families=tuple(_summary(program, family, [g for g in groups if g.family == family]) for family in families),
         nodes=len(program.gm.graph.nodes),
+        sparse=dict(Counter(str(one.pattern) for one in program.sparse.values())),
     )
 
 

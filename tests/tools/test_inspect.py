@@ -8,9 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from zoo.models import tiny_model
+from zoo.sparse import as_sparse
 
 from secateur.graph import Program, SecateurError, capture
 from secateur.tools.inspect import groups_of_block, inspect
+from secateur.tools.report import inspection_tables
+from secateur.tools.report.console import Voice
 
 
 def test_families_locks_and_blocks(llama: Program) -> None:
@@ -26,6 +29,19 @@ def test_families_locks_and_blocks(llama: Program) -> None:
     assert found.dtypes == {"float32": llama.num_parameters}
     assert found.model == "LlamaForCausalLM"
     assert json.loads(json.dumps(found.to_json()))["families"]
+
+
+def test_sparse_weights_are_told(llama: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(llama).sparse == {}
+    assert "sparse weights" not in printed(llama, capsys)
+    sparse = as_sparse(llama)
+    assert inspect(sparse).sparse == {"2:4": 14}
+    assert "14 x 2:4" in printed(sparse, capsys)
+
+
+def printed(program: Program, capsys: pytest.CaptureFixture[str]) -> str:
+    Voice().result(None, inspection_tables(inspect(program)))
+    return capsys.readouterr().out
 
 
 def test_weights_are_not_needed() -> None:

@@ -28,6 +28,8 @@ def inspection_tables(found: Inspection) -> list[Table]:
     sizes.add_row("FLOPs a token", f"{count(found.footprint.flops_per_token)}  ({_protocol(found.footprint)})")
     sizes.add_row("KV cache a token", _cache(found.footprint))
     sizes.add_row("residual layers", str(len(found.blocks)))
+    if found.sparse:
+        sizes.add_row("sparse weights", ", ".join(f"{times} x {pattern}" for pattern, times in found.sparse.items()))
     families = _table("coupled groups", "family", "groups", "units in each", "parameters touched", "locked, and why")
     for family in found.families:
         units = ", ".join(f"{n}" if times == family.groups else f"{times} x {n}" for n, times in family.units.items())
