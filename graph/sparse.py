@@ -24,12 +24,15 @@ class Sparse:
         be ranked anew.
     removed: [N, K] in the weight's dtype, what pruning took out and zero elsewhere, so that weight + removed is the
         weight without its mask; None where it was not kept.  It is never saved with a model.
+    branch: names of the parameters A [R, K] and B [N, R] of a dense branch beside it, y = x W^T + (x A^T) B^T, which
+        training added; or None.
     """
 
     pattern: Pattern | Share
     metric: str = "magnitude"
     norms: Tensor | None = None
     removed: Tensor | None = None
+    branch: tuple[str, str] | None = None
 
 
 SparseWeights = Mapping[str, Sparse]

@@ -43,7 +43,8 @@ def _parameters_are_used(program: Program) -> Iterator[str]:
     read = {str(n.target) for n in program.gm.graph.nodes if n.op == "get_attr" and n.users}
     owned = dict(program.gm.named_parameters())
     yield from (f"parameter {name} is not used by the graph" for name in owned if name not in read)
-    known = dict(program.source.model.named_parameters(remove_duplicate=False))
+    known = {name for name, _ in program.source.model.named_parameters(remove_duplicate=False)}
+    known |= {name for one in program.sparse.values() for name in one.branch or ()}
     yield from (f"parameter {name} is not one of the source model" for name in owned if name not in known)
     for name in read:
         try:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from secateur.graph import Program, coupled_groups
 from secateur.graph.errors import PipelineError
 from secateur.passes.base import Context, Cost
+from secateur.passes.boost import boosts
 from secateur.passes.distill import JSON, Distill, Prepared, Share
 from secateur.passes.quality import logits
 from secateur.passes.training.masked import SUFFIX, bake, start_mask
@@ -52,6 +53,12 @@ class AdaptLora(Distill):
     def cost(self) -> Cost:
         """Of the moments of adapters alone; activations are those of full training."""
         return Cost(3.0, 4.0, tokens=self.tokens)
+
+    def requires(self, program: Program) -> list[str]:
+        beside = ["sparse weights have branches (boost), and adapters have no place beside them"] * bool(
+            boosts(program)
+        )
+        return super().requires(program) + beside
 
     def _prepare(self, model: nn.Module, student: Program, stays: bool, text: Text, context: Context) -> Prepared:
         if stays:

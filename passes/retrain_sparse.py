@@ -12,10 +12,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from secateur.graph import Program, Sparse
+from secateur.graph.errors import PipelineError
 from secateur.passes.base import Context, Cost
+from secateur.passes.boost import boosted, boosts, group_sums
 from secateur.passes.distill import JSON, Distill, Prepared, Share
 from secateur.passes.training.mask_schedule import RECORDS, MaskSchedule, Plan, ramp_steps
-from secateur.passes.training.masked import Score, Site, bake, linear_only, put_masks, revived, take_masks
+from secateur.passes.training.masked import Score, Site, add_branch, bake, linear_only, put_masks, revived, take_masks
 from secateur.passes.training.plan import pace
 from secateur.passes.training.side_decay import Moment
 from secateur.passes.training.text import Text
@@ -41,6 +43,9 @@ class RetrainSparse(Distill):
     revive: what removed entries start from: removed, their values, made smaller where one would displace a kept one at
         once; or zero.
     moment: what the optimizer's second moment is made of, see SideDecayAdamW.
+    boost: inputs of a group for a dense branch beside each sparse weight (SLoRB), which starts from the mean of what
+        was removed in each group; 0 for none.  It stays in the model: N K / boost more parameters, and no plain
+        checkpoint has a place for it.   boost_trained: whether the sums of a group's inputs are trained, too.
     Source: Huang et al. 2025, arXiv:2407.20584: eq. 2-3, sections 3.1-3.3; the score that matches the start, the
         strength without dimension and the values that removed entries start from are ours.
     """
@@ -60,6 +65,8 @@ class RetrainSparse(Distill):
     score: Literal["match", "magnitude", "wanda", "ria"] = "match"
     revive: Literal["removed", "zero"] = "removed"
     moment: Moment = "gradient"
+    boost: Annotated[int, Field(ge=0)] = 0
+    boost_trained: bool = False
 
     @property
     def cost(self) -> Cost:
@@ -68,6 +75,11 @@ class RetrainSparse(Distill):
 
     def requires(self, program: Program) -> list[str]:
         reasons = super().requires(program)
+        widths = {name: p.shape[1] for name, p in program.named_parameters() if name in program.sparse}
+        odd = [name for name, width in widths.items() if self.boost and width % self.boost]
+        reasons += [f"boost={self.boost} does not divide the {widths[name]} inputs of {name}" for name in odd[:1]]
+        if boosts(program):
+            reasons.append("the weights have branches (boost) already: train from the model without them")
         if self.mode == "adaptive" and (misfit := Score(self.score).misfit(program.sparse)):
             reasons.append(misfit)
         return reasons
@@ -93,13 +105,35 @@ class RetrainSparse(Distill):
             moment=self.moment,
         )
         masks = MaskSchedule(sites, plan)
+        branches = self._branches(sites, stays)
 
         def finish() -> tuple[Program, JSON]:
             last = [(site, site.mask) for site in sites]
             take_masks(model, sites)
-            return _baked(student, last, adaptive), {"weights_under_masks": len(sites), **_moved(last, masks)}
+            baked, told = _baked(student, last, adaptive), {"weights_under_masks": len(sites), **_moved(last, masks)}
+            if branches:
+                made = {name: (_sums(a, b, self.boost), b) for name, (a, b) in branches.items()}
+                baked = boosted(baked, made)
+                told["branch_parameters"] = sum(a.numel() + b.numel() for a, b in made.values())
+            return baked, told
 
         return Prepared(finish, masks)
+
+    def _branches(self, sites: Sequence[Site], stays: bool) -> dict[str, tuple[nn.Parameter | None, nn.Parameter]]:
+        """The branches of masked modules, by weight; their Parameters are trained along."""
+        if not self.boost:
+            return {}
+        if stays:
+            raise PipelineError(
+                "boost: branches go into plain linear modules of a stock model, and the graph itself is trained here: "
+                "leave boost=0"
+            )
+        return {site.name: add_branch(site, self.boost, self.boost_trained) for site in sites}
+
+
+def _sums(a: Tensor | None, b: Tensor, width: int) -> Tensor:
+    """A [R, K] of a branch."""
+    return group_sums(b.shape[1] * width, width, b) if a is None else a
 
 
 @torch.no_grad()

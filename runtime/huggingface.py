@@ -17,8 +17,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from secateur.graph.errors import ArtifactError
 from secateur.graph.program import Program
+from secateur.passes.boost import boosts
 from secateur.runtime import proof, reload
 from secateur.runtime.artifact import Draft, check_target, read_manifest, verify_artifact, writing
+from secateur.runtime.branches import is_branched, load_branched, save_branched
 from secateur.runtime.classes import quiet
 from secateur.runtime.declared import FIGURE, declaration, from_json
 from secateur.runtime.lowering import lowered, runs_packed, write_packed
@@ -94,6 +96,7 @@ def save(
     cache gives the tokens of generation without it.
     A program with sparse weights, or one that was lowered, has its packed weights beside the stock ones.  What was
     written is read again: every group of every sparse weight is counted, and packed and stock weights are compared.
+    Branches beside sparse weights have no place in a stock checkpoint: see runtime/branches.py for what is written.
     Args:  force: replace a folder that is not an artifact.   check: False skips the fresh process.
         packed: False leaves the packed weights out.
         figures: JSON values to stand in the manifest beside those of the proof.
@@ -104,6 +107,9 @@ def save(
     check_target(path, force=force)
     if is_on_meta(program):
         raise ArtifactError("the program is on the meta device and has no weights: capture the model with its weights")
+    if boosts(program):
+        found: SaveReport = save_branched(program, path, force=force, check=check, packed=packed, figures=figures)
+        return found
     raised = raise_with_plan(program)
     assert raised.difference is not None
     with writing(path, needed_bytes=program.num_bytes + SPARE_BYTES, force=force) as draft:
@@ -136,6 +142,8 @@ def load(path: str | Path, *, verify: bool | None = None, packed: bool | None = 
     folder = Path(path).expanduser()
     manifest = read_manifest(folder)
     verify_artifact(folder, hashes=manifest.num_bytes <= HASHED_BYTES if verify is None else verify)
+    if is_branched(folder):
+        return load_branched(folder)
     return lowered(folder) if runs_packed(folder, packed) else open_model(folder)
 
 

@@ -15,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.graph.program import Program
+from secateur.passes.boost import boosts, unboosted
+from secateur.runtime.branches import attach, branches_of, gap_to
 from secateur.runtime.classes import BUILD_FAILURES, build_on_meta, build_with_buffers
 from secateur.runtime.config_plan import ConfigPlan, StockMisfit, first_names, plans
 from secateur.runtime.constants import said
@@ -47,12 +49,20 @@ def raise_model(program: Program) -> PreTrainedModel:
     """The stock model of a program, in eval mode, over the same Parameter objects; training it trains the program.
 
     On the meta device there are no outputs to compare, and a warning says so.
+    Branches beside sparse weights are put into its linear modules, which are then stock ones no more.
     Raises: StockMisfit: no configuration fits, or the stock class computes something else from these weights."""
     return raise_with_plan(program).model
 
 
 def raise_with_plan(program: Program) -> Raised:
     """The same with the plan and the difference; where several plans fit, the one whose outputs agree."""
+    if boosts(program):
+        plain = raise_with_plan(unboosted(program))
+        attach(plain.model, branches_of(program, plain.model))
+        gap = None if plain.difference is None else gap_to(program, plain.model)
+        if gap is not None and not gap <= tolerance(program):
+            raise StockMisfit(f"the stock class with branches computes something else: outputs differ by {gap:g}")
+        return Raised(plain.model, plain.plan, gap)
     if is_on_meta(program):
         plan = next(plans(program))
         log.warning("on the meta device: the outputs of the raised model were not compared. %s", said(plan.constants))

@@ -16,6 +16,7 @@ from torch import Tensor
 from secateur.graph import Cut, Program, SecateurError, Step, drop, keep, with_parameters
 from secateur.graph.rewrite import Edit
 from secateur.graph.sparse import SparseWeights
+from secateur.passes.boost import Branch, boosted
 from secateur.passes.journal import Entry, digest
 from secateur.runtime.declared import from_json, to_json
 from secateur.runtime.resume_fingerprint import digests, graph_digest
@@ -50,6 +51,7 @@ def state_of(program: Program, source: Mapping[str, str]) -> Entry:
             "dropped": list(cut.dropped) if cut else [],
             "cut": cut is not None,
             "sparse": to_json(program.sparse),
+            "branches": {name: list(one.branch) for name, one in program.sparse.items() if one.branch},
             "digests": list(held.items()),
             "graph": graph_digest(program),
         },
@@ -64,21 +66,29 @@ def rebuilt(source: Program, entry: Entry) -> Program:
     facts = entry.facts
     dense = _valued(source, _under("dense ", entry))
     kept = {name: entry.tensors[f"kept {place}"] for place, name in enumerate(facts["kept"])}
-    program = _valued(_edited(dense, kept, facts["dropped"], facts["graph"]), _under("now ", entry))
+    values, sparse = _under("now ", entry), _sparse(entry)
+    branches = {name: (values[one.branch[0]], values[one.branch[1]]) for name, one in sparse.items() if one.branch}
+    program = _valued(_edited(dense, kept, facts["dropped"], branches, facts["graph"]), values)
     _check(program, facts)
     return program.replace(
         cut=Cut(dense, MappingProxyType(kept), tuple(facts["dropped"])) if facts["cut"] else None,
         history=tuple(Step(**step) for step in facts["history"]),
         scores={name: entry.tensors[f"score {place}"] for place, name in enumerate(facts["scores"])},
-        sparse=_sparse(entry),
+        sparse=sparse,
     )
 
 
 def _sparse(entry: Entry) -> SparseWeights:
-    found = entry.tensors
+    found, branches = entry.tensors, entry.facts.get("branches", {})
+    kept = from_json(entry.facts["sparse"]).items()
     return {
-        name: dataclasses.replace(one, norms=found.get(f"norms {name}"), removed=found.get(f"removed {name}"))
-        for name, one in from_json(entry.facts["sparse"]).items()
+        name: dataclasses.replace(
+            one,
+            norms=found.get(f"norms {name}"),
+            removed=found.get(f"removed {name}"),
+            branch=tuple(branches[name]) if name in branches else None,
+        )
+        for name, one in kept
     }
 
 
@@ -90,7 +100,9 @@ def _under(prefix: str, entry: Entry) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in entry.tensors.items() if name.startswith(prefix)}
 
 
-def _edited(dense: Program, kept: Mapping[str, Tensor], dropped: list[str], graph: str) -> Program:
+def _edited(
+    dense: Program, kept: Mapping[str, Tensor], dropped: list[str], branches: Mapping[str, Branch], graph: str
+) -> Program:
     """The edits once more: blocks together, or one after another where a block went after a part of it."""
     edit: Edit = {name: kept[name] for name in kept}
     for steps in ([dropped], [[name] for name in dropped]):
@@ -98,6 +110,7 @@ def _edited(dense: Program, kept: Mapping[str, Tensor], dropped: list[str], grap
         for names in steps:
             program = drop(program, names) if names else program
         program = keep(program, edit) if edit else program
+        program = boosted(program, branches) if branches else program
         if graph_digest(program) == graph:
             return program
     raise NotTheSame("the replayed edits give another graph")

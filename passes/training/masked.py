@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from secateur.graph import Program, Sparse
 from secateur.graph.errors import PipelineError
+from secateur.passes.boost import group_sums
 from secateur.passes.sparsify_scores import METRICS
 
 SUFFIX = "_mask"  # of a mask's buffer, after the name of its weight
@@ -54,14 +55,33 @@ class MaskedLinear(nn.Linear):
 
     weight: [N, K], all of W.   weight_mask: persistent buffer [N, K] bool, changed in place between optimizer steps.
     through: whether removed entries get the gradient, too.
+    boost_out: [N, R], a dense branch on sums of R groups of inputs, or None.   boost_in: [R, K], what makes the sums
+        where they are trained, too, or None: groups of neighbours.
     """
 
     weight_mask: Tensor
     through: bool
+    boost_in: nn.Parameter | None
+    boost_out: nn.Parameter | None
 
     def forward(self, input: Tensor) -> Tensor:
         used = (masked if self.through else kept)(self.weight, self.weight_mask)
-        return F.linear(input, used, self.bias)
+        made = F.linear(input, used, self.bias)
+        if self.boost_out is None:
+            return made
+        if self.boost_in is not None:
+            sums = F.linear(input, self.boost_in)
+        else:
+            sums = input.unflatten(-1, (self.boost_out.shape[1], -1)).sum(-1)
+        return made + F.linear(sums, self.boost_out)
+
+
+def under_mask(module: nn.Module, mask_NK: Tensor, through: bool) -> None:
+    """Make a linear module a masked one, in place.  Args: mask_NK: bool; copied.   through: see MaskedLinear."""
+    module.__class__ = MaskedLinear
+    module.through = through  # type: ignore[assignment]
+    module.boost_in = module.boost_out = None  # type: ignore[assignment]
+    module.register_buffer("weight" + SUFFIX, mask_NK.clone())
 
 
 @dataclass(eq=False)
@@ -113,6 +133,23 @@ def put_masks(model: nn.Module, program: Program, *, through: bool) -> list[Site
     ]
 
 
+def add_branch(site: Site, width: int, trained: bool) -> tuple[nn.Parameter | None, nn.Parameter]:
+    """Give a masked module a branch that makes up, group by group of inputs, for the mean of what was removed.
+
+    Args:  width: inputs of a group.   trained: whether the sums of inputs are trained, too.
+    Returns: (A [R, K] or None, B [N, R]).
+    Raises: PipelineError: the width does not divide the inputs.
+    """
+    weight, gone = site.weight.detach(), site.sparse.removed
+    if weight.shape[1] % width:
+        raise PipelineError(f"boost={width}: {site.name} has {weight.shape[1]} inputs, which it does not divide")
+    gone = torch.zeros_like(weight) if gone is None else gone.to(weight.device)
+    made = nn.Parameter(gone.unflatten(1, (-1, width)).mean(-1))
+    sums = nn.Parameter(group_sums(weight.shape[1], width, weight)) if trained else None
+    site.owner.boost_in, site.owner.boost_out = sums, made  # type: ignore[assignment]
+    return sums, made
+
+
 def linear_only(model: nn.Module, program: Program) -> str | None:
     """Why the sparse weights of a stock model cannot be put under masks there, or None."""
     holders, parameters = _holders(model), dict(program.named_parameters())
@@ -129,7 +166,8 @@ def take_masks(model: nn.Module, sites: Iterable[Site]) -> None:
     for site in sites:
         delattr(site.owner, site.attribute + SUFFIX)
         if isinstance(site.owner, MaskedLinear):
-            del site.owner.through
+            for name in ("through", "boost_in", "boost_out"):
+                delattr(site.owner, name)
             site.owner.__class__ = nn.Linear  # type: ignore[assignment]
         for node in site.nodes:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
@@ -174,7 +212,8 @@ def _shrinking(scores_NK: Tensor, mask_NK: Tensor, one: Sparse) -> Tensor:
     scores, kept_ones = (t.unflatten(-1, (-1, width)) for t in (scores_NK, mask_NK))
     least = scores.masked_fill(~kept_ones, float("inf")).amin(-1, keepdim=True)
     factor = ROOM * least / scores.clamp_min(torch.finfo(scores.dtype).tiny)
-    return factor.clamp_max(1.0).flatten(-2)
+    made: Tensor = factor.clamp_max(1.0).flatten(-2)
+    return made
 
 
 class Score:
@@ -190,7 +229,8 @@ class Score:
         """[N, K] float32, higher is kept.  Args: weight_NK: float32."""
         size_NK = weight_NK.abs()
         norms = size_NK.new_ones(size_NK.shape[1]) if one.norms is None else one.norms.to(size_NK.device, size_NK.dtype)
-        return METRICS[self.of(one)](size_NK, norms)
+        made: Tensor = METRICS[self.of(one)](size_NK, norms)
+        return made
 
     def of(self, one: Sparse) -> str:
         """The row of METRICS that a weight is ranked by."""
@@ -222,9 +262,7 @@ def _holders(model: nn.Module) -> dict[int, list[nn.Module]]:
 
 def _in_module(owner: nn.Module, name: str, parameter: nn.Parameter, one: Sparse, through: bool) -> Site:
     first = start_mask(parameter, one)
-    owner.__class__ = MaskedLinear
-    owner.through = through  # type: ignore[assignment]
-    owner.register_buffer("weight" + SUFFIX, first.clone())
+    under_mask(owner, first, through)
     return Site(name, owner, "weight", one, first)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.graph import Pattern, Sparse
 from secateur.passes.training.mask_schedule import RECORDS, MaskError, MaskSchedule, Plan
-from secateur.passes.training.masked import MaskedLinear, Site
+from secateur.passes.training.masked import Site, under_mask
 from secateur.passes.training.side_decay import local
 
 P24 = Pattern(2, 4)
@@ -27,9 +27,7 @@ def site(name: str, rows: int = 8, scale: float = 1.0, seed: int = 0) -> Site:
     with torch.no_grad():
         module.weight.mul_(scale)
     first = P24.mask(module.weight.detach().abs())
-    module.__class__ = MaskedLinear
-    module.through = True
-    module.register_buffer("weight_mask", first.clone())
+    under_mask(module, first, True)
     return Site(name, module, "weight", Sparse(P24), first)
 
 

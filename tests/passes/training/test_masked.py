@@ -27,6 +27,7 @@ from secateur.passes.training.masked import (
     revived,
     start_mask,
     take_masks,
+    under_mask,
 )
 from secateur.runtime import raise_model
 
@@ -50,9 +51,7 @@ class Stack(nn.Module):
         super().__init__()
         self.layers, self.again = nn.ModuleList(nn.Linear(16, 16) for _ in range(3)), again
         for layer in self.layers:
-            layer.__class__ = MaskedLinear
-            layer.through = through
-            layer.register_buffer("weight_mask", P24.mask(layer.weight.detach().abs()))
+            under_mask(layer, P24.mask(layer.weight.detach().abs()), through)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:

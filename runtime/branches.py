@@ -1,0 +1,143 @@
+"""Models whose sparse weights have dense branches beside them: raised, kept and opened.
+
+No stock class has a place for a branch.  What is kept is a folder with the stock checkpoint of all else in ``base``,
+exactly as sparse as it is, and the branches beside it in the format of a PEFT adapter (what sums inputs is ``lora_A``,
+what is made of the sums is ``lora_B``, scale 1): ``load`` opens both, and so does PEFT, over ``base``.  The folder
+itself is no stock model, so that nobody opens half of it unawares.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from secateur.graph.errors import ArtifactError
+from secateur.graph.program import Program
+from secateur.passes.boost import boosts, unboosted
+from secateur.runtime.source import open_model
+
+BASE, CONFIG, WEIGHTS = "base", "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+class BranchedLinear(nn.Linear):
+    """y = x W^T + b + (x A^T) B^T.   boost_in: A [R, K].   boost_out: B [N, R]."""
+
+    boost_in: nn.Parameter
+    boost_out: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias) + F.linear(F.linear(input, self.boost_in), self.boost_out)
+
+
+def attach(model: nn.Module, branches: Mapping[str, tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Give linear modules of a model their branches, in place.
+
+    Args:  branches: (A, B) by the module's path.
+    Raises: ArtifactError: a path leads to no plain linear module, or shapes do not fit.
+    """
+    for path, (a, b) in branches.items():
+        module = model.get_submodule(path)
+        fits = type(module) is nn.Linear and (b.shape[0], a.shape[1]) == tuple(module.weight.shape)
+        if not fits or a.shape[0] != b.shape[1]:
+            raise ArtifactError(f"{path} has no place for a branch of {list(a.shape)} and {list(b.shape)}")
+        module.__class__ = BranchedLinear
+        module.boost_in, module.boost_out = a, b
+
+
+def branches_of(program: Program, model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """The branches of a program by the paths of modules in the model that holds its other Parameters."""
+    parameters = dict(program.named_parameters())
+    held = {id(module.weight): path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {
+        held[id(parameters[name])]: (parameters[a], parameters[b]) for name, (a, b) in sorted(boosts(program).items())
+    }
+
+
+def is_branched(folder: Path) -> bool:
+    """Whether a folder was written by ``save_branched``."""
+    return (folder / CONFIG).is_file() and (folder / BASE / "config.json").is_file()
+
+
+def load_branched(folder: Path) -> PreTrainedModel:
+    """The model of a folder with its branches, in eval mode.
+
+    Raises: ArtifactError: branches do not fit.   SourceError: the checkpoint is not sound.
+    """
+    model = open_model(folder / BASE)
+    stored: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_file(folder / WEIGHTS).items():
+        path, kind = key.removeprefix(PREFIX).removesuffix(".weight").rsplit(".", 1)
+        stored.setdefault(path, {})[kind] = value
+    attach(model, {p: (nn.Parameter(v["lora_A"]), nn.Parameter(v["lora_B"])) for p, v in stored.items()})
+    model.eval()
+    return model
+
+
+def write_branches(branches: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> None:
+    """Branches as a PEFT adapter of the model in ``base``."""
+    tensors = {f"{PREFIX}{path}.lora_A.weight": a for path, (a, _) in branches.items()}
+    tensors |= {f"{PREFIX}{path}.lora_B.weight": b for path, (_, b) in branches.items()}
+    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, folder / WEIGHTS)
+    ranks = {path: len(a) for path, (a, _) in branches.items()}
+    most = max(ranks.values())
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": f"./{BASE}",
+        "inference_mode": True,
+        "bias": "none",
+        "r": most,
+        "lora_alpha": most,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(branches),
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+
+
+def save_branched(program: Program, path: Path, *, force: bool, check: bool, packed: bool, figures: Any) -> Any:
+    """``save`` for a program with branches; see the head of this file.  What was written is opened and compared."""
+    from secateur.runtime import huggingface, raising
+    from secateur.runtime.artifact import read_manifest, writing
+
+    started, plain = time.perf_counter(), unboosted(program)
+    needed = program.num_bytes + 2 * huggingface.SPARE_BYTES
+    with writing(path, needed_bytes=needed, force=force) as draft:
+        report = huggingface.save(plain, draft.folder / BASE, check=check, packed=packed)
+        raised = raising.raise_with_plan(plain)
+        write_branches(branches_of(program, raised.model), draft.folder)
+        gap = gap_to(program, load_branched(draft.folder))
+        if not gap <= raising.tolerance(program):
+            raise ArtifactError(f"the saved model with its branches is not the program: outputs differ by {gap:g}")
+        draft.history = raising.as_history(program)
+        draft.figures = {"num_parameters": program.num_parameters, "difference": gap, "reload": dict(report.reload)}
+        draft.figures |= {"branches": len(boosts(program)), **dict(figures or {})}
+    return replace(
+        report,
+        path=path,
+        num_bytes=read_manifest(path).num_bytes,
+        num_parameters=program.num_parameters,
+        difference=gap,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@torch.no_grad()
+def gap_to(program: Program, model: nn.Module) -> float:
+    """Largest difference of a model's outputs to the program's, relative where above one."""
+    from secateur.runtime.raising import comparable, difference, probe_inputs
+
+    inputs = probe_inputs(program)
+    return difference(comparable(program(**inputs)), comparable(model(**inputs)))

@@ -1,0 +1,146 @@
+"""Dense branches beside sparse weights: in the graph, trained, kept, opened, and gone on with."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from secateur.graph import Program, SecateurError, verify, with_parameters
+from secateur.graph.errors import PipelineError
+from secateur.passes import Context
+from secateur.passes.adapt_lora import AdaptLora
+from secateur.passes.boost import boosted, boosts, group_sums, unboosted
+from secateur.passes.lower import packed_as_pruned
+from secateur.passes.retrain_sparse import RetrainSparse
+from secateur.runtime import load, lower_graph, open_model, raise_model, save
+from secateur.runtime.resume_fingerprint import digests
+from secateur.runtime.resume_state import rebuilt, state_of
+
+sys.path.insert(0, str(Path(__file__).parent / "training"))
+from worker import sparse
+
+QUICK: dict[str, Any] = {"tokens": 576, "batch_tokens": 96, "held_out": 4, "evaluations": 1, "lr": 2e-3, "refresh": 4}
+IDS = torch.arange(20)[None]
+Made = tuple[Program, Context]
+
+
+@pytest.fixture(scope="module")
+def made() -> Made:
+    torch.manual_seed(0)
+    return sparse()
+
+
+@pytest.fixture(scope="module")
+def trained(made: Made) -> Program:
+    return RetrainSparse(**QUICK, boost=8, boost_trained=True)(*made)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(input_ids=IDS).logits
+    return found
+
+
+def branches(program: Program, width: int) -> dict[str, tuple[Tensor, Tensor]]:
+    parameters = dict(program.named_parameters())
+    shapes = {name: parameters[name].shape for name in program.sparse}
+    return {
+        name: (group_sums(columns, width, parameters[name]), 0.02 * torch.randn(rows, columns // width))
+        for name, (rows, columns) in shapes.items()
+    }
+
+
+def test_a_branch_adds_a_product_of_low_rank(made: Made) -> None:
+    program, _ = made
+    added = branches(program, 8)
+    with_branches = boosted(program, added)
+    verify(with_branches)
+    parameters = dict(program.named_parameters())
+    merged = {name: parameters[name].detach() + b @ a for name, (a, b) in added.items()}
+    dense = with_parameters(program.replace(sparse={}), merged)
+    torch.testing.assert_close(logits(with_branches), logits(dense), rtol=1e-4, atol=1e-5)
+    assert boosts(with_branches).keys() == program.sparse.keys() and boosts(program) == {}
+    again = unboosted(with_branches)
+    verify(again)
+    assert torch.equal(logits(again), logits(program)) and boosts(again) == {}
+    assert [(n, id(p)) for n, p in again.named_parameters()] == [(n, id(p)) for n, p in program.named_parameters()]
+
+
+def test_group_sums_are_sums() -> None:
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(x @ group_sums(12, 4, x).T, x.unflatten(-1, (3, 4)).sum(-1))
+
+
+def test_it_starts_from_the_mean_of_what_was_removed(made: Made, width: int = 16) -> None:
+    """So the first step learns from the model with branches, which is nearer to the dense one than without."""
+    small, context = made
+    one = RetrainSparse(**{**QUICK, "tokens": 96, "lr": 1e-12}, boost=width, mode="fixed")(small, context)
+    parameters = dict(one.named_parameters())
+    for name, (a, b) in boosts(one).items():
+        gone = small.sparse[name].removed
+        assert gone is not None
+        torch.testing.assert_close(parameters[b].detach(), gone.unflatten(1, (-1, width)).mean(-1), rtol=0, atol=1e-8)
+        assert torch.equal(parameters[a].detach(), group_sums(gone.shape[1], width, gone))
+    told, plain = one.history[-1].figures, RetrainSparse(**{**QUICK, "tokens": 96}, mode="fixed")(small, context)
+    assert told["held_out"][0]["kl"] < plain.history[-1].figures["held_out"][0]["kl"]
+
+
+def test_branches_are_trained_along(made: Made, trained: Program) -> None:
+    small, context = made
+    verify(trained)
+    told, parameters = trained.history[-1].figures, dict(trained.named_parameters())
+    assert told["branch_parameters"] == sum(parameters[n].numel() for pair in boosts(trained).values() for n in pair)
+    a, b = boosts(trained)[next(iter(small.sparse))]
+    sums = group_sums(parameters[a].shape[1], 8, parameters[a])
+    assert not torch.equal(parameters[a], sums), "the sums are trained"
+    fixed = RetrainSparse(**QUICK, boost=8)(small, context)
+    assert torch.equal(dict(fixed.named_parameters())[a], sums), "the sums are not"
+    assert not torch.equal(dict(fixed.named_parameters())[b], parameters[b])
+    assert all(one.pattern.faults(parameters[name].detach()) is None for name, one in trained.sparse.items())
+    torch.testing.assert_close(logits(raise_model(trained)), logits(trained))
+    packed = lower_graph(trained, packed_as_pruned(trained))
+    left = {name for name, _ in packed.named_parameters()}
+    assert not left & trained.sparse.keys() and left.issuperset((a, b)), "the branches stay dense"
+    torch.testing.assert_close(logits(packed), logits(trained), rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_kept_and_opened_with_its_branches(trained: Program, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    report = save(trained, tmp_path / "out")
+    assert report.difference == 0 and report.num_parameters == trained.num_parameters
+    assert torch.equal(logits(load(tmp_path / "out")), logits(trained))
+    base = open_model(tmp_path / "out" / "base")
+    assert torch.equal(logits(base), logits(unboosted(trained))), "the stock part is the 2:4 model without branches"
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path / "out")), logits(trained))
+    for opener in (open_model, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises((SecateurError, OSError, ValueError)):
+            opener(tmp_path / "out")
+
+
+def test_a_run_goes_on_from_it(made: Made, trained: Program) -> None:
+    small, _ = made
+    assert small.cut is not None
+    source = small.cut.dense
+    again = rebuilt(source, state_of(trained, digests(source)))
+    verify(again)
+    assert boosts(again) == boosts(trained) and torch.equal(logits(again), logits(trained))
+
+
+def test_what_cannot_be_is_refused_with_the_reason(made: Made, trained: Program) -> None:
+    small, context = made
+    with pytest.raises(PipelineError, match="boost=7 does not divide the 64 inputs"):
+        RetrainSparse(boost=7)(small, context)
+    with pytest.raises(PipelineError, match=r"branches .boost. already"):
+        RetrainSparse(boost=8)(trained, context)
+    with pytest.raises(PipelineError, match="adapters have no place"):
+        AdaptLora()(trained, context)
+    with pytest.raises(PipelineError, match="the graph itself is trained"):
+        RetrainSparse(**QUICK, boost=8)(small, replace(context, raise_model=None))
