@@ -70,8 +70,12 @@ class Reconstruct(Pass):
         return Cost(8.0 + adam, 8.0, holds=0 if self.offload else 3)
 
     def requires(self, program: Program) -> list[str]:
-        missing = ["the weights are on the meta device: open the model with weights"] * on_meta(program)
-        return super().requires(program) + missing
+        reasons = {
+            "the weights are on the meta device: open the model with weights": on_meta(program),
+            "units or blocks were pruned, so that no sub-block can take the dense model's values: target=stream or own "
+            "can": self.target == "dense" and program.cut is not None and bool(program.cut.kept or program.cut.dropped),
+        }
+        return super().requires(program) + [reason for reason, holds in reasons.items() if holds]
 
     def call(self, program: Program, context: Context) -> PassResult:
         data = context.data or ()

@@ -79,17 +79,13 @@ def _products(fitted: Fitted, task: Task, sharing: Sequence[Layer], which: Seque
     weights = [fitted.masters[layer.parameter] for layer in sharing]
     made = Products(weights[0].shape[1], sum(map(len, weights)), False, weights[0].device)
     last = len(sharing) == 1 and _adds_to_stream(fitted, sharing[0])
-    nodes = [layer.node.name for layer in sharing]
+    nodes = [fitted.part.end] if last else [layer.node.name for layer in sharing]
     for at in which:
         x, *now = fitted.peek(task.inputs[at], [sharing[0].x.name, *nodes])
-        if last:
-            with torch.no_grad():
-                lacks = [task.wanted[at] - fitted.stream(task.inputs[at])]
-            by = token_weights(task.wanted[at])
-        else:
-            wanted = task.dense.peek(task.dense_inputs[at], nodes)
-            lacks, by = [one - other for one, other in zip(wanted, now, strict=True)], torch.ones(1, device=x.device)
-        made.add(_rows(x) * by, torch.cat([_rows(one) for one in lacks], 1) * by)
+        wanted = [task.wanted[at]] if last else task.dense.peek(task.dense_inputs[at], nodes)
+        by = token_weights(task.wanted[at]) if last else torch.ones(1, device=x.device)
+        lacks = torch.cat([_rows(one) - _rows(other) for one, other in zip(wanted, now, strict=True)], 1)
+        made.add(_rows(x) * by, lacks * by)
     return made
 
 

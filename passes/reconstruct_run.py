@@ -35,6 +35,7 @@ class Walk:
         assert program.cut is not None
         self._program, self._dense_program = program, program.cut.dense
         self._now, self._dense = (_Runner(parts(p).chain, data, folder) for p in (program, program.cut.dense))
+        self._dense_after: list[Values] = []
         self._channels: dict[str, Tensor | None] = {}
         self._back = frozenset(held_back(len(data)))
         self._names = {id(parameter): name for name, parameter in program.named_parameters()}
@@ -50,11 +51,11 @@ class Walk:
         self._now.advance(part.stage)
         self._dense.advance(there.stage)
         before, now = self._dense.values, self._now.values
-        after = self._dense.after(Fitted(there, {}, {}))
-        wanted = [self._left(values[part.end], part.end) for values in after]
+        self._dense_after = self._dense.after(Fitted(there, {}, {}))
+        wanted = [self._left(values[part.end], part.end) for values in self._dense_after]
         if target == "own":
             wanted = [
-                aim + here[part.start] - self._left(dense[part.start], part.start)
+                aim + here[part.start] - self._left(dense[there.start], there.start)
                 for aim, here, dense in zip(wanted, now, before, strict=True)
             ]
         inputs = before if target == "dense" else now
@@ -62,9 +63,9 @@ class Walk:
         return fitted, Task(inputs, wanted, Fitted(there, {}, {}), before, self._back)
 
     def finish(self, part: Part, fitted: Fitted) -> None:
-        """Let the pruned model go on with what was found."""
-        self._now.values = self._now.after(fitted)
-        self._now.at += 1
+        """Let both models go on past the part that was reached, the pruned one with what was found."""
+        self._now.go_on(self._now.after(fitted))
+        self._dense.go_on(self._dense_after)
 
     def layers(self, part: Part) -> list[Layer]:
         """The linear layers of a part that may change and whose results the dense model has in the same shape."""
@@ -130,6 +131,10 @@ class _Runner:
         module, stage = fitted.finished(), self.chain.stages[self.at]
         with torch.no_grad():
             return [self._held(self.chain.run(stage, values, module), values) for values in self.values]
+
+    def go_on(self, values: list[Values]) -> None:
+        """Stand after the stage that was reached, with these values."""
+        self.values, self.at = values, self.at + 1
 
     def _held(self, values: Values, before: Values) -> Values:
         """The values, new large ones on the disk where that is asked for."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.graph import Cut, Program, Sparse, coupled_groups, keep, verify, with_parameters
+from secateur.graph import Cut, Program, Sparse, coupled_groups, drop, keep, verify, with_parameters
 from secateur.graph.errors import PipelineError
 from secateur.graph.parts import parts
 from secateur.graph.pattern import Pattern
@@ -144,6 +144,17 @@ def test_pruned_widths_are_rebuilt_too(program_of: ByKind) -> None:
     assert distance(done, dense) < distance(cut, dense)
 
 
+@pytest.mark.parametrize("target", ["stream", "own"])
+def test_what_stands_after_a_dropped_sub_block_aims_at_its_own_place(target: str, program_of: ByKind) -> None:
+    dense = program_of("llama")
+    start = drop(sparse(dense), ["model.layers.0.mlp"])
+    done = rebuilt(start, target=target, solver="lsq")
+    assert list(figures(done)) == ["model.layers.0.self_attn", "model.layers.1.self_attn", "model.layers.1.mlp"]
+    assert all(row["error"][-1] <= row["error"][0] for row in figures(done).values())
+    with pytest.raises(PipelineError, match="units or blocks were pruned"):
+        rebuilt(start, target="dense")
+
+
 def test_parts_that_are_dense_are_left_alone_by_name(program_of: ByKind) -> None:
     whole = sparse(program_of("llama"))
     some = {name: one for name, one in whole.sparse.items() if "layers.1.mlp" in name}
@@ -157,6 +168,7 @@ def test_parts_that_are_dense_are_left_alone_by_name(program_of: ByKind) -> None
     assert changed >= set(some) and all(".1.mlp." in name or ".1.post_attention" in name for name in changed)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_bfloat16(program_of: ByKind) -> None:
     import copy
 
