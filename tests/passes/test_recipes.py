@@ -46,7 +46,7 @@ def test_each_plans_a_smaller_or_sparse_stock_model(name: str, model: Program) -
     sparse = any("sparse" in one.gives for one in pipeline.passes)
     assert sparse or smaller.num_parameters < 0.9 * model.num_parameters
     assert plan_config(smaller) is not None
-    assert pipeline.plan(model)
+    assert sparse or pipeline.plan(model)
 
 
 def test_a_name_comes_before_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
