@@ -17,12 +17,13 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from secateur.graph.errors import ArtifactError
 from secateur.graph.program import Program
+from secateur.graph.sparse import SparseWeights
 from secateur.passes.boost import boosts
 from secateur.runtime import proof, reload
 from secateur.runtime.artifact import Draft, check_target, read_manifest, verify_artifact, writing
 from secateur.runtime.branches import is_branched, load_branched, save_branched
 from secateur.runtime.classes import quiet
-from secateur.runtime.declared import FIGURE, declaration, from_json
+from secateur.runtime.declared import FIGURE, declaration, from_json, to_json
 from secateur.runtime.lowering import lowered, runs_packed, write_packed
 from secateur.runtime.raising import (
     Raised,
@@ -116,7 +117,7 @@ def save(
         _write_model(raised.model, draft.folder, _source_folder(program))
         proved = prove_reload(program, raised, draft.folder) if check else {}
         side = write_packed(program, raised.model, draft.folder) if packed else {}
-        _check_stored(program, raised, draft.folder)
+        _check_stored(from_json(declaration(program, raised.model)), draft.folder)
         _describe(draft, program, raised, proved)
         draft.figures |= dict(figures or {})
     return SaveReport(
@@ -160,6 +161,9 @@ def save_weights(program: Program, path: str | Path, *, force: bool = False) -> 
         table = {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in state.items()}
         (draft.folder / "shapes.json").write_text(json.dumps(table, indent=1) + "\n", "utf-8")
         draft.history = as_history(program)
+        if program.sparse:
+            _check_stored(program.sparse, draft.folder)
+            draft.figures[FIGURE] = to_json(program.sparse)
 
 
 def prove_reload(program: Program, raised: Raised, folder: Path) -> dict[str, Any]:
@@ -188,10 +192,9 @@ def expected(program: Program, raised: Raised) -> proof.Expected:
     )
 
 
-def _check_stored(program: Program, raised: Raised, folder: Path) -> None:
+def _check_stored(sparse: SparseWeights, folder: Path) -> None:
     """Count every group of every sparse weight in the files that were written."""
-    claimed = from_json(declaration(program, raised.model))
-    if claimed and (faults := stored_faults(folder, claimed)):
+    if sparse and (faults := stored_faults(folder, sparse)):
         raise ArtifactError(f"the saved weights are not sparse as they should be, so they were removed: {faults[0]}")
 
 

@@ -39,6 +39,7 @@ from secateur.runtime import (
     running,
     save,
     save_weights,
+    verify_folder,
 )
 from secateur.runtime.declared import declared
 
@@ -83,4 +84,5 @@ __all__ = [
     "save",
     "save_weights",
     "verify",
+    "verify_folder",
 ]

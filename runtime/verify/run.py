@@ -9,6 +9,7 @@ from pathlib import Path
 
 from secateur.graph.errors import SecateurError, SourceError
 from secateur.graph.sparse import SparseWeights
+from secateur.runtime.branches import BASE, is_branched
 from secateur.runtime.verify import checks
 from secateur.runtime.verify.claims import Claim
 from secateur.runtime.verify.findings import Finding, Outcome, Verification
@@ -43,7 +44,8 @@ STORED = ("numbers", "patterns", "packed weights")
 def verify_folder(
     folder: str | Path, *, quick: bool = False, progress: Progress = lambda items, *_: items
 ) -> Verification:
-    """Read a model folder, of ours or not, and say whether it is what it claims to be.
+    """Read a model folder, of ours or not, and say whether it is what it claims to be; with the checkpoint in it, where
+    the folder holds branches beside one.
 
     Nothing of the folder is run: no code, no pickle.  Tensors are read one after another, so that a folder may be
     larger than memory, but for the last check, which opens the model as its users do.
@@ -58,16 +60,22 @@ def verify_folder(
     for name, check in CHECKS.items():
         if not (quick and name == "reload"):
             outcomes[name] = _outcome(name, check, subject, outcomes)
+    inner = verify_folder(path / BASE, quick=quick, progress=progress) if is_branched(path) else None
+    found = tuple(outcomes.values()) + (_within(BASE, inner.outcomes) if inner else ())
     sound = outcomes["checkpoint"].level != "fault"
     tensors = tuple(subject.__dict__.get("tensors", {}).values())  # of what was counted, if anything could be
     return Verification(
         folder=path,
-        outcomes=tuple(outcomes.values()),
-        tensors=tensors,
-        num_bytes=subject.num_bytes if sound else 0,
-        count_seconds=subject.count_seconds,
+        outcomes=found,
+        tensors=tensors + (inner.tensors if inner else ()),
+        num_bytes=(subject.num_bytes if sound else 0) + (inner.num_bytes if inner else 0),
+        count_seconds=subject.count_seconds + (inner.count_seconds if inner else 0.0),
         seconds=time.perf_counter() - began,
     )
+
+
+def _within(folder: str, outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
+    return tuple(Outcome(f"{folder}: {one.check}", one.findings) for one in outcomes)
 
 
 def stored_faults(folder: Path, sparse: SparseWeights) -> list[str]:

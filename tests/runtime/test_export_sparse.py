@@ -15,12 +15,14 @@ from zoo.sparse import as_sparse
 import secateur
 from secateur.graph import Program, capture
 from secateur.graph.errors import ArtifactError
+from secateur.passes import Pipeline
 from secateur.passes.lower import Lower, packed_as_pruned
 from secateur.passes.lower_cost import DENSE
 from secateur.runtime.declared import declared
 from secateur.runtime.engine import open_engine
 from secateur.runtime.lowered import packed_modules
-from secateur.runtime.lowering import FOLDER, has_packed, read_plan, runs_packed
+from secateur.runtime.lowering import FOLDER, PLAN, has_packed, read_plan, runs_packed
+from secateur.runtime.verify import verify_folder
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,23 @@ def test_what_lower_chose_is_what_runs(program: Program, tmp_path: Path) -> None
     secateur.save(Lower(smallest=True)(program), tmp_path / "out", check=False)
     assert runs_packed(tmp_path / "out", None) and list(packed_modules(secateur.load(tmp_path / "out")))
     assert not list(packed_modules(secateur.load(tmp_path / "out", packed=False)))
+    found = verify_folder(tmp_path / "out", quick=True)
+    assert found.green and any("bit for bit" in f.says for one in found.outcomes for f in one.findings)
+    plan = tmp_path / "out" / FOLDER / PLAN
+    earlier = json.loads(plan.read_text())
+    assert earlier.pop("chosen") is True
+    plan.write_text(json.dumps(earlier))  # as versions wrote it that kept packed weights of lowered models only
+    assert runs_packed(tmp_path / "out", None)
+
+
+def test_rounded_copies_are_not_taken_for_the_stock_weights(dense: Program, tmp_path: Path) -> None:
+    program = Pipeline.parse("quantize{bits=8},lower{smallest=true,head=int8}").run(as_sparse(dense))
+    report = secateur.save(program, tmp_path / "out", check=False)
+    assert report.packed["kinds"] == {"2:4+int8": 14, "int8": 1}
+    found = verify_folder(tmp_path / "out", quick=True)
+    assert found.green, found.faults
+    says = [f.says for one in found.outcomes for f in one.findings]
+    assert any("1 packed weights are rounded copies" in one for one in says)
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "1:2"])

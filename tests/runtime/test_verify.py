@@ -18,7 +18,7 @@ from torch import Tensor
 from zoo.sparse import as_sparse
 
 import secateur
-from secateur.graph import Pattern, Program, Share, Sparse, capture
+from secateur.graph import Pattern, Program, Share, Sparse, capture, with_parameters
 from secateur.graph.errors import ArtifactError, SourceError
 from secateur.kernels.sparse24.formats import pack
 from secateur.runtime import huggingface
@@ -350,6 +350,30 @@ def test_a_changed_model_is_seen_when_it_is_reloaded(ours: Path, monkeypatch: py
     assert "1 parameters differ" in told(found, "fault") and "on packed weights outputs differ" in told(found, "fault")
     stored = {n: secateur.runtime.reload.digest(t) for n, t in load_file(ours / SINGLE).items()}
     assert dict(seen[0].parameters) == stored, "what is expected comes from the file"
+
+
+def test_the_checkpoint_beside_branches_is_looked_at_too(foreign: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "branched"
+    whole.mkdir()
+    foreign.rename(whole / "base")
+    (whole / "adapter_config.json").write_text("{}")
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 8)}, whole / "adapter_model.safetensors")
+    assert look(whole).green and "base: patterns" in told(look(whole), "ok") and len(look(whole).tensors) == 21
+    not_a_number(whole / "base")
+    assert "base: numbers: model.embed_tokens.weight holds 1 NaN" in told(look(whole), "fault")
+
+
+def test_plain_modules_are_checked_and_declared_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    program = as_sparse(capture(module, torch.randn(3, 16)))
+    assert list(program.sparse) == ["0.weight"]
+    secateur.save_weights(program, tmp_path / "out")
+    found = look(tmp_path / "out")
+    assert found.green and "every group: 1 2:4" in told(found, "ok")
+    wrong = with_parameters(program, {"0.weight": torch.ones(8, 16)})
+    with pytest.raises(ArtifactError, match="not sparse as they should be"):
+        secateur.save_weights(wrong, tmp_path / "wrong")
 
 
 def test_a_share_of_zeros_is_counted_row_by_row(tmp_path: Path) -> None:
