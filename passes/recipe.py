@@ -93,7 +93,10 @@ def dump_recipe(passes: list[Any], data: DataSpec | None, seed: int) -> str:
     value: dict[str, Any] = {"seed": seed, "passes": passes}
     if data is not None:
         value["data"] = data.model_dump()
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    if not any(line_end in text for line_end in "\x85\u2028\u2029"):
+        return text
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)  # escapes them: as they stand, YAML reads them as blanks
 
 
 def _read(path: Path) -> str:

@@ -29,6 +29,7 @@ Names = Annotated[
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
     AfterValidator(check_names),
 ]
+SWEEPS = 5
 PatternText = Annotated[str, AfterValidator(lambda text: str(parse_pattern(text)))]
 
 
@@ -41,7 +42,8 @@ class Sparsify(Pass):
     pattern: 2:4 (two of every four neighbouring inputs stay), any other n:m, or a share of zeros in each row (50%).
     metric: what stays: sparsegpt, wanda, ria (all three need calibration data) or magnitude.
     update: of sparsegpt: the weights that stay make up for those that go.
-    refine: times that every group's choice and values are then made the best they can be by the inputs' Gram matrix.
+    refine: times that every group's choice and values are then made the best they can be by the inputs' Gram matrix;
+        where it is not given, 5 with sparsegpt, its update and a pattern n:m, else none.
     targets: weights to make sparse: names or parts of names, globs, or re:...; none means every linear layer.
     ignore: weights to leave dense, in the same form.
     head: make the layer whose outputs the model returns sparse, too; not where it is tied to the embeddings.
@@ -65,7 +67,7 @@ class Sparsify(Pass):
     pattern: PatternText = "2:4"
     metric: Literal["sparsegpt", "wanda", "ria", "magnitude"] = "sparsegpt"
     update: bool = True
-    refine: Annotated[int, Field(ge=0)] = 0
+    refine: Annotated[int, Field(ge=0)] | None = None
     targets: Names = ()
     ignore: Names = ()
     head: bool = False
@@ -90,7 +92,14 @@ class Sparsify(Pass):
     @property
     def recipe(self) -> Recipe:
         """How one layer is made sparse."""
-        return Recipe(self.kind, self.metric, self.update, self.refine, self.damping, self.block)
+        return Recipe(self.kind, self.metric, self.update, self.sweeps, self.damping, self.block)
+
+    @property
+    def sweeps(self) -> int:
+        """How often groups are refined."""
+        if self.refine is not None:
+            return self.refine
+        return SWEEPS if self.metric == "sparsegpt" and self.update and isinstance(self.kind, Pattern) else 0
 
     @property
     def needs_data(self) -> bool:
@@ -191,6 +200,7 @@ class Sparsify(Pass):
         damped = {name: one.damping for name, one in made.items() if one.damping > self.damping * 1.001}
         found: dict[str, Any] = {
             "layers": len(made),
+            "refined": self.sweeps,
             "sparsity": round(zeros / max(1, total), 6),
             "of_all_parameters": round(zeros / program.num_parameters, 6),
             "survivors_changed": round(changed / max(1, stay), 6),
