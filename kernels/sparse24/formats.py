@@ -259,10 +259,12 @@ def check(packed: Packed24) -> None:
             got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
             where = f"{name} of a {packed.kind} weight {list(packed.shape)}"
             raise FormatError(f"{where}: expected {dtype} {list(shape)}, got {got}")
-    counts = torch.tensor(_COUNT, device=packed.mask.device)[nibbles_of(packed.mask).int()]
-    bad = (counts != 2).nonzero()
-    if len(bad):
-        row, group = bad[0].tolist()
+    pairs = (packed.mask & 0x55) + (packed.mask >> 1 & 0x55)
+    counts = (pairs & 0x33) + (pairs >> 2 & 0x33)  # of ones, in each half of a byte
+    bad = counts != 0x22
+    if bool(bad.any()):
+        row, byte = bad.nonzero()[0].tolist()
+        group = 2 * byte + int(int(counts[row, byte]) & 0xF == 2)
         where = f"mask: row {row}, columns {4 * group}-{4 * group + 3}"
         raise FormatError(f"{where} do not keep exactly two; the packed weight is damaged: pack it again")
 
@@ -331,6 +333,5 @@ def _row(held: list[int]) -> list[int]:
 
 
 _HELD = [[i for i in range(GROUP) if nibble >> i & 1] for nibble in range(16)]  # by a group's mask bits: columns
-_COUNT = [len(held) for held in _HELD]
 _POSITIONS = [_row(held) for held in _HELD]
 _FILLED = [sum(1 << i for i in _row(held)) if len(held) <= 2 else 0 for held in _HELD]  # 0: more than two

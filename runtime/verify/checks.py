@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from secateur.graph.errors import SecateurError
@@ -117,10 +120,8 @@ def packed(subject: Subject) -> Findings:
         name = subject.stored_name(row.layer)
         if name is None:
             faults.append(Finding("fault", f"packed {row.layer} has no stock weight", CHANGED))
-        elif not row.rounds:
-            faults += _unlike(
-                row, dense_weight(row.kind, row.shape, layer.tensors, dtype), subject.tensor(name).to(dtype)
-            )
+        elif not row.rounds and not _expands_to(layer.tensors, stock := subject.tensor(name).to(dtype)):
+            faults += _unlike(row, dense_weight(row.kind, row.shape, layer.tensors, dtype), stock)
     yield from limited(faults, "weights")
     if rounded:
         yield Finding("note", f"{rounded} packed weights are rounded copies (head=int8), so they were not compared")
@@ -251,6 +252,23 @@ def _unlike(row: LayerPlan, packed_NK: torch.Tensor, stock_NK: torch.Tensor) -> 
     if not len(wrong):
         says = f"packed {row.layer} is {list(packed_NK.shape)}, the stock weight {list(stock_NK.shape)}"
     yield Finding("fault", says, CHANGED)
+
+
+def _expands_to(tensors: Mapping[str, torch.Tensor], stock_NK: torch.Tensor) -> bool:
+    """Whether the floats of a bitmask are a weight, bit for bit; False where it takes more than a look to tell."""
+    values, mask = tensors["values"], tensors.get("mask")
+    if mask is None or values.dtype != stock_NK.dtype or len(mask) != len(stock_NK):
+        return False
+    held, bits = (_bits(one) for one in (values, stock_NK))
+    where = np.unpackbits(mask.numpy(), axis=1, bitorder="little").view(np.bool_)
+    kept = np.pad(bits, ((0, 0), (0, where.shape[1] - bits.shape[1])))[where]
+    return np.array_equal(kept, held.ravel()) and np.count_nonzero(kept) == np.count_nonzero(bits)
+
+
+def _bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    whole = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[tensor.dtype.itemsize]
+    found: npt.NDArray[Any] = tensor.contiguous().view(whole).numpy()
+    return found
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

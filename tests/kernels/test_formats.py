@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.sparse import _semi_structured_conversions as theirs
 from zoo.sparse24 import quantized, weight_24
 
 from secateur.kernels.sparse24 import formats
-from secateur.kernels.sparse24.formats import FormatError, Packed24, from_cutlass, is_24, pack, to_cutlass
+from secateur.kernels.sparse24.formats import FormatError, Packed24, check, from_cutlass, is_24, pack, to_cutlass
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 shapes = st.tuples(st.integers(1, 70), st.integers(1, 300))
@@ -182,3 +183,15 @@ def test_compressed_tensors_reads_and_writes_the_same_bytes(dtype: torch.dtype, 
         assert torch.equal(bits(values), bits(packed.values)) and torch.equal(mask, packed.mask)
     read = Packed24.from_tensors({"values": values, "mask": mask}, packed.kind, packed.shape)
     assert torch.equal(read.dense(), weight)
+
+
+def test_every_byte_of_a_mask_is_judged_by_its_two_halves() -> None:
+    packed = pack(weight_24(1, 8))
+    for byte in range(256):
+        one = replace(packed, mask=torch.tensor([[byte]], dtype=torch.uint8))
+        wrong = [half for half in range(2) if (byte >> 4 * half & 0xF).bit_count() != 2]
+        if not wrong:
+            check(one)
+            continue
+        with pytest.raises(FormatError, match=f"row 0, columns {4 * wrong[0]}-{4 * wrong[0] + 3} do not keep"):
+            check(one)
