@@ -429,6 +429,25 @@ def test_a_folder_is_wanted(tmp_path: Path) -> None:
     assert "has no weights" in told(look(tmp_path), "fault")
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_changed_byte_of_an_artifact_is_seen(
+    exported: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path_factory.mktemp("changed") / "model"))
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    file = folder / data.draw(st.sampled_from([name for name in names if name != "secateur.json"]))
+    content = bytearray(file.read_bytes())
+    early = st.integers(0, min(len(content), 3000) - 1)
+    at = data.draw(st.one_of(early, st.integers(0, len(content) - 1)))
+    content[at] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(bytes(content[:at] if data.draw(st.booleans()) else content))
+    found = look(folder)
+    assert not found.green and outcome(found, "manifest").level == "fault"
+    (folder / "secateur.json").unlink()
+    assert isinstance(look(folder).green, bool), "without a manifest it is judged all the same"
+
+
 # ---------------------------------------------------------------------- what export writes
 SCORES = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 1.0, 2.0, -2.0, 3e38])
 
