@@ -34,7 +34,7 @@ from secateur.passes.distill import Distill
 from secateur.passes.journal import Journal
 from secateur.passes.retrain_sparse import RetrainSparse
 from secateur.passes.training.mask_schedule import RECORDS, MaskSchedule, Plan
-from secateur.passes.training.masked import put_masks, take_masks
+from secateur.passes.training.masked import add_branch, put_masks, take_masks
 from secateur.passes.training.plan import TrainingPass
 from secateur.passes.training.side_decay import SideDecayAdamW
 from secateur.runtime import raise_model
@@ -63,9 +63,12 @@ ARMS: dict[str, tuple[type[TrainingPass], dict[str, Any]]] = {
     "no-pull": (RetrainSparse, {"strength": 0.0}),
     "zero": (RetrainSparse, {"revive": "zero"}),
     "sum": (RetrainSparse, {"moment": "sum"}),
+    "cast": (RetrainSparse, {"mode": "cast", "strength": 1.0}),
+    "boost-16": (RetrainSparse, {"boost": 16}),
     "fixed-sum": (RetrainSparse, {"mode": "fixed", "moment": "sum"}),
 }
 """Losses without a word are the paper's: 0.67 KL at temperature 2, 0.33 cross entropy."""
+KINDS = ("dense", "fixed", "adaptive", "boost-16", "boost-16-trained")  # of steps that --cost times
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36, 10: 2.26}
 
 
@@ -297,12 +300,15 @@ def cost(options: argparse.Namespace) -> None:
     ids = torch.randint(0, 1000, (1, options.batch_tokens), generator=torch.Generator().manual_seed(0))
     parameters = list(stock.parameters())
     plain, plan = SideDecayAdamW(parameters, lr=1e-6), Plan(strength=0.1, ramp=0, refresh=0, steps=10**9)
-    times: dict[str, list[float]] = {"dense": [], "fixed": [], "adaptive": [], "refresh": []}
+    times: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "refresh")}
     for _ in range(options.rounds + 1):
-        for kind in ("dense", "fixed", "adaptive"):
-            sites = [] if kind == "dense" else put_masks(stock, sparse, through=kind == "adaptive")
+        for kind in KINDS:
+            sites = [] if kind == "dense" else put_masks(stock, sparse, way="kept" if kind == "fixed" else "through")
+            if kind.startswith("boost"):
+                made = [add_branch(site, 16, kind.endswith("trained")) for site in sites]
+                plain.add_param_group({"params": [p for pair in made for p in pair if p is not None]})
             schedule = MaskSchedule(sites, plan)
-            plain.masks = schedule if kind == "adaptive" else None
+            plain.masks = schedule if kind not in ("dense", "fixed") else None
             begun = time.process_time()
             with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
                 logits = stock(input_ids=ids, use_cache=False).logits
@@ -316,13 +322,13 @@ def cost(options: argparse.Namespace) -> None:
                 schedule.after_update()
                 times["refresh"].append(time.process_time() - begun)
             take_masks(stock, sites)
+            del plain.param_groups[1:]
     medians = {kind: statistics.median(values[1:]) for kind, values in times.items()}
     found = {
         "tokens": options.batch_tokens,
         "precision": options.precision,
         "cpu_seconds": medians,
-        "fixed_to_dense": medians["fixed"] / medians["dense"],
-        "adaptive_to_dense": medians["adaptive"] / medians["dense"],
+        "to_dense": {kind: medians[kind] / medians["dense"] for kind in KINDS[1:]},
         "adaptive_with_refresh_every_10_to_dense": (medians["adaptive"] + medians["refresh"] / 10) / medians["dense"],
         "machine": describe_machine(),
     }

@@ -2,7 +2,7 @@
 
 N outputs, K inputs of a weight, R groups of its inputs.  The branch of ``P.weight`` is the parameters ``P.boost_in``
 [R, K] and ``P.boost_out`` [N, R].
-Source: Huang et al. 2025 (SLoRB), arXiv:2407.20584, section 3.4.
+Source: Huang et al. 2025 (SLoRB), arXiv:2407.20584.
 """
 
 from __future__ import annotations

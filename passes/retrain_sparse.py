@@ -17,10 +17,24 @@ from secateur.passes.base import Context, Cost
 from secateur.passes.boost import boosted, boosts, group_sums
 from secateur.passes.distill import JSON, Distill, Prepared, Share
 from secateur.passes.training.mask_schedule import RECORDS, MaskSchedule, Plan, ramp_steps
-from secateur.passes.training.masked import Score, Site, add_branch, bake, linear_only, put_masks, revived, take_masks
+from secateur.passes.training.masked import (
+    Score,
+    Site,
+    Way,
+    add_branch,
+    add_scales,
+    bake,
+    linear_only,
+    put_masks,
+    revived,
+    scaled,
+    take_masks,
+)
 from secateur.passes.training.plan import pace
 from secateur.passes.training.side_decay import Moment
 from secateur.passes.training.text import Text
+
+WAYS: dict[str, Way] = {"adaptive": "through", "fixed": "kept", "cast": "dense"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +46,9 @@ class RetrainSparse(Distill):
     the mask.  It starts from the masks and weights that the Program has, and what it leaves is m W, with exact zeros.
 
     kl, ce, temperature: as in the paper.  kl=1, ce=0, temperature=1 is Minitron's loss; kl=0 needs no dense model.
-    mode: adaptive, or fixed: the masks stay and only what is kept is trained, without a pull.
+    mode: adaptive; fixed: the masks stay and only what is kept is trained, without a pull; or cast: products take all
+        of W until the end, what is removed moves more and more towards zero at a constant speed (strength counts by the
+        gradient alone then, and moment is sum), and two factors a row make up for what is lost.
     strength: of the pull when it is full, lambda = strength * rms(gradient) / rms(weight) of each weight; no number of
         the model's scale.  With Adam a pull that outweighs the gradient moves a weight by lr a step, whatever its size:
         the strength decides where that happens.
@@ -46,8 +62,9 @@ class RetrainSparse(Distill):
     boost: inputs of a group for a dense branch beside each sparse weight (SLoRB), which starts from the mean of what
         was removed in each group; 0 for none.  It stays in the model: N K / boost more parameters, and no plain
         checkpoint has a place for it.   boost_trained: whether the sums of a group's inputs are trained, too.
-    Source: Huang et al. 2025, arXiv:2407.20584: eq. 2-3, sections 3.1-3.3; the score that matches the start, the
-        strength without dimension and the values that removed entries start from are ours.
+    Source: Huang et al. 2025 (AST), arXiv:2407.20584, eq. 2-3 and section 3.2; cast: Huang et al. 2025,
+        arXiv:2509.25996.  The score that matches the start, the strength without dimension and the values that removed
+        entries start from are ours.
     """
 
     name: ClassVar[str] = "retrain-sparse"
@@ -58,7 +75,7 @@ class RetrainSparse(Distill):
     kl: Share = 0.67
     ce: Share = 0.33
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    mode: Literal["adaptive", "fixed"] = "adaptive"
+    mode: Literal["adaptive", "fixed", "cast"] = "adaptive"
     strength: Annotated[float, Field(ge=0)] = 0.1
     ramp: Annotated[float, Field(ge=0, le=1)] = 0.25
     refresh: Annotated[int, Field(ge=1)] = 10
@@ -80,7 +97,7 @@ class RetrainSparse(Distill):
         reasons += [f"boost={self.boost} does not divide the {widths[name]} inputs of {name}" for name in odd[:1]]
         if boosts(program):
             reasons.append("the weights have branches (boost) already: train from the model without them")
-        if self.mode == "adaptive" and (misfit := Score(self.score).misfit(program.sparse)):
+        if self.mode != "fixed" and (misfit := Score(self.score).misfit(program.sparse)):
             reasons.append(misfit)
         return reasons
 
@@ -92,8 +109,8 @@ class RetrainSparse(Distill):
         return model, stays
 
     def _prepare(self, model: nn.Module, student: Program, stays: bool, text: Text, context: Context) -> Prepared:
-        steps, adaptive = pace(self, text.window, self.tokens).steps, self.mode == "adaptive"
-        sites = put_masks(model, student, through=adaptive)
+        steps, adaptive, cast = pace(self, text.window, self.tokens).steps, self.mode != "fixed", self.mode == "cast"
+        sites = put_masks(model, student, way=WAYS[self.mode])
         if adaptive and self.revive == "removed":
             _revive(student, Score(self.score))
         plan = Plan(
@@ -102,14 +119,16 @@ class RetrainSparse(Distill):
             refresh=self.refresh if adaptive else 0,
             steps=steps,
             score=self.score,
-            moment=self.moment,
+            moment="sum" if cast else self.moment,
+            mixed=cast,
         )
         masks = MaskSchedule(sites, plan)
-        branches = self._branches(sites, stays)
+        branches, scales = self._branches(sites, stays), add_scales(sites) if cast else {}
 
         def finish() -> tuple[Program, JSON]:
             last = [(site, site.mask) for site in sites]
             take_masks(model, sites)
+            _fold(student, scales)
             baked, told = _baked(student, last, adaptive), {"weights_under_masks": len(sites), **_moved(last, masks)}
             if branches:
                 made = {name: (_sums(a, b, self.boost), b) for name, (a, b) in branches.items()}
@@ -134,6 +153,14 @@ class RetrainSparse(Distill):
 def _sums(a: Tensor | None, b: Tensor, width: int) -> Tensor:
     """A [R, K] of a branch."""
     return group_sums(b.shape[1] * width, width, b) if a is None else a
+
+
+@torch.no_grad()
+def _fold(student: Program, scales: Mapping[str, Tensor]) -> None:
+    """Multiply factors of rows into their weights."""
+    parameters = dict(student.named_parameters())
+    for name, scale in scales.items():
+        parameters[name].copy_(scaled(parameters[name].detach(), scale))
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ class Plan:
         scales differ by orders of magnitude between layers; 0 for none.
     ramp: optimizer steps in which the pull grows from nothing to full.   refresh: steps from one choice of masks to the
         next, 0 for never.   steps: of the run; masks stay as they are after its last.   moment: see SideDecayAdamW.
+    mixed: CAST: what is removed moves less by its gradient and more by a constant, strength * rms(g) towards zero, from
+        step to step; the ramp plays no part.
     """
 
     strength: float
@@ -46,6 +48,7 @@ class Plan:
     steps: int
     score: str = "match"
     moment: str = "gradient"
+    mixed: bool = False
 
 
 class MaskSchedule:
@@ -79,15 +82,18 @@ class MaskSchedule:
     def before_update(self) -> dict[int, Pull]:
         """The pull on each weight, from gradients as they are now (clipped)."""
         full = self._strength()
-        if not full:
+        if not full and self.plan.moment == "gradient":
             return {}
         taking = [site for site in self.sites if site.weight.grad is not None]
         weights = [site.weight for site in taking]
         squares = _squares(weights, [p.grad for p in weights if p.grad is not None])
-        ratio = torch.where(squares[0] > 0, (squares[1] / squares[0]).sqrt(), 0.0)
+        ratio, share = torch.where(squares[0] > 0, (squares[1] / squares[0]).sqrt(), 0.0), None
+        if self.plan.mixed:
+            sizes = squares.new_tensor([site.mask.numel() for site in taking])
+            ratio, share = (squares[1] / sizes).sqrt(), self.step / self.plan.steps
         strengths = (full * ratio).unbind()
         return {
-            id(site.weight): Pull(self._removed_here(site), strength)
+            id(site.weight): Pull(self._removed_here(site), strength, share)
             for site, strength in zip(taking, strengths, strict=True)
         }
 
@@ -99,7 +105,8 @@ class MaskSchedule:
             self._refresh()
 
     def _strength(self) -> float:
-        return self.plan.strength * (min(1.0, self.step / self.plan.ramp) if self.plan.ramp else 1.0)
+        ramp = 0 if self.plan.mixed else self.plan.ramp
+        return self.plan.strength * (min(1.0, self.step / ramp) if ramp else 1.0)
 
     def _refresh(self) -> None:
         """New masks, written over the old ones."""

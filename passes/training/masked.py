@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -50,22 +50,29 @@ def kept(weight_NK: Tensor, mask_NK: Tensor) -> Tensor:
     return weight_NK * mask_NK
 
 
+Way = Literal["through", "kept", "dense"]
+"""Of a mask into a product: m W with gradients for all entries or for kept ones; or, in training, W itself."""
+
+
 class MaskedLinear(nn.Linear):
     """A linear module whose product takes m W.
 
     weight: [N, K], all of W.   weight_mask: persistent buffer [N, K] bool, changed in place between optimizer steps.
-    through: whether removed entries get the gradient, too.
+    way: see Way.   weight_scale: [N, S], factors of S equal parts of a row's inputs, trained along, or None.
     boost_out: [N, R], a dense branch on sums of R groups of inputs, or None.   boost_in: [R, K], what makes the sums
         where they are trained, too, or None: groups of neighbours.
     """
 
     weight_mask: Tensor
-    through: bool
+    way: Way
+    weight_scale: nn.Parameter | None
     boost_in: nn.Parameter | None
     boost_out: nn.Parameter | None
 
     def forward(self, input: Tensor) -> Tensor:
-        used = (masked if self.through else kept)(self.weight, self.weight_mask)
+        weight = self.weight if self.weight_scale is None else scaled(self.weight, self.weight_scale)
+        dense = self.way == "dense" and self.training
+        used = weight if dense else (masked if self.way == "through" else kept)(weight, self.weight_mask)
         made = F.linear(input, used, self.bias)
         if self.boost_out is None:
             return made
@@ -76,11 +83,17 @@ class MaskedLinear(nn.Linear):
         return made + F.linear(sums, self.boost_out)
 
 
-def under_mask(module: nn.Module, mask_NK: Tensor, through: bool) -> None:
-    """Make a linear module a masked one, in place.  Args: mask_NK: bool; copied.   through: see MaskedLinear."""
+def scaled(weight_NK: Tensor, scale_NS: Tensor) -> Tensor:
+    """[N, K]: each of S equal parts of a row times its factor."""
+    parts: Tensor = weight_NK.unflatten(1, (scale_NS.shape[1], -1)) * scale_NS.unsqueeze(-1)
+    return parts.flatten(1)
+
+
+def under_mask(module: nn.Module, mask_NK: Tensor, way: Way) -> None:
+    """Make a linear module a masked one, in place.  Args: mask_NK: bool; copied."""
     module.__class__ = MaskedLinear
-    module.through = through  # type: ignore[assignment]
-    module.boost_in = module.boost_out = None  # type: ignore[assignment]
+    module.way = way  # type: ignore[assignment]
+    module.weight_scale = module.boost_in = module.boost_out = None  # type: ignore[assignment]
     module.register_buffer("weight" + SUFFIX, mask_NK.clone())
 
 
@@ -115,7 +128,7 @@ def start_mask(weight_NK: Tensor, sparse: Sparse) -> Tensor:
     return sparse.pattern.mask(weight_NK.detach().float().abs())
 
 
-def put_masks(model: nn.Module, program: Program, *, through: bool) -> list[Site]:
+def put_masks(model: nn.Module, program: Program, *, way: Way) -> list[Site]:
     """Put every sparse weight of a model under its mask, in place; ``take_masks`` undoes it.
 
     Args:
@@ -123,12 +136,14 @@ def put_masks(model: nn.Module, program: Program, *, through: bool) -> list[Site
     Raises: PipelineError: a weight is held by no plain linear module of a stock model, or by more than that.
     """
     if isinstance(model, fx.GraphModule):
-        return [_in_graph(model, name, program, through) for name in program.sparse]
+        if way == "dense":
+            raise PipelineError("a graph has one mode: masks that count in evaluation alone need a stock model")
+        return [_in_graph(model, name, program, way) for name in program.sparse]
     if reason := linear_only(model, program):
         raise PipelineError(f"no mask can be put in this model: {reason}")
     holders, parameters = _holders(model), dict(program.named_parameters())
     return [
-        _in_module(holders[id(parameters[name])][0], name, parameters[name], one, through)
+        _in_module(holders[id(parameters[name])][0], name, parameters[name], one, way)
         for name, one in program.sparse.items()
     ]
 
@@ -150,6 +165,20 @@ def add_branch(site: Site, width: int, trained: bool) -> tuple[nn.Parameter | No
     return sums, made
 
 
+def add_scales(sites: Iterable[Site], parts: int = 2) -> dict[str, nn.Parameter]:
+    """Give masked modules factors of parts of their rows, to make up for what a pull takes from all.
+
+    Returns: [N, parts] of ones by the weight's name.
+    Source: Huang et al. 2025 (CAST), arXiv:2509.25996.
+    """
+    found = {}
+    for site in sites:
+        weight = site.weight.detach()
+        found[site.name] = nn.Parameter(weight.new_ones(len(weight), parts))
+        site.owner.weight_scale = found[site.name]
+    return found
+
+
 def linear_only(model: nn.Module, program: Program) -> str | None:
     """Why the sparse weights of a stock model cannot be put under masks there, or None."""
     holders, parameters = _holders(model), dict(program.named_parameters())
@@ -166,7 +195,7 @@ def take_masks(model: nn.Module, sites: Iterable[Site]) -> None:
     for site in sites:
         delattr(site.owner, site.attribute + SUFFIX)
         if isinstance(site.owner, MaskedLinear):
-            for name in ("through", "boost_in", "boost_out"):
+            for name in ("way", "weight_scale", "boost_in", "boost_out"):
                 delattr(site.owner, name)
             site.owner.__class__ = nn.Linear  # type: ignore[assignment]
         for node in site.nodes:
@@ -260,13 +289,13 @@ def _holders(model: nn.Module) -> dict[int, list[nn.Module]]:
     return found
 
 
-def _in_module(owner: nn.Module, name: str, parameter: nn.Parameter, one: Sparse, through: bool) -> Site:
+def _in_module(owner: nn.Module, name: str, parameter: nn.Parameter, one: Sparse, way: Way) -> Site:
     first = start_mask(parameter, one)
-    under_mask(owner, first, through)
+    under_mask(owner, first, way)
     return Site(name, owner, "weight", one, first)
 
 
-def _in_graph(gm: fx.GraphModule, name: str, program: Program, through: bool) -> Site:
+def _in_graph(gm: fx.GraphModule, name: str, program: Program, way: Way) -> Site:
     path, _, attribute = name.rpartition(".")
     owner = gm.get_submodule(path)
     first = start_mask(gm.get_parameter(name), program.sparse[name])
@@ -276,7 +305,7 @@ def _in_graph(gm: fx.GraphModule, name: str, program: Program, through: bool) ->
         with gm.graph.inserting_after(node):
             mask = gm.graph.get_attr(name + SUFFIX)
         with gm.graph.inserting_after(mask):
-            used = gm.graph.call_function(masked if through else kept, (node, mask))
+            used = gm.graph.call_function(masked if way == "through" else kept, (node, mask))
         node.replace_all_uses_with(used, delete_user_cb=lambda user, used=used: user is not used)
         site.nodes.append(used)
     gm.recompile()

@@ -6,6 +6,8 @@ Source: Huang et al. 2025 (Adaptive Sparse Trainer), arXiv:2407.20584, section 3
     u = m + lambda (1 - mask) W
     v = b2 v + (1 - b2) u^2
     W = W (1 - lr decay) - lr / (1 - b1^t) u / (sqrt(v / (1 - b2^t)) + eps)
+
+CAST (Huang et al. 2025, arXiv:2509.25996) moves what is removed by a mixture: u = (1 - a) m + a lambda sign(W) there.
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ ELEMENTS = 1 << 25  # of weights that are updated together; two temporaries of t
 
 @dataclass(frozen=True, eq=False)
 class Pull:
-    """On one weight.   removed: bool of the weight's (local) shape.   strength: lambda, a scalar tensor."""
+    """On one weight.   removed: bool of the weight's (local) shape.   strength: lambda, a scalar tensor.
+
+    share: None: lambda W is added.  A number a, 0..1: what is removed moves by (1 - a) m + a lambda sign(W) instead.
+    """
 
     removed: Tensor
     strength: Tensor
+    share: float | None = None
 
 
 class Masks(Protocol):
@@ -91,8 +97,7 @@ class SideDecayAdamW(torch.optim.Optimizer):
         pulled = [at for at, p in enumerate(part) if id(p) in pulls]
         if pulled:
             own = [pulls[id(part[at])] for at in pulled]
-            pull = torch._foreach_mul([weights[at] for at in pulled], [one.removed for one in own])
-            torch._foreach_mul_(pull, [one.strength for one in own])
+            pull = _pull([weights[at] for at in pulled], [means[at] for at in pulled], own)
             for at, found in zip(pulled, pull, strict=True):
                 if self.moment == "gradient":
                     measured[at] = found + gradients[at]
@@ -115,6 +120,18 @@ class SideDecayAdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
+
+
+def _pull(weights: list[Tensor], means: list[Tensor], pulls: Sequence[Pull]) -> list[Tensor]:
+    """What is added to the first moment for this step alone, new tensors; zero where a weight is kept."""
+    shares = [one.share for one in pulls]
+    found = torch._foreach_sign(weights) if shares[0] is not None else torch._foreach_mul(weights, 1.0)
+    torch._foreach_mul_(found, [one.strength for one in pulls])
+    if shares[0] is not None:
+        torch._foreach_sub_(found, means)
+        torch._foreach_mul_(found, [share or 0.0 for share in shares])
+    torch._foreach_mul_(found, [one.removed for one in pulls])
+    return list(found)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def test_the_merged_model_is_the_adapted_one(
     assert not list((tmp_path / "out").glob("*adapter*"))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_adapters_of_a_sparse_model_keep_its_zeros(dropout: float) -> None:
     small, context = sparse()
     before = {name: p.detach().clone() for name, p in small.named_parameters()}

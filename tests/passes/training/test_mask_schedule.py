@@ -27,7 +27,7 @@ def site(name: str, rows: int = 8, scale: float = 1.0, seed: int = 0) -> Site:
     with torch.no_grad():
         module.weight.mul_(scale)
     first = P24.mask(module.weight.detach().abs())
-    under_mask(module, first, True)
+    under_mask(module, first, "through")
     return Site(name, module, "weight", Sparse(P24), first)
 
 
@@ -92,6 +92,16 @@ def test_without_a_ramp_the_pull_is_full_at_once_and_zero_weights_are_not_pulled
     other = site("b")
     other.weight.grad = torch.ones_like(other.weight)
     assert list(MaskSchedule([one, other], replace(PLAN, ramp=0)).before_update()) == [id(other.weight)]
+
+
+def test_a_mixture_grows_from_step_to_step() -> None:
+    one = site("a", scale=50.0)
+    schedule = MaskSchedule([one], replace(PLAN, refresh=0, mixed=True, moment="sum"))
+    for step in range(4):
+        one.weight.grad = 3.0 * torch.ones_like(one.weight)
+        pull = schedule.before_update()[id(one.weight)]
+        assert pull.share == step / 8 and float(pull.strength) == pytest.approx(0.5 * 3.0)
+        schedule.after_update()
 
 
 def test_a_schedule_goes_on_where_it_was() -> None:

@@ -19,6 +19,7 @@ from secateur.passes import Context
 from secateur.passes.training.masked import (
     MaskedLinear,
     Score,
+    Way,
     bake,
     kept,
     linear_only,
@@ -47,11 +48,11 @@ def made() -> Made:
 class Stack(nn.Module):
     """Three linear modules under masks."""
 
-    def __init__(self, through: bool = True, again: bool = False) -> None:
+    def __init__(self, way: Way = "through", again: bool = False) -> None:
         super().__init__()
         self.layers, self.again = nn.ModuleList(nn.Linear(16, 16) for _ in range(3)), again
         for layer in self.layers:
-            under_mask(layer, P24.mask(layer.weight.detach().abs()), through)
+            under_mask(layer, P24.mask(layer.weight.detach().abs()), way)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -117,7 +118,7 @@ def test_masks_are_put_in_and_taken_out_without_a_trace(made: Made) -> None:
     for model, kind in models:
         keys, expected = list(model.state_dict()), model(input_ids=ids).logits
         code = model.code if kind == "graph" else ""
-        sites = put_masks(model, program, through=True)
+        sites = put_masks(model, program, way="through")
         assert [site.name for site in sites] == list(program.sparse)
         assert all(site.mask.dtype == torch.bool and site.name + "_mask" in model.state_dict() for site in sites)
         torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-6, atol=1e-6)
@@ -137,7 +138,7 @@ def test_what_is_no_plain_linear_module_is_refused(made: Made) -> None:
     model.model.layers[0].mlp.up_proj.__class__ = type("Special", (nn.Linear,), {})
     assert "up_proj.weight is held by Special" in str(linear_only(model, program))
     with pytest.raises(PipelineError, match="expected one plain Linear"):
-        put_masks(model, program, through=True)
+        put_masks(model, program, way="through")
 
 
 @pytest.mark.parametrize("pattern", [P24, Pattern(1, 4), Pattern(4, 8), Share(0.5)], ids=str)
@@ -204,7 +205,7 @@ def test_a_graph_that_reads_a_weight_twice_masks_it_twice() -> None:
         dict(program.named_parameters())["inner.weight"].mul_(mask)
     expected = program(x=x)
     program = program.replace(sparse={"inner.weight": Sparse(P24)})
-    sites = put_masks(program.gm, program, through=True)
+    sites = put_masks(program.gm, program, way="through")
     with torch.no_grad():
         sites[0].weight.add_((~mask) * 5.0)
     assert torch.equal(program(x=x), expected)

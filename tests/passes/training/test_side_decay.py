@@ -110,6 +110,23 @@ def test_it_is_the_papers_formula(moment: Moment) -> None:
     assert masks.told == 15
 
 
+def test_a_mixture_trades_the_gradient_for_a_constant() -> None:
+    one, strength, share, lr = weight(8, 4), 0.3, 0.25, 1e-2
+    w = one.detach().double()
+    m, v, (b1, b2) = torch.zeros_like(w), torch.zeros_like(w), BETAS
+    masks = Pulling({one: MASK}, strength)
+    masks.pulls = {id(one): Pull(~MASK, torch.tensor(strength), share)}
+    optimizer = SideDecayAdamW([one], lr=lr, betas=BETAS, masks=masks, moment="sum")
+    for t, gradient in enumerate(gradients(15, 8, 4), 1):
+        one.grad = gradient.clone()
+        optimizer.step()
+        m = b1 * m + (1 - b1) * gradient
+        u = torch.where(MASK, m, (1 - share) * m + share * strength * w.sign())
+        v = b2 * v + (1 - b2) * u * u
+        w = w - lr / (1 - b1**t) * u / (v.sqrt() / (1 - b2**t) ** 0.5 + 1e-8)
+    torch.testing.assert_close(one.detach().double(), w, rtol=1e-5, atol=1e-6)
+
+
 def test_weights_in_parts_are_updated_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for elements in (1 << 25, 1, 33):
