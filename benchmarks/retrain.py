@@ -2,8 +2,7 @@
 
 Run ``python benchmarks/retrain.py --out FOLDER`` after ``make assets``.  One cell is one (arm, learning rate, tokens,
 seed); each goes on from its last kept step when the command is given again, and a finished one is not run again.
-Writes retrain.json, retrain.md, retrain.png and masks.png after every cell.  ``--cost`` times steps instead and writes
-cost.json: masked against dense, in turns.
+Writes retrain.json, retrain.md, retrain.png and masks.png after every cell.
 
 The gap is counted in logarithms of perplexity: 0 is the sparse model before training, 1 the dense model after the best
 of its own trainings on the same tokens (the arm ``dense``; without it, the dense model as it came).
@@ -18,7 +17,6 @@ import os
 import statistics
 import time
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +31,8 @@ from secateur.passes import Context, samples
 from secateur.passes.distill import Distill
 from secateur.passes.journal import Journal
 from secateur.passes.retrain_sparse import RetrainSparse
-from secateur.passes.training.mask_schedule import RECORDS, MaskSchedule, Plan
-from secateur.passes.training.masked import add_branch, put_masks, take_masks
+from secateur.passes.training.mask_schedule import RECORDS
 from secateur.passes.training.plan import TrainingPass
-from secateur.passes.training.side_decay import SideDecayAdamW
 from secateur.runtime import raise_model
 from secateur.runtime.resume_fingerprint import digests
 from secateur.runtime.resume_state import rebuilt, state_of
@@ -68,7 +64,6 @@ ARMS: dict[str, tuple[type[TrainingPass], dict[str, Any]]] = {
     "fixed-sum": (RetrainSparse, {"mode": "fixed", "moment": "sum"}),
 }
 """Losses without a word are the paper's: 0.67 KL at temperature 2, 0.33 cross entropy."""
-KINDS = ("dense", "fixed", "adaptive", "boost-16", "boost-16-trained")  # of steps that --cost times
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36, 10: 2.26}
 
 
@@ -292,50 +287,6 @@ def facts_of(options: argparse.Namespace, models: Any, held: torch.Tensor, end: 
     return found
 
 
-def cost(options: argparse.Namespace) -> None:
-    """CPU seconds of a step (forward, backward, update) of one model, dense and under masks, in turns; medians."""
-    dense = secateur.capture(default_cache() / MODEL_FOLDER)
-    sparse = secateur.Pipeline.parse("sparsify{metric=magnitude}")(dense)
-    stock = raise_model(sparse)
-    ids = torch.randint(0, 1000, (1, options.batch_tokens), generator=torch.Generator().manual_seed(0))
-    parameters = list(stock.parameters())
-    plain, plan = SideDecayAdamW(parameters, lr=1e-6), Plan(strength=0.1, ramp=0, refresh=0, steps=10**9)
-    times: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "refresh")}
-    for _ in range(options.rounds + 1):
-        for kind in KINDS:
-            sites = [] if kind == "dense" else put_masks(stock, sparse, way="kept" if kind == "fixed" else "through")
-            if kind.startswith("boost"):
-                made = [add_branch(site, 16, kind.endswith("trained")) for site in sites]
-                plain.add_param_group({"params": [p for pair in made for p in pair if p is not None]})
-            schedule = MaskSchedule(sites, plan)
-            plain.masks = schedule if kind not in ("dense", "fixed") else None
-            begun = time.process_time()
-            with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
-                logits = stock(input_ids=ids, use_cache=False).logits
-            F.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).backward()
-            plain.step()
-            plain.zero_grad()
-            times[kind].append(time.process_time() - begun)
-            if kind == "adaptive":
-                schedule.plan = replace(plan, refresh=1)
-                begun = time.process_time()
-                schedule.after_update()
-                times["refresh"].append(time.process_time() - begun)
-            take_masks(stock, sites)
-            del plain.param_groups[1:]
-    medians = {kind: statistics.median(values[1:]) for kind, values in times.items()}
-    found = {
-        "tokens": options.batch_tokens,
-        "precision": options.precision,
-        "cpu_seconds": medians,
-        "to_dense": {kind: medians[kind] / medians["dense"] for kind in KINDS[1:]},
-        "adaptive_with_refresh_every_10_to_dense": (medians["adaptive"] + medians["refresh"] / 10) / medians["dense"],
-        "machine": describe_machine(),
-    }
-    _write(options.out / "cost.json", json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -355,12 +306,7 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=20)
     parser.add_argument("--windows", type=int, default=8, help="windows of the training text held out")
     parser.add_argument("--held-out-tokens", type=int, default=24_576)
-    parser.add_argument("--cost", action="store_true", help="time steps instead")
-    parser.add_argument("--rounds", type=int, default=5, help="of --cost")
     options = parser.parse_args()
-    if options.cost:
-        cost(options)
-        return
     models = prepare(options.out, options, Voice(False))
     tokenizer = AutoTokenizer.from_pretrained(default_cache() / MODEL_FOLDER)
     stream, _ = token_stream(text(default_cache()).held_out, tokenizer, tokens=options.held_out_tokens)

@@ -17,7 +17,8 @@ from secateur.passes.base import Context, Cost
 from secateur.passes.boost import boosts
 from secateur.passes.distill import JSON, Distill, Prepared, Share
 from secateur.passes.quality import logits
-from secateur.passes.training.masked import SUFFIX, bake, start_mask
+from secateur.passes.training.mask_choice import bake, start_mask
+from secateur.passes.training.masked import SUFFIX
 from secateur.passes.training.run import probe
 from secateur.passes.training.text import Text
 

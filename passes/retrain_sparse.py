@@ -16,17 +16,15 @@ from secateur.graph.errors import PipelineError
 from secateur.passes.base import Context, Cost
 from secateur.passes.boost import boosted, boosts, group_sums
 from secateur.passes.distill import JSON, Distill, Prepared, Share
+from secateur.passes.training.mask_choice import Score, bake, revived
 from secateur.passes.training.mask_schedule import RECORDS, MaskSchedule, Plan, ramp_steps
 from secateur.passes.training.masked import (
-    Score,
     Site,
     Way,
     add_branch,
     add_scales,
-    bake,
     linear_only,
     put_masks,
-    revived,
     scaled,
     take_masks,
 )

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from secateur.graph.errors import PatternError, SecateurError
 from secateur.passes.journal import digest
-from secateur.passes.training.masked import Score, Site
+from secateur.passes.training.mask_choice import Score
+from secateur.passes.training.masked import Site
 from secateur.passes.training.side_decay import Pull, SideDecayAdamW, local
 
 RECORDS = ("flip_rate", "changed", "removed_mass", "decay_to_gradient")

@@ -85,7 +85,7 @@ def _cut_head(model: nn.Module, probe: Mapping[str, Any]) -> tuple[nn.Linear | N
     named = getattr(model, "get_output_embeddings", None)
     head = named() if named is not None else None
     path = next((name for name, module in model.named_modules() if module is head), "")
-    if not isinstance(head, nn.Linear) or not path:
+    if type(head) is not nn.Linear or not path:  # one under a mask multiplies by something else than its weight
         log.info("no linear head to cut off: the losses are made from logits of a whole micro-batch")
         return None, ""
     owner, _, name = path.rpartition(".")

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from zoo.models import tiny_model
 
-from secateur.graph import Program, verify, with_parameters
+from secateur.graph import Program, capture, verify, with_parameters
 from secateur.graph.errors import PipelineError
-from secateur.passes import Context, Pipeline
+from secateur.passes import Context, Pipeline, samples
 from secateur.passes.retrain_sparse import RetrainSparse
+from secateur.passes.sparsify import Sparsify
 from secateur.passes.training.mask_schedule import RECORDS
 from secateur.passes.training.trainer import TrainingError
 from secateur.runtime import raise_model
@@ -124,6 +126,18 @@ def test_what_is_measured_while_it_trains_is_what_is_left(made: Made, adaptive: 
     assert figures(trained)["mask_bits_changed"] > 0
 
 
+def test_a_sparse_head_is_under_its_mask_in_the_losses() -> None:
+    program = capture(tiny_model("llama", tie_word_embeddings=False))
+    ids = torch.randint(0, 128, (10, 24), generator=torch.Generator().manual_seed(1))
+    context = Context(data=samples(ids, program), raise_model=raise_model)
+    small = Sparsify(metric="magnitude", head=True, targets="lm_head")(program, context)
+    assert list(small.sparse) == ["lm_head.weight"] and context.data is not None
+    told = figures(RetrainSparse(**{**QUICK, "tokens": 96, "held_out": 1}, revive="removed")(small, context))
+    with torch.no_grad():
+        scores = small(input_ids=ids[:1]).logits[0, :-1]
+    assert told["held_out"][0]["ce"] == pytest.approx(float(torch.nn.functional.cross_entropy(scores, ids[0, 1:])))
+
+
 def test_the_graph_itself_is_trained_alike(made: Made, adaptive: Program) -> None:
     small, context = made
     graph = RetrainSparse(**QUICK)(small, replace(context, raise_model=None))
@@ -191,7 +205,7 @@ def test_what_cannot_be_is_refused_with_the_reason(made: Made) -> None:
 def test_a_run_that_was_stopped_goes_on_between_refreshes(made: Made, tmp_path: Path) -> None:
     """Masks are chosen every third step, a step is kept every second one; stopped after 5 and 2 steps."""
     small, context = made
-    one = RetrainSparse(**{**QUICK, "tokens": 960, "refresh": 3, "save_every": 2})
+    one = RetrainSparse(**{**QUICK, "tokens": 768, "refresh": 3, "save_every": 2})
     straight, kept = one(small, context), replace(context, resume=tmp_path)
     for steps in (5, 2):
         with pytest.raises(SystemExit):

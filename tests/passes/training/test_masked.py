@@ -16,17 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from secateur.graph import Pattern, Program, Share, Sparse, capture
 from secateur.graph.errors import PipelineError
 from secateur.passes import Context
+from secateur.passes.training.mask_choice import Score, bake, revived, start_mask
 from secateur.passes.training.masked import (
     MaskedLinear,
-    Score,
     Way,
-    bake,
     kept,
     linear_only,
     masked,
     put_masks,
-    revived,
-    start_mask,
     take_masks,
     under_mask,
 )
