@@ -14,11 +14,15 @@ from secateur.graph import Cut, Program, Sparse, coupled_groups, drop, keep, ver
 from secateur.graph.errors import PipelineError
 from secateur.graph.parts import parts
 from secateur.graph.pattern import Pattern
-from secateur.passes import CalibrationError, Context, samples
+from secateur.passes import CalibrationError, Context, Pipeline, samples
 from secateur.passes.journal import Journal
 from secateur.passes.lower_layers import linear_layers
 from secateur.passes.reconstruct import Reconstruct
 from secateur.passes.reconstruct_fit import token_weights
+from secateur.runtime import raise_model
+from secateur.runtime.resume_fingerprint import digests
+from secateur.runtime.resume_state import rebuilt as rebuilt_state
+from secateur.runtime.resume_state import state_of
 
 ByKind = Callable[[str], Program]
 QUICK: dict[str, Any] = {"epochs": 2}
@@ -233,3 +237,17 @@ def test_activations_on_the_disk_change_no_bit(
     on_disk = Reconstruct(solver="lsq", offload=True)(start, Context(data=samples([ids()], start), resume=tmp_path))
     assert len(moved) > 20 and same_weights(on_disk, rebuilt(start, solver="lsq"))
     assert all(file.suffix == ".safetensors" for file in tmp_path.iterdir())
+
+
+def test_the_whole_way_is_kept_over_a_kill_and_opens_as_a_stock_model(program_of: ByKind) -> None:
+    """Channels reordered, 2:4, rebuilt: what it is compared with is the dense model in the new order, then and later."""
+    dense = program_of("llama")
+    text = "permute-channels,sparsify,reconstruct{solver=lsq}"
+    done = Pipeline.parse(text).run(dense, [ids()])
+    assert not done.sparse.keys() - dict(done.named_parameters()).keys() and done.cut is not None
+    back = rebuilt_state(dense, state_of(done, digests(dense)))
+    assert back.cut is not None and same_weights(back, done) and same_weights(back.cut.dense, done.cut.dense)
+    assert not same_weights(done.cut.dense, dense) and distance(done.cut.dense, dense) < 1e-4
+    stock = raise_model(done)
+    with torch.no_grad():
+        torch.testing.assert_close(stock(input_ids=ids(2)).logits, done(input_ids=ids(2)).logits)
