@@ -14,9 +14,10 @@ from torch import fx, nn
 from secateur.graph.calls import accept_calls_of, attribute
 from secateur.graph.program import Program
 from secateur.graph.rewrite import copied
+from secateur.kernels.sparse24 import PackedLinear
 from secateur.passes.lower import Lowering
 from secateur.passes.lower_layers import Layer, linear_layers
-from secateur.runtime.lowered import PackedLinear, stacked
+from secateur.runtime.lowered import stacked
 from secateur.runtime.lowering import op_name, pack_weight
 
 aten = torch.ops.aten

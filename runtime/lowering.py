@@ -23,11 +23,12 @@ from secateur.graph.errors import ArtifactError
 from secateur.graph.program import Program
 from secateur.kernels.sparse24 import formats
 from secateur.kernels.sparse24.backends import backend_report
+from secateur.kernels.sparse24.module import NAMES, PackedLinear
 from secateur.kernels.sparse24.ops import op_of
 from secateur.passes.lower import DTYPES, LayerPlan, Lowering, bits_of, packed_as_pruned, planned
 from secateur.passes.lower_cost import DENSE
 from secateur.passes.quantize_grid import Grid, find_grid, grid_of
-from secateur.runtime.lowered import NAMES, PackedLayer, PackedLinear, packed_modules, stacked
+from secateur.runtime.lowered import PackedLayer, packed_modules, stacked
 from secateur.runtime.source import open_model
 
 log = logging.getLogger(__name__)

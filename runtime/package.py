@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.graph.errors import ArtifactError, SecateurError
+from secateur.kernels.sparse24 import PackedLinear
 from secateur.runtime.artifact import check_target, read_manifest, verify_artifact, writing
-from secateur.runtime.lowered import PackedLinear, packed_modules
+from secateur.runtime.lowered import packed_modules
 from secateur.runtime.raising import TOLERANCE
 from secateur.runtime.step import Step, cache_shapes, empty_cache
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from secateur.kernels.sparse24 import PackedLinear
 from secateur.passes.base import Progress, no_progress
 from secateur.passes.lower import LayerPlan
 from secateur.passes.lower_cost import DENSE, INT4, INT8, SPARSE, SPARSE_INT4, SPARSE_INT8, Timing, weight_bytes
 from secateur.passes.quantize_grid import Grid, find_grid, grid_of
-from secateur.runtime.lowered import PackedLinear
 from secateur.runtime.lowering import backend_of, pack_weight
 from secateur.tools.bench import Spread, copies_needed, interleaved
 

@@ -14,15 +14,16 @@ from secateur.kernels.sparse24.formats import (
     pack_dense,
     to_cutlass,
 )
-from secateur.kernels.sparse24.module import Linear24
+from secateur.kernels.sparse24.module import PackedLinear, StackedPart
 from secateur.kernels.sparse24.ops import linear, op_of
 
 __all__ = [
     "KINDS",
     "FormatError",
-    "Linear24",
     "Packed24",
+    "PackedLinear",
     "Served",
+    "StackedPart",
     "backend_report",
     "from_cutlass",
     "is_24",

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from secateur.graph.errors import ArtifactError
+from secateur.kernels.sparse24 import PackedLinear
 from secateur.passes.lower import DTYPES, LayerPlan, Lower, Lowering
 from secateur.passes.lower_cost import DENSE, KINDS, weight_bytes
 from secateur.passes.lower_layers import not_24
 from secateur.passes.quantize_grid import find_grid
-from secateur.runtime.lowered import PackedLinear
 from secateur.runtime.lowering import pack_weight
 
 

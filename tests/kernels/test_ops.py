@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.library import opcheck
 from zoo.sparse24 import quantized, weight_24
 
-from secateur.kernels.sparse24 import FormatError, Linear24, cpu, linear, op_of, ops, pack, pack_dense
+from secateur.kernels.sparse24 import FormatError, PackedLinear, cpu, linear, op_of, ops, pack, pack_dense
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,9 +69,9 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up = Linear24(pack(weight_24(64, 100)), torch.randn(64))
+        self.up = PackedLinear.from_packed(pack(weight_24(64, 100)), torch.randn(64))
         levels, scale = quantized(weight_24(20, 64), "int4")
-        self.down = Linear24(pack(levels, "int4", scale))
+        self.down = PackedLinear.from_packed(pack(levels, "int4", scale))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.relu(self.up(x)))
@@ -111,24 +111,24 @@ def test_training_through_a_packed_layer_moves_what_stands_before_it() -> None:
     assert [name for name, p in net.named_parameters() if p.requires_grad] == []
 
 
-def test_linear24_stands_in_for_linear() -> None:
+def test_a_packed_layer_stands_in_for_linear() -> None:
     layer = nn.Linear(40, 12)
     with torch.no_grad():
         layer.weight.copy_(weight_24(12, 40))
-    packed, x = Linear24.from_linear(layer), torch.randn(2, 5, 40)
+    packed, x = PackedLinear.from_linear(layer), torch.randn(2, 5, 40)
     assert torch.allclose(packed(x), layer(x), atol=1e-5) and packed.bias is layer.bias
-    assert torch.equal(packed.weight, layer.weight) and "kind=float32" in repr(packed)
-    again = Linear24(pack(torch.zeros(12, 40)), torch.zeros(12))
+    assert torch.equal(packed.packed.dense(), layer.weight) and "kind='2:4'" in repr(packed)
+    again = PackedLinear.from_packed(pack(torch.zeros(12, 40)), torch.zeros(12))
     again.load_state_dict(packed.state_dict())
     assert torch.equal(again(x), packed(x))
     assert packed.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16 and packed.packed.kind == "bfloat16"
     with pytest.raises(FormatError, match="not 2:4"):
-        Linear24.from_linear(nn.Linear(40, 12))
+        PackedLinear.from_linear(nn.Linear(40, 12))
 
 
 def test_casting_a_quantised_layer_keeps_its_scale() -> None:
     levels, scale = quantized(weight_24(12, 40), "int8")
-    layer = Linear24.from_linear(nn.Linear(40, 12), levels, scale)
+    layer = PackedLinear.from_linear(nn.Linear(40, 12), levels, scale)
     before = layer.scale
     layer.to(torch.bfloat16)
     assert layer.scale is not None and torch.equal(layer.scale, before) and layer.scale.dtype == torch.float32

@@ -15,6 +15,7 @@ from zoo.sparse import keep_two_of_four, made_24
 import secateur
 from secateur.graph import Program, capture, keep
 from secateur.graph.errors import ArtifactError
+from secateur.kernels.sparse24 import PackedLinear, StackedPart, ops
 from secateur.passes import Pipeline
 from secateur.passes.lower import LayerPlan, Lower, planned
 from secateur.passes.lower_cost import DENSE, KINDS, weight_bytes
@@ -22,8 +23,6 @@ from secateur.passes.quantize_grid import grid_of
 from secateur.runtime.engine import open_engine
 from secateur.runtime.lowered import (
     PackedLayer,
-    PackedLinear,
-    StackedPart,
     packed_modules,
     rearrange_for_gpu,
     stacked,
@@ -111,11 +110,9 @@ def test_stacked_layers_give_the_same_in_any_order_and_for_any_input(kind: str, 
 
 
 def test_stacked_layers_multiply_once_and_hold_nothing_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    from secateur.runtime import lowered
-
     modules, _, _ = stack(biased=False)
-    calls, plain = [], lowered.ops.linear
-    monkeypatch.setattr(lowered.ops, "linear", lambda *args: calls.append(args) or plain(*args))
+    calls, plain = [], ops.linear
+    monkeypatch.setattr(ops, "linear", lambda *args: calls.append(args) or plain(*args))
     x = torch.randn(2, 16)
     results = [module(x) for module in modules]
     assert len(calls) == 1 and modules[0].held is None and [r.shape[1] for r in results] == [8, 4, 12]
