@@ -137,14 +137,27 @@ def _hidden(output: Any) -> Tensor:
 # ---------------------------------------------------------------------- measuring
 @dataclass(frozen=True)
 class Perplexity:
-    """Of next tokens on held-out windows; log_stderr: of its logarithm, over the windows."""
+    """Of next tokens; log_stderr: of its logarithm, over the held-out windows; windows: their mean losses."""
 
     perplexity: float
     log_stderr: float
+    windows: list[float]
 
 
 def perplexity_of(losses: list[Tensor]) -> Perplexity:
-    return Perplexity(math.exp(torch.cat(losses).double().mean().item()), mean_stderr(losses))
+    mean = torch.cat(losses).double().mean().item()
+    return Perplexity(math.exp(mean), mean_stderr(losses), [round(one.double().mean().item(), 5) for one in losses])
+
+
+def compared(ours: dict[str, Any], reference: dict[str, Any] | None) -> str:
+    """The reference's perplexity, and by how much of it ours differs, with the standard error over the windows."""
+    if reference is None:
+        return " | "
+    told = f"{reference['perplexity']:.2f} | {ours['perplexity'] / reference['perplexity'] - 1:+.1%}"
+    if "windows" not in ours or "windows" not in reference:
+        return told
+    gaps = torch.tensor(ours["windows"], dtype=torch.float64) - torch.tensor(reference["windows"], dtype=torch.float64)
+    return f"{told} +- {float(gaps.std()) / math.sqrt(len(gaps)):.1%}"
 
 
 def of_program(program: Program, held: tuple[Sample, ...]) -> Perplexity:
@@ -190,9 +203,9 @@ class Report:
         for what, row in rows.items():
             if "ours" not in row:
                 continue
-            ours, plain = row["ours"], row.get("reference", {}).get("perplexity")
+            ours = row["ours"]
             gap = math.log(ours["perplexity"] / dense) / math.log(whole / dense) if whole else math.nan
-            beside = f"{plain:.2f} | {ours['perplexity'] / plain - 1:+.1%}" if plain else "| "
+            beside = compared(ours, row.get("reference"))
             lines.append(
                 f"| {what} | `{ours.get('pipeline', '')}` | {ours['perplexity']:.2f} | {ours['log_stderr']:.3f} "
                 f"| {ours['perplexity'] / dense:.2f} | {gap:.3f} | {beside} | {ours.get('error') or ''} "
