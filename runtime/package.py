@@ -222,7 +222,7 @@ def _facts(model: PreTrainedModel, length: int, batch: int) -> PackageFacts:
         vocabulary=model.config.get_text_config().vocab_size,
         end=tuple(end) if isinstance(end, Sequence) else () if end is None else (end,),
         compiled_for=compiled_for(model.device.type),
-        ops=any(type(m).__module__.endswith("runtime.lowered") for m in model.modules()),
+        ops=next(packed_modules(model), None) is not None,
     )
 
 
