@@ -12,8 +12,8 @@ from secateur.graph.pattern import Pattern
 from secateur.graph.permute import fixed, permute
 from secateur.graph.sparse import Sparse
 
-KINDS = ["llama", "gpt2", "mixtral", "deepseek_v3", "t5", "nano_gpt"]
-MORE = ["gemma2", "phi3", "qwen3", "bloom", "falcon", "bert"]
+KINDS = ["llama", "gpt2", "mixtral", "nano_gpt"]
+MORE = ["deepseek_v3", "t5", "gemma2", "phi3", "qwen3", "bloom", "falcon", "bert"]
 MLP = "mlp@model.layers.0.mlp"
 
 

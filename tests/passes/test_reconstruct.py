@@ -102,7 +102,7 @@ def test_several_architectures_come_nearer_and_stay_sparse(kind: str, program_of
 
 @pytest.mark.parametrize(
     "options",
-    [{"solver": "lsq"}, {"solver": "adam"}, {"target": "own"}, {"target": "dense"}, {"autocast": True}],
+    [{"solver": "lsq"}, {"solver": "adam", "autocast": True}, {"target": "own"}, {"target": "dense"}],
     ids=str,
 )
 def test_every_way_serves_the_tokens_held_back(options: dict[str, Any], program_of: ByKind) -> None:
