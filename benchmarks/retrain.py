@@ -56,7 +56,7 @@ ARMS: dict[str, tuple[type[TrainingPass], dict[str, Any]]] = {
     "adaptive-ce": (RetrainSparse, CE),
     "magnitude": (RetrainSparse, {"score": "magnitude", "revive": "zero"}),
     "magnitude-revived": (RetrainSparse, {"score": "magnitude"}),
-    "no-pull": (RetrainSparse, {"strength": 0.0}),
+    **{f"pull-{strength:g}": (RetrainSparse, {"strength": strength}) for strength in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)},
     "zero": (RetrainSparse, {"revive": "zero"}),
     "sum": (RetrainSparse, {"moment": "sum"}),
     "cast": (RetrainSparse, {"mode": "cast", "strength": 1.0}),

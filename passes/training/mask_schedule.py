@@ -131,17 +131,20 @@ class MaskSchedule:
             ) from error
         site.first = site.first.to(new.device)
         size, squares = whole.abs(), whole.square()
-        least = torch.finfo(squares.dtype).tiny
-        loose = squares.masked_fill(old, 0).sum() / (~old).sum().clamp_min(1) / squares.mean().clamp_min(least)
-        found = [(new != old).sum(), (new != site.first).sum(), size.masked_fill(new, 0).sum(), size.sum()]
-        told = torch.stack([part.double() for part in (*found, self._strength() * loose.sqrt())]).cpu()
+        total, energy = size.sum(), squares.sum()
+        gone = 1 - _count(old) / old.numel()
+        loose = (energy - (squares * old.view(torch.uint8)).sum()) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+        ratio = (loose.clamp_min(0) / gone.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
+        removed = total - (size * new.view(torch.uint8)).sum()
+        found = (_count(new ^ old), _count(new ^ site.first), removed, total, self._strength() * ratio)
+        told = torch.stack([part.double() for part in found]).cpu()
         old.copy_(new)
         return told
 
     def _removed_here(self, site: Site) -> Tensor:
-        """[rows here, K] bool: what the mask of a weight removes of this process's part."""
+        """[rows here, K] 1 or 0: what the mask of a weight removes of this process's part."""
         if site.name not in self._removed:
-            self._removed[site.name] = ~local(_spread(site.mask, site.weight))
+            self._removed[site.name] = (~local(_spread(site.mask, site.weight))).view(torch.uint8)
         return self._removed[site.name]
 
     # ------------------------------------------------------------------ what outlives a kill
@@ -164,6 +167,11 @@ def _squares(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     if mesh is not None:
         torch.distributed.all_reduce(found, group=mesh.get_group())
     return found
+
+
+def _count(mask: Tensor) -> Tensor:
+    """How many are true, int64; bytes are summed three times as fast as bools, on a CPU."""
+    return mask.view(torch.uint8).sum()
 
 
 def _whole(weight: Tensor) -> Tensor:

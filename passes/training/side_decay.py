@@ -25,7 +25,7 @@ ELEMENTS = 1 << 25  # of weights that are updated together; two temporaries of t
 
 @dataclass(frozen=True, eq=False)
 class Pull:
-    """On one weight.   removed: bool of the weight's (local) shape.   strength: lambda, a scalar tensor.
+    """On one weight.   removed: of the weight's (local) shape, bool or 1 and 0.   strength: lambda, a scalar tensor.
 
     share: None: lambda W is added.  A number a, 0..1: what is removed moves by (1 - a) m + a lambda sign(W) instead.
     """

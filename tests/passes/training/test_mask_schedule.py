@@ -76,7 +76,7 @@ def test_the_pull_has_no_dimension() -> None:
                 pulls[id(one.weight)].strength * weight.square().mean().sqrt() / gradient.square().mean().sqrt()
             )
             assert ratio == pytest.approx(0.5 * min(1.0, step / 4), rel=1e-5)
-            assert torch.equal(pulls[id(one.weight)].removed, ~one.mask)
+            assert torch.equal(pulls[id(one.weight)].removed.bool(), ~one.mask)
         schedule.after_update()
 
 
