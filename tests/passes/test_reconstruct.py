@@ -240,7 +240,7 @@ def test_activations_on_the_disk_change_no_bit(
 
 
 def test_the_whole_way_is_kept_over_a_kill_and_opens_as_a_stock_model(program_of: ByKind) -> None:
-    """Channels reordered, 2:4, rebuilt: what it is compared with is the dense model in the new order, then and later."""
+    """Channels reordered, 2:4, rebuilt: compared with the dense model in the new order, then and later."""
     dense = program_of("llama")
     text = "permute-channels,sparsify,reconstruct{solver=lsq}"
     done = Pipeline.parse(text).run(dense, [ids()])
