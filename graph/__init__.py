@@ -8,7 +8,9 @@ from secateur.graph.coupling import FAMILIES, CoupledGroup, Member, coupled_grou
 from secateur.graph.drop import drop
 from secateur.graph.errors import SecateurError
 from secateur.graph.masked import masked_call
+from secateur.graph.parts import Part, parts
 from secateur.graph.pattern import Pattern, Share, parse_pattern
+from secateur.graph.permute import permute
 from secateur.graph.program import Cut, Program, Source, Step
 from secateur.graph.rewrite import keep, with_parameters
 from secateur.graph.rules import axis_rule
@@ -22,6 +24,7 @@ __all__ = [
     "CoupledGroup",
     "Cut",
     "Member",
+    "Part",
     "Pattern",
     "Program",
     "SecateurError",
@@ -42,6 +45,8 @@ __all__ = [
     "keep",
     "masked_call",
     "parse_pattern",
+    "parts",
+    "permute",
     "verify",
     "with_parameters",
 ]
