@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +14,8 @@ from secateur.graph.errors import EditError
 from secateur.graph.pattern import Pattern
 from secateur.graph.permute import fixed, permute
 from secateur.passes.base import Context, Cost, Pass, PassResult
+from secateur.passes.data import CalibrationError
+from secateur.passes.gram import GramError, inverse_factor
 from secateur.passes.importance.base import distinct_members
 from secateur.passes.importance.moments import pairs_of
 from secateur.passes.importance.observe import Reader, observe
@@ -21,8 +23,10 @@ from secateur.passes.lower_layers import linear_layers, on_meta, weights
 from secateur.passes.options import OptionError
 from secateur.passes.permute_search import Found, arrange
 from secateur.passes.quality import logits
+from secateur.passes.repair_run import Lockstep
 
 ROWS = 32_768  # rows of weights that a search looks at; of more, a random part
+DAMPING = 0.01  # of the Gram matrices, in parts of the mean square
 GAP = 1e-4  # of the largest output, in float32: more is no rounding
 Inputs = dict[tuple[str, int], Tensor]
 
@@ -37,7 +41,8 @@ class PermuteChannels(Pass):
     consume it, each of which counts alike.  The outputs are compared before and after, and must agree.
 
     pattern: that ``sparsify`` will put on the weights.
-    metric: magnitude (|W|) or wanda (|W| times the norm of its input over the calibration tokens); squares are summed.
+    metric: of the sparsify to come: magnitude (W^2), wanda (W^2 times the mean square of the input over the calibration
+        tokens) or sparsegpt (W^2 over the diagonal of the inverse of the inputs' Gram matrix).
     families: of coupled groups to reorder; all whose order makes a difference where none is named.
     Source: Zhang et al. 2024 (RIA), ICLR 2024, section 4.2, who gather at run time; coupled groups in place of that,
         and the search over all consumers together, are ours.
@@ -50,7 +55,7 @@ class PermuteChannels(Pass):
     }
 
     pattern: str = "2:4"
-    metric: Literal["magnitude", "wanda"] = "wanda"
+    metric: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
     families: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -62,11 +67,11 @@ class PermuteChannels(Pass):
 
     @property
     def needs_data(self) -> bool:
-        return self.metric == "wanda"
+        return self.metric != "magnitude"
 
     @property
     def cost(self) -> Cost:
-        return Cost(1.0 if self.needs_data else 0.0, 4.0)
+        return Cost(1.5 if self.needs_data else 0.0, 4.0, holds=int(self.metric == "sparsegpt"))
 
     def requires(self, program: Program) -> list[str]:
         missing = ["the weights are on the meta device: open the model with weights"] * on_meta(program)
@@ -77,7 +82,7 @@ class PermuteChannels(Pass):
         read, left = self._readable(program, pattern)
         for name, reason in left.items():
             context.log.info("permute-channels leaves %s alone: %s", name, reason)
-        norms = _norms(program, list(read), context) if self.needs_data else {}
+        norms = NORMS[self.metric](program, list(read), context)
         known, found = weights(program), dict[str, Found]()
         for group, members in context.progress(list(read.items()), "permute", len(read)):
             score = _score(members, known, norms, context.seed)
@@ -156,6 +161,38 @@ def _norms(program: Program, groups: list[CoupledGroup], context: Context) -> In
         key = (member.parameter, member.dim)
         found[key] = sums[reader.node, reader.dim]
     return found
+
+
+def _curvatures(program: Program, groups: list[CoupledGroup], context: Context) -> Inputs:
+    """One over the diagonal of the inverse Gram matrix of every input, by weight and dim: [inputs] float32.
+
+    It is what removing a weight costs after the others of its row made up for it.  One matrix is held at a time.
+    Source: Hassibi & Stork 1992 (OBS), eq. 5; damped as in ``sparsify``."""
+    order, data = {node: at for at, node in enumerate(program.gm.graph.nodes)}, context.data or ()
+    pairs = [pair for group in groups for pair in pairs_of(program, group)]
+    run, found, seen = Lockstep(program, data), dict[tuple[str, int], Tensor](), dict[Any, Tensor]()
+    for member, reader in sorted(pairs, key=lambda pair: order[pair[1].node]):
+        place = (reader.node, reader.dim)
+        if place not in seen:
+            run.advance(reader.node.name)
+            gram_KK = torch.zeros(0)
+            for sample in range(len(data)):
+                rows = run.value(sample, reader.node.name).movedim(reader.dim, -1).float().flatten(0, -2)
+                part = (rows.T @ rows).double()
+                gram_KK = part if not sample else gram_KK + part
+            try:
+                seen[place] = 1 / inverse_factor(gram_KK, DAMPING)[0].square().sum(0)
+            except GramError as error:
+                raise CalibrationError(f"permute-channels, inputs of {member.parameter}: {error}") from error
+        found[member.parameter, member.dim] = seen[place]
+    return found
+
+
+NORMS: Mapping[str, Callable[[Program, list[CoupledGroup], Context], Inputs]] = {
+    "magnitude": lambda program, groups, context: {},
+    "wanda": _norms,
+    "sparsegpt": _curvatures,
+}
 
 
 def _check_unchanged(before: Program, after: Program, context: Context) -> float:

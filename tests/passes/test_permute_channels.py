@@ -112,7 +112,7 @@ def test_more_is_kept_and_the_function_stays(kind: str, program_of: ByKind) -> N
 def test_inputs_that_fire_weigh_more(llama: Program) -> None:
     """By wanda, the score is that of |W| times the norms of the inputs."""
     data = samples([ids()], llama)
-    found = PermuteChannels(families=("mlp",))(llama, Context(data=data)).history[-1].figures["kept"]
+    found = PermuteChannels(metric="wanda", families=("mlp",))(llama, Context(data=data)).history[-1].figures["kept"]
     assert list(found) == ["mlp@model.layers.0.mlp", "mlp@model.layers.1.mlp"]
     layer = llama.source.model.get_submodule("model.layers.1.mlp.down_proj")
     seen: list[Tensor] = []
@@ -123,6 +123,26 @@ def test_inputs_that_fire_weigh_more(llama: Program) -> None:
     score = (layer.weight.detach() * seen[0].flatten(0, -2).norm(dim=0)).square()
     wanted = (score * Pattern(2, 4).mask(score)).sum() / score.sum()
     assert found["mlp@model.layers.1.mlp"]["before"] == pytest.approx(float(wanted), abs=2e-5)
+
+
+def test_what_others_make_up_for_weighs_less(llama: Program) -> None:
+    """By sparsegpt, the score is W^2 over the diagonal of the damped inverse of the inputs' Gram matrix."""
+    data = samples([ids(8)], llama)
+    found = (
+        PermuteChannels(metric="sparsegpt", families=("mlp",))(llama, Context(data=data)).history[-1].figures["kept"]
+    )
+    layer = llama.source.model.get_submodule("model.layers.1.mlp.down_proj")
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    llama.source.model(input_ids=ids(8))
+    hook.remove()
+    x = seen[0].flatten(0, -2).double()
+    gram = x.T @ x
+    inverse = torch.linalg.inv(gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram)))
+    assert isinstance(layer, nn.Linear)
+    score = layer.weight.detach().square() / inverse.diagonal().float()
+    wanted = (score * Pattern(2, 4).mask(score)).sum() / score.sum()
+    assert found["mlp@model.layers.1.mlp"]["before"] == pytest.approx(float(wanted), abs=1e-4)
 
 
 def test_another_seed_finds_as_much(llama: Program) -> None:
