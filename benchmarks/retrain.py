@@ -59,7 +59,7 @@ ARMS: dict[str, tuple[type[TrainingPass], dict[str, Any]]] = {
     **{f"pull-{strength:g}": (RetrainSparse, {"strength": strength}) for strength in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)},
     "zero": (RetrainSparse, {"revive": "zero"}),
     "sum": (RetrainSparse, {"moment": "sum"}),
-    "cast": (RetrainSparse, {"mode": "cast", "strength": 1.0}),
+    "cast": (RetrainSparse, {"mode": "cast"}),
     "boost-16": (RetrainSparse, {"boost": 16}),
     "fixed-sum": (RetrainSparse, {"mode": "fixed", "moment": "sum"}),
 }

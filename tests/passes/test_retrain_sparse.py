@@ -178,10 +178,16 @@ def test_the_first_refresh_respects_a_start_of_any_kind(made: Made) -> None:
     changed = with_parameters(small, shrunk)
     options = {**QUICK, "lr": 1e-9, "tokens": 288, "refresh": 2, "kl": 0.0, "ce": 1.0}
     assert figures(RetrainSparse(**options)(changed, context))["mask_bits_changed"] == 0
-    bare = {name: replace(one, removed=None) for name, one in changed.sparse.items()}
-    forgotten = RetrainSparse(**{**options, "lr": 1e-3})(changed.replace(sparse=MappingProxyType(bare)), context)
+
+
+@pytest.mark.slow
+def test_what_was_not_kept_starts_from_zero(made: Made) -> None:
+    small, context = made
+    options = {**QUICK, "tokens": 288, "refresh": 2, "kl": 0.0, "ce": 1.0}
+    bare = {name: replace(one, removed=None) for name, one in small.sparse.items()}
+    forgotten = RetrainSparse(**options)(small.replace(sparse=MappingProxyType(bare)), context)
     assert all(one.removed is None for one in forgotten.sparse.values())
-    zero = RetrainSparse(**{**options, "lr": 1e-3}, revive="zero")(changed, context)
+    zero = RetrainSparse(**options, revive="zero")(small, context)
     assert losses(zero) == losses(forgotten)
 
 
