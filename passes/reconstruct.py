@@ -54,7 +54,7 @@ class Reconstruct(Pass):
 
     target: Target = "stream"
     solver: Literal["lsq", "adam", "both"] = "both"
-    epochs: Annotated[int, Field(ge=1)] = 3
+    epochs: Annotated[int, Field(ge=1)] = 4
     lr: Annotated[float, Field(gt=0)] = 0.01
     vectors: bool = True
     autocast: bool = False
