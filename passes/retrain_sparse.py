@@ -74,7 +74,7 @@ class RetrainSparse(Distill):
     ce: Share = 0.33
     temperature: Annotated[float, Field(gt=0)] = 2.0
     mode: Literal["adaptive", "fixed", "cast"] = "adaptive"
-    strength: Annotated[float, Field(ge=0)] = 1.0
+    strength: Annotated[float, Field(ge=0)] = 3.0
     ramp: Annotated[float, Field(ge=0, le=1)] = 0.25
     refresh: Annotated[int, Field(ge=1)] = 10
     score: Literal["match", "magnitude", "wanda", "ria"] = "match"
