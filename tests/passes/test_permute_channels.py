@@ -100,7 +100,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_more_is_kept_and_the_function_stays(kind: str, program_of: ByKind) -> None:
     program = program_of(kind)
-    after = PermuteChannels(metric="magnitude")(program)
+    after = PermuteChannels(metric="magnitude", families=())(program)
     figures = after.history[-1].figures
     for name, dim in WEIGHTS[kind]:
         assert kept(after, name, dim) > kept(program, name, dim) + 0.005
@@ -181,7 +181,7 @@ class Placed(nn.Module):
 
 def test_channels_with_a_place_stay_where_they_are() -> None:
     program = capture(Placed().eval(), {"input_ids": torch.zeros(2, 5, dtype=torch.int64)})
-    after = PermuteChannels(metric="magnitude")(program)
+    after = PermuteChannels(metric="magnitude", families=())(program)
     left = after.history[-1].figures["left_alone"]
     assert len(left) == 1 and "no checkpoint holds its order" in next(iter(left.values()))
     up, same = (dict(p.named_parameters())["up.bias"] for p in (after, program))
