@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from secateur.graph import CoupledGroup, Member, Program, coupled_groups
+from secateur.graph import FAMILIES, CoupledGroup, Member, Program, coupled_groups
 from secateur.graph.errors import EditError
 from secateur.graph.pattern import Pattern
 from secateur.graph.permute import fixed, permute
@@ -20,7 +20,7 @@ from secateur.passes.importance.base import distinct_members
 from secateur.passes.importance.moments import pairs_of
 from secateur.passes.importance.observe import Reader, observe
 from secateur.passes.lower_layers import linear_layers, on_meta, weights
-from secateur.passes.options import OptionError
+from secateur.passes.options import OptionError, did_you_mean
 from secateur.passes.permute_search import Found, arrange
 from secateur.passes.quality import logits
 from secateur.passes.repair_run import Lockstep
@@ -65,6 +65,10 @@ class PermuteChannels(Pass):
             Pattern.parse(self.pattern)
         except ValueError as error:
             raise OptionError(f"{self.name}: pattern={self.pattern!r}: {error}", option="pattern") from None
+        for family in self.families:
+            if family not in FAMILIES:
+                hint = did_you_mean(family, FAMILIES)
+                raise OptionError(f"{self.name}: {family!r} is no family of groups; {hint}", option="families")
 
     @property
     def needs_data(self) -> bool:

@@ -164,6 +164,8 @@ def test_after_a_pattern_it_refuses(llama: Program) -> None:
 def test_a_pattern_that_is_none_is_refused() -> None:
     with pytest.raises(OptionError, match="pattern"):
         PermuteChannels(pattern="50%")
+    with pytest.raises(OptionError, match="'mpl' is no family of groups; did you mean"):
+        PermuteChannels(families=("mpl",))
 
 
 class Placed(nn.Module):
