@@ -48,10 +48,11 @@ ROWS = {
     "SparseGPT, groups refined": BEST,
 }
 WITH_OTHERS = {
-    "channels permuted, SparseGPT": f"permute-channels{{metric=wanda}},{GPT}",
-    "channels permuted, groups refined": f"permute-channels{{metric=wanda}},{BEST}",
+    "channels permuted, Wanda": "permute-channels{metric=wanda,families=[]},sparsify{metric=wanda}",
+    "channels permuted, SparseGPT": f"permute-channels,{GPT}",
+    "channels permuted, groups refined": f"permute-channels,{BEST}",
     "SparseGPT, reconstructed": f"{GPT},reconstruct",
-    "channels permuted, groups refined, reconstructed": f"permute-channels{{metric=wanda}},{BEST},reconstruct",
+    "channels permuted, groups refined, reconstructed": f"permute-channels,{BEST},reconstruct",
 }
 
 
