@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 import secateur
 from secateur.passes.data import samples
 from secateur.passes.quality import kl_to, next_token_losses, reference
+from secateur.runtime import raise_model
 from secateur.tools.corpus import calibration_windows, token_stream
 from secateur.tools.demo.assets import Wheel, convert_gguf, default_cache, fetch, once, text
 from secateur.tools.machine import describe_machine, peak_memory_bytes
@@ -47,6 +48,9 @@ PIPELINES = (
     "score{metric=wanda},prune-width{mlp=0.25}",
     "score{metric=wanda},prune-width{mlp=0.25},repair",
     "prune-depth{drop=2}",
+    "sparsify{refine=0}",
+    "permute-channels,sparsify",
+    "sparsify,retrain-sparse{tokens=3072,batch_tokens=512,window=256,held_out=2,evaluations=1,refresh=3}",
 )
 TOKENS, WINDOW, HELD_OUT = 4_096, 256, 2_048
 
@@ -115,7 +119,7 @@ def run(out: Path, pipelines: list[str]) -> None:
     )
     for pipeline in pipelines:
         start = time.perf_counter()
-        program = secateur.Pipeline.parse(pipeline).run(dense, calibration)
+        program = secateur.Pipeline.parse(pipeline).run(dense, calibration, raise_model=raise_model)
         spent = time.perf_counter() - start
         row = {"pipeline": pipeline, "parameters": program.num_parameters, "seconds": spent}
         rows.append({**row, **measure(program, held, predicted), "peak_bytes": peak_memory_bytes()})
