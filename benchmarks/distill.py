@@ -12,7 +12,6 @@ import json
 import math
 import os
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from secateur.passes.distill import Distill
 from secateur.passes.training.plan import TrainingPass
 from secateur.runtime import raise_model, save
 from secateur.tools.corpus import calibration_windows, token_stream
-from secateur.tools.demo.assets import MIN_CHARACTERS, MODEL_FOLDER, TEXT, default_cache, text
+from secateur.tools.demo.assets import MODEL_FOLDER, default_cache, text, training_text
 from secateur.tools.machine import describe_machine, peak_memory_bytes
 from secateur.tools.report.console import Voice
 from secateur.tools.report.curves import Panel, draw_curves
@@ -45,22 +44,12 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-def training_documents(cache: Path) -> list[str]:
-    """The leads that are neither for calibration nor held out, without repeats."""
-    with zipfile.ZipFile(cache / TEXT.file) as archive:
-        entries = json.loads(archive.read(TEXT.inside))
-    parts = text(cache)
-    others = {*parts.calibration, *parts.held_out}
-    leads = {" ".join(entries[title]["extract"].split()) for title in sorted(entries)}
-    return sorted(lead for lead in leads if len(lead) >= MIN_CHARACTERS and lead not in others)
-
-
 def prepare(out: Path, pipeline: str, voice: Voice) -> None:
     """The pruned model and the tokenised training text, once."""
     folder, cache = default_cache() / MODEL_FOLDER, default_cache()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not (out / "train.safetensors").is_file():
-        documents = training_documents(cache)
+        documents = training_text(cache)
         windows = calibration_windows(documents, tokenizer, tokens=_count(documents, tokenizer), window=WINDOW)
         out.mkdir(parents=True, exist_ok=True)
         save_file({"input_ids": windows.windows.int()}, out / "train.part")

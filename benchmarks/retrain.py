@@ -16,7 +16,6 @@ import math
 import os
 import statistics
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from secateur.runtime import raise_model
 from secateur.runtime.resume_fingerprint import digests
 from secateur.runtime.resume_state import rebuilt, state_of
 from secateur.tools.corpus import calibration_windows, token_stream
-from secateur.tools.demo.assets import MIN_CHARACTERS, MODEL_FOLDER, TEXT, default_cache, text
+from secateur.tools.demo.assets import MODEL_FOLDER, default_cache, text, training_text
 from secateur.tools.machine import describe_machine, peak_memory_bytes
 from secateur.tools.report.console import Voice
 from secateur.tools.report.curves import Panel, draw_curves
@@ -67,22 +66,12 @@ ARMS: dict[str, tuple[type[TrainingPass], dict[str, Any]]] = {
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36, 10: 2.26}
 
 
-def training_documents(cache: Path) -> list[str]:
-    """The leads that are neither for calibration nor held out, without repeats."""
-    with zipfile.ZipFile(cache / TEXT.file) as archive:
-        entries = json.loads(archive.read(TEXT.inside))
-    parts = text(cache)
-    others = {*parts.calibration, *parts.held_out}
-    leads = {" ".join(entries[title]["extract"].split()) for title in sorted(entries)}
-    return sorted(lead for lead in leads if len(lead) >= MIN_CHARACTERS and lead not in others)
-
-
 def prepare(out: Path, options: argparse.Namespace, voice: Voice) -> tuple[Program, Program]:
     """The dense and the sparse model, and the tokenised training text; made once."""
     folder, cache = default_cache() / MODEL_FOLDER, default_cache()
     tokenizer, window = AutoTokenizer.from_pretrained(folder), options.window
     if not (out / "train.safetensors").is_file():
-        documents = training_documents(cache)
+        documents = training_text(cache)
         tokens = int(token_stream(documents, tokenizer)[0].numel() // window * window)
         ids = calibration_windows(documents, tokenizer, tokens=tokens, window=window).windows.int()
         out.mkdir(parents=True, exist_ok=True)

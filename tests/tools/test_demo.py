@@ -120,6 +120,8 @@ def test_the_real_text_and_model_are_the_measured_ones(real_model: Path) -> None
     text = assets.text(real_model.parent)
     assert (len(text.calibration), len(text.held_out)) == (1002, 958)
     assert not set(text.calibration) & set(text.held_out)
+    training = assets.training_text(real_model.parent)
+    assert len(training) == len(set(training)) == 7959 and not {*text.calibration, *text.held_out} & set(training)
     config = json.loads((real_model / "config.json").read_text())
     assert (config["num_hidden_layers"], config["hidden_size"], config["dtype"]) == (30, 576, "float32")
     assert "quantization_config" not in config and (real_model / "chat_template.jinja").is_file()

@@ -168,9 +168,20 @@ class Text:
 
 def text(cache: Path) -> Text:
     """The Wikipedia leads, split by the SHA-256 of their titles and ordered by it."""
+    return split(_leads(cache))
+
+
+def training_text(cache: Path) -> list[str]:
+    """The leads that ``text`` gives to neither part, without repeats, in alphabetical order: enough to train on."""
+    parts, leads = text(cache), _leads(cache)
+    plain = {re.sub(r"\s+", " ", lead).strip() for lead in leads.values()} - {*parts.calibration, *parts.held_out}
+    return sorted(lead for lead in plain if len(lead) >= MIN_CHARACTERS)
+
+
+def _leads(cache: Path) -> dict[str, str]:
     with zipfile.ZipFile(cache / TEXT.file) as archive:
         entries = json.loads(archive.read(TEXT.inside))
-    return split({title: entry["extract"] for title, entry in entries.items()})
+    return {title: entry["extract"] for title, entry in entries.items()}
 
 
 def split(leads: dict[str, str]) -> Text:
