@@ -141,7 +141,7 @@ def run_cell(name: str, one: TrainingPass, seed: int, out: Path, models: Any, he
     found = {
         "cell": name,
         "seed": seed,
-        "options": step.options,
+        "options": {**step.options, "data": "train.safetensors"},
         "figures": step.figures,
         "curve": json.loads((work / "curves" / f"{one.name}.json").read_text())["curve"],
         "held_out_documents": quality(trained, dense, held, end),
