@@ -42,7 +42,9 @@ def files(subject: Subject) -> Findings:
         told.append(Finding(level, f"pickles, which can run code when they are read: {names}", mend))
     if code:
         names = ", ".join(code[:3])
-        told.append(Finding("warning", f"code: {names}", "It was not run; open the folder only with loaders that do not run it"))
+        told.append(
+            Finding("warning", f"code: {names}", "It was not run; open the folder only with loaders that do not run it")
+        )
     if (subject.folder / SINGLE).is_file() and (subject.folder / INDEX).is_file():
         told.append(Finding("warning", f"{SINGLE} and {INDEX}: loaders take the first", "Delete the one that is stale"))
     yield from told
