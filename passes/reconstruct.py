@@ -66,8 +66,8 @@ class Reconstruct(Pass):
 
     @property
     def cost(self) -> Cost:
-        adam = 0.0 if self.solver == "lsq" else 3.0 * self.epochs
-        return Cost(8.0 + adam, 8.0, holds=0 if self.offload else 3)
+        adam = 0.0 if self.solver == "lsq" else 1.5 * self.epochs
+        return Cost(4.0 + adam, 8.0, holds=0 if self.offload else 3)
 
     def requires(self, program: Program) -> list[str]:
         reasons = {

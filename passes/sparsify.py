@@ -15,6 +15,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from secateur.graph import Cut, Pattern, Program, Share, Sparse, parse_pattern, with_parameters
+from secateur.graph.errors import PipelineError
 from secateur.passes.base import Context, Cost, Pass, PassResult
 from secateur.passes.journal import Entry, Journal
 from secateur.passes.lower_layers import Layer, linear_layers, on_meta, sharing_input, weights
@@ -115,6 +116,16 @@ class Sparsify(Pass):
     def requires(self, program: Program) -> list[str]:
         missing = ["the weights are on the meta device: open the model with weights"] * on_meta(program)
         return super().requires(program) + missing + self._misnamed(program)
+
+    def preview(self, program: Program) -> Program:
+        """The Program that says its weights are sparse; under a budget, those that may become so.
+
+        Raises: PipelineError: names or widths do not fit.
+        """
+        if faults := self._misnamed(program):
+            raise PipelineError(f"sparsify cannot run: {'; '.join(faults)}")
+        made = {one.parameter: Sparse(self.kind, self.metric) for one in self._choose(program)[0]}
+        return program.replace(scores={}, sparse=MappingProxyType({**program.sparse, **made}))
 
     def _misnamed(self, program: Program) -> list[str]:
         """What is wrong with the names, and with the weights that they mean."""

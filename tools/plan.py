@@ -53,10 +53,21 @@ class Job:
 
 
 @dataclass(frozen=True)
+class SparseShare:
+    """Weights of one pattern: how many, their entries, and how many of these are zero at least."""
+
+    pattern: str
+    weights: int
+    entries: int
+    zeros: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What would come out.
 
     before, after: footprints.   edits: units kept by each group.   job: what the run would take.
+    sparse: weights with a pattern; under a budget some of them stay dense.
     misfit: why no stock class can hold the result and what would make it fit, or None.
     advice: what practice warns of.
     """
@@ -68,6 +79,7 @@ class Plan:
     job: Job
     misfit: str | None
     advice: tuple[Advice, ...] = ()
+    sparse: tuple[SparseShare, ...] = ()
 
     def to_json(self) -> JSON:
         """As JSON values."""
@@ -107,7 +119,21 @@ def make_plan(
         width=widest_input(smaller, edits),
     )
     advice = advise(pipeline, stages, edits, job.tokens)
-    return Plan(pipeline.to_text(), before, after, tuple(edits), job, _misfit(smaller, stock), tuple(advice))
+    misfit, sparse = _misfit(smaller, stock), sparse_shares(smaller)
+    return Plan(pipeline.to_text(), before, after, tuple(edits), job, misfit, tuple(advice), sparse)
+
+
+def sparse_shares(program: Program) -> tuple[SparseShare, ...]:
+    """The sparse weights of a Program, by pattern."""
+    known, found = dict(program.named_parameters()), dict[str, SparseShare]()
+    for name, one in program.sparse.items():
+        entries, (rows, columns) = known[name].numel(), known[name].shape
+        width = one.pattern.group(columns)
+        zeros = rows * (columns // width) * (width - one.pattern.kept_of(columns))
+        before = found.get(str(one.pattern), SparseShare(str(one.pattern), 0, 0, 0))
+        total = before.weights + 1, before.entries + entries, before.zeros + zeros
+        found[str(one.pattern)] = SparseShare(str(one.pattern), *total)
+    return tuple(found.values())
 
 
 def estimate(

@@ -13,7 +13,7 @@ from secateur.graph.errors import EditError
 from secateur.passes import Pipeline
 from secateur.runtime import plan_config
 from secateur.tools.footprint import footprint
-from secateur.tools.plan import estimate, make_plan, on_meta, probe_gflops
+from secateur.tools.plan import SparseShare, estimate, make_plan, on_meta, probe_gflops, sparse_shares
 
 TEXT = "score{metric=random},prune-width{mlp=0.25,kv_heads=1,hidden=0.25}"
 
@@ -34,6 +34,21 @@ def test_the_plan_is_what_comes_out(llama: Program) -> None:
     }
     assert plan.misfit is None
     assert json.loads(json.dumps(plan.to_json()))["after"]["parameters"] == plan.after.parameters
+
+
+def test_the_plan_tells_which_weights_become_sparse(llama: Program) -> None:
+    pipeline = Pipeline.parse("sparsify{metric=magnitude,ignore=down_proj}")
+    made = pipeline.run(llama)
+    (told,) = make_plan(llama, pipeline, fits).sparse
+    weights = [p for name, p in made.named_parameters() if name in made.sparse]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    assert told == SparseShare("2:4", len(weights), sum(weight.numel() for weight in weights), zeros)
+    assert sparse_shares(made) == (told,) and not make_plan(llama, Pipeline.parse(TEXT), fits).sparse
+
+
+def test_widths_that_do_not_fit_a_pattern_are_refused_before_any_work(llama: Program) -> None:
+    with pytest.raises(SecateurError, match="no multiple of 7"):
+        make_plan(llama, Pipeline.parse("sparsify{pattern=5:7,metric=magnitude}"), fits)
 
 
 def test_planning_touches_no_weight(llama: Program) -> None:

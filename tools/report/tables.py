@@ -51,7 +51,16 @@ def plan_tables(plan: Plan) -> list[Table]:
     for share in plan.job.passes:
         job.add_row(f"- {share.name}", f"{duration(share.seconds)}, {size(share.bytes)} beside the weights")
     job.add_row("stock checkpoint", "yes" if plan.misfit is None else f"no: {plan.misfit}")
-    return [sizes, edits, job, *advice_tables(plan.advice)]
+    shown = [table for table in (edits, sparse_table(plan)) if table.row_count]
+    return [sizes, *shown, job, *advice_tables(plan.advice)]
+
+
+def sparse_table(plan: Plan) -> Table:
+    """The weights that would be sparse; they keep their shapes, so that sizes do not change."""
+    table = _table("what would be sparse", "pattern", "weights", "parameters in them", "of these zero")
+    for one in plan.sparse:
+        table.add_row(one.pattern, str(one.weights), count(one.entries), count(one.zeros))
+    return table
 
 
 def advice_tables(advice: Iterable[Advice]) -> list[Table]:
