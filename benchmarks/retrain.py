@@ -69,9 +69,9 @@ STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36, 10: 2.26}
 def prepare(out: Path, options: argparse.Namespace, voice: Voice) -> tuple[Program, Program]:
     """The dense and the sparse model, and the tokenised training text; made once."""
     folder, cache = default_cache() / MODEL_FOLDER, default_cache()
-    tokenizer, window = AutoTokenizer.from_pretrained(folder), options.window
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     if not (out / "train.safetensors").is_file():
-        documents = training_text(cache)
+        documents, window = training_text(cache), options.train_window
         tokens = int(token_stream(documents, tokenizer)[0].numel() // window * window)
         ids = calibration_windows(documents, tokenizer, tokens=tokens, window=window).windows.int()
         out.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,8 @@ def prepare(out: Path, options: argparse.Namespace, voice: Voice) -> tuple[Progr
     dense, journal = secateur.capture(folder), Journal(out / "start")
     kept = journal.read("start")
     if kept is None:
-        calibration = calibration_windows(text(cache).calibration, tokenizer, tokens=options.calibration, window=window)
+        documents, window = text(cache).calibration, options.window
+        calibration = calibration_windows(documents, tokenizer, tokens=options.calibration, window=window)
         begun = time.perf_counter()
         sparse = secateur.Pipeline.parse(options.start).run(dense, data=calibration, progress=voice.progress)
         entry = state_of(sparse, digests(dense))
@@ -91,15 +92,13 @@ def prepare(out: Path, options: argparse.Namespace, voice: Voice) -> tuple[Progr
 
 
 @torch.no_grad()
-def quality(model: Any, dense: Any, held: torch.Tensor, end: int) -> dict[str, float]:
-    """Perplexity and mean KL(dense || model) on held-out documents, in nats a token; end tokens are no targets."""
-    losses, kls = [], []
+def perplexity(model: Any, held: torch.Tensor, end: int) -> float:
+    """Of held-out documents; end tokens are no targets."""
+    losses = []
     for row in held:
-        logs, wanted = (F.log_softmax(m(input_ids=row[None]).logits[0, :-1].float(), -1) for m in (model, dense))
-        counted = row[1:] != end
-        losses.append(F.nll_loss(logs, row[1:], reduction="none")[counted])
-        kls.append((wanted.exp() * (wanted - logs)).sum(-1)[counted])
-    return {"perplexity": math.exp(torch.cat(losses).double().mean()), "kl": float(torch.cat(kls).double().mean())}
+        logs = F.log_softmax(model(input_ids=row[None]).logits[0, :-1].float(), -1)
+        losses.append(F.nll_loss(logs, row[1:], reduction="none")[row[1:] != end])
+    return math.exp(torch.cat(losses).double().mean())
 
 
 def cell_pass(arm: str, lr: float, tokens: int, options: argparse.Namespace) -> TrainingPass:
@@ -111,7 +110,7 @@ def cell_pass(arm: str, lr: float, tokens: int, options: argparse.Namespace) -> 
         lr=lr,
         batch_tokens=options.batch_tokens,
         micro_batch=options.micro_batch,
-        window=options.window,
+        window=options.train_window,
         data=str(options.out / "train.safetensors"),
         precision=options.precision,
         held_out=options.windows,
@@ -144,7 +143,7 @@ def run_cell(name: str, one: TrainingPass, seed: int, out: Path, models: Any, he
         "options": {**step.options, "data": "train.safetensors"},
         "figures": step.figures,
         "curve": json.loads((work / "curves" / f"{one.name}.json").read_text())["curve"],
-        "held_out_documents": quality(trained, dense, held, end),
+        "perplexity": perplexity(trained, held, end),
         "cpu_seconds_of_training": worked,
         "seconds_of_this_run": time.perf_counter() - begun,
         "peak_bytes": peak_memory_bytes(),
@@ -181,10 +180,10 @@ def summary(facts: dict[str, Any], cells: list[dict[str, Any]]) -> list[dict[str
         controls: dict[float, list[float]] = {}
         for cell in cells:
             if cell["arm"] == "dense" and cell["options"]["tokens"] == tokens:
-                controls.setdefault(cell["options"]["lr"], []).append(cell["held_out_documents"]["perplexity"])
-        best = min([statistics.mean(v) for v in controls.values()] + [facts["dense"]["perplexity"]])
-        reached = [cell["held_out_documents"]["perplexity"] for cell in found]
-        wide = math.log(facts["before"]["perplexity"] / best)
+                controls.setdefault(cell["options"]["lr"], []).append(cell["perplexity"])
+        best = min([statistics.mean(v) for v in controls.values()] + [facts["dense"]])
+        reached = [cell["perplexity"] for cell in found]
+        wide = math.log(facts["before"] / best)
         rows.append(
             {
                 "arm": arm,
@@ -192,7 +191,7 @@ def summary(facts: dict[str, Any], cells: list[dict[str, Any]]) -> list[dict[str
                 "tokens": tokens,
                 "seeds": len(found),
                 "perplexity": reached,
-                "kl": [cell["held_out_documents"]["kl"] for cell in found],
+                "kl": [cell["figures"]["held_out"][-1]["kl"] for cell in found],
                 "dense_control": best,
                 "gap_closed": [] if arm == "dense" else [1 - math.log(p / best) / wide for p in reached],
                 "mask_changed": [
@@ -211,7 +210,7 @@ def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> Non
     table = ["| arm | lr | tokens | seeds | perplexity | KL | gap closed | mask bits changed | CPU-s a step |"]
     table.append("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name in ("dense", "before"):
-        table.append(f"| {name}, untrained | | 0 | | {facts[name]['perplexity']:.2f} | {facts[name]['kl']:.3f} | | | |")
+        table.append(f"| {name}, untrained | | 0 | | {facts[name]:.2f} | | | | |")
     for row in rows:
         gap = _spread([100 * g for g in row["gap_closed"]], ".1f") + " %" if row["gap_closed"] else ""
         reached, kl = _spread(row["perplexity"], ".2f"), _spread(row["kl"], ".3f")
@@ -222,7 +221,7 @@ def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> Non
         )
     protocol = "\n".join(f"- {key}: {value}" for key, value in {**facts["protocol"], **facts["machine"]}.items())
     _write(out / "retrain.md", f"# What training under masks gives back\n\n{protocol}\n\n" + "\n".join(table) + "\n")
-    level = (facts["dense"]["perplexity_held_out_windows"], "dense, untrained")
+    level = (facts["dense_on_held_out_windows"], "dense, untrained")
     panels = [
         Panel("perplexity", "perplexity", "held-out windows", level, True),
         Panel("KL to the dense model", "kl", "nats a token, held-out windows"),
@@ -253,10 +252,10 @@ def facts_of(options: argparse.Namespace, models: Any, held: torch.Tensor, end: 
         "model": MODEL_FOLDER,
         "start": options.start,
         "calibration": f"{options.calibration:,} tokens of Wikipedia leads, windows of {options.window}",
-        "batch": f"{options.batch_tokens:,} tokens a step, windows of {options.window}",
+        "batch": f"{options.batch_tokens:,} tokens a step, windows of {options.train_window}",
         "held_out_windows": f"the first {options.windows} windows of the training text, not trained on",
-        "the table": f"{held.numel():,} tokens of leads in no other set, windows of {options.window}, float32",
-        "kl": "KL(dense || trained), nats, mean over tokens",
+        "perplexity": f"of {held.numel():,} tokens of leads in no other set, windows of {options.window}, float32",
+        "kl": "KL(dense || trained) on held_out_windows, nats, mean over tokens",
         "products in training": options.precision,
     }
     if file.is_file():
@@ -268,10 +267,10 @@ def facts_of(options: argparse.Namespace, models: Any, held: torch.Tensor, end: 
     found = {
         "protocol": protocol,
         "machine": describe_machine(),
-        "before": quality(sparse, dense, held, end),
-        "dense": quality(dense, dense, held, end),
+        "before": perplexity(sparse, held, end),
+        "dense": perplexity(dense, held, end),
+        "dense_on_held_out_windows": perplexity(dense, windows[: options.windows], -1),
     }
-    found["dense"]["perplexity_held_out_windows"] = quality(dense, dense, windows[: options.windows], -1)["perplexity"]
     _write(file, json.dumps(found, indent=1) + "\n")
     return found
 
@@ -287,10 +286,11 @@ def main() -> None:
     parser.add_argument("--start", default=START, help="the pipeline that makes the sparse model")
     parser.add_argument("--calibration", type=int, default=32_768)
     parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--train-window", type=int, default=512)
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--refresh", type=int, default=10)
-    parser.add_argument("--precision", default="bfloat16", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--evaluations", type=int, default=4)
     parser.add_argument("--save-every", type=int, default=20)
     parser.add_argument("--windows", type=int, default=8, help="windows of the training text held out")
@@ -301,7 +301,7 @@ def main() -> None:
     stream, _ = token_stream(text(default_cache()).held_out, tokenizer, tokens=options.held_out_tokens)
     held, end = stream.view(-1, options.window), tokenizer.eos_token_id
     facts, cells = facts_of(options, models, held, end), []
-    print({key: facts[key]["perplexity"] for key in ("dense", "before")}, flush=True)
+    print({key: facts[key] for key in ("dense", "before")}, flush=True)
     for seed in options.seeds:
         for tokens in options.tokens:
             for arm in options.arms:
@@ -315,7 +315,7 @@ def main() -> None:
                     else:
                         cell = run_cell(name, one, seed, options.out, models, held, end)
                     cells.append({"arm": arm, **cell})
-                    print(name, cell["figures"]["held_out"][-1], cell["held_out_documents"], flush=True)
+                    print(name, cell["figures"]["held_out"][-1], cell["perplexity"], flush=True)
                     report(options.out, facts, cells)
 
 
