@@ -54,6 +54,8 @@ def rows(ratios: list[float]) -> list[tuple[str, str]]:
         for told, one in {"ranked": ranked, "by KL": by_kl, "by error": by_error, "evolved": evolved}.items():
             for metric in ("wanda", "fisher") if told == "by KL" else ("fisher",):
                 found.append((f"{metric}, {told}, stream", _joined(f"score{{metric={metric}}}", one, "repair")))
+        for told, one in {"uniform": cut, "ranked": ranked}.items():
+            found.append((f"fisher, {told}, rebuilt", _joined("score{metric=fisher}", one, "reconstruct")))
     return found
 
 

