@@ -35,7 +35,7 @@ PEERS = {
     "fisher": "fisher",
 }
 REPAIRS = {"no repair": "", "own outputs": "repair{target=own}", "residual stream": "repair{target=stream}"}
-CALIBRATION, WINDOW, HELD_OUT = 10_240, 512, 9_216
+WINDOW, HELD_OUT = 512, 9_216
 
 
 def rows(ratios: list[float]) -> list[tuple[str, str]]:
@@ -131,10 +131,10 @@ def _replace(file: Path, body: str) -> None:
     os.replace(part, file)
 
 
-def run(asked: list[tuple[str, str]], out: Path) -> None:
+def run(asked: list[tuple[str, str]], out: Path, tokens: int) -> None:
     folder, documents = default_cache() / MODEL_FOLDER, text(default_cache())
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    calibration = calibration_windows(documents.calibration, tokenizer, tokens=CALIBRATION, window=WINDOW)
+    calibration = calibration_windows(documents.calibration, tokenizer, tokens=tokens, window=WINDOW)
     stream, _ = token_stream(documents.held_out, tokenizer, tokens=HELD_OUT)
     dense = secateur.capture(folder)
     context, held = Context(data=samples(calibration, dense)), samples(stream.view(-1, WINDOW), dense)
@@ -179,11 +179,12 @@ def main() -> None:
     parser.add_argument(
         "--ratios", type=float, nargs="+", default=[0.5, 0.25], help="parts of the MLP neurons to remove"
     )
+    parser.add_argument("--tokens", type=int, default=10_240, help="of calibration text")
     parser.add_argument("--only", default="", help="rows whose description or pipeline holds this text")
     parser.add_argument("--rows", nargs="*", help="these pipelines instead")
     options = parser.parse_args()
     asked = [(row, row) for row in options.rows or ()] or rows(options.ratios)
-    run([(told, row) for told, row in asked if options.only in told or options.only in row], options.out)
+    run([(told, row) for told, row in asked if options.only in told or options.only in row], options.out, options.tokens)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 No stock class has a place for a branch.  What is kept is a folder with the stock checkpoint of all else in ``base``,
 exactly as sparse as it is, and the branches beside it in the format of a PEFT adapter (what sums inputs is ``lora_A``,
-what is made of the sums is ``lora_B``, scale 1): ``load`` opens both, and so does PEFT, over ``base``.  The folder
-itself is no stock model, so that nobody opens half of it unawares.
+what is made of the sums is ``lora_B``, scale 1): ``load`` opens both, on packed weights or not, and so does PEFT, over
+``base``.  The folder itself is no stock model, so that nobody opens half of it unawares.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from transformers import PreTrainedModel
 
 from secateur.graph.errors import ArtifactError
 from secateur.graph.program import Program
+from secateur.kernels.sparse24 import PackedLinear, StackedPart
 from secateur.passes.boost import boosts, unboosted
+from secateur.runtime.lowering import lowered, runs_packed
 from secateur.runtime.source import open_model
 
 BASE, CONFIG, WEIGHTS = "base", "adapter_config.json", "adapter_model.safetensors"
@@ -40,19 +42,37 @@ class BranchedLinear(nn.Linear):
         return F.linear(input, self.weight, self.bias) + F.linear(F.linear(input, self.boost_in), self.boost_out)
 
 
+class BranchedPacked(nn.Module):
+    """The same beside a packed weight.   packed: gives x W^T + b.   boost_in: A [R, K].   boost_out: B [N, R]."""
+
+    def __init__(self, packed: PackedLinear | StackedPart, a: nn.Parameter, b: nn.Parameter) -> None:
+        super().__init__()
+        self.packed, self.boost_in, self.boost_out = packed, a, b
+
+    def forward(self, input: Tensor) -> Tensor:
+        found: Tensor = self.packed(input)
+        return found + F.linear(F.linear(input, self.boost_in), self.boost_out)
+
+
 def attach(model: nn.Module, branches: Mapping[str, tuple[nn.Parameter, nn.Parameter]]) -> None:
     """Give linear modules of a model their branches, in place.
 
     Args:  branches: (A, B) by the module's path.
-    Raises: ArtifactError: a path leads to no plain linear module, or shapes do not fit.
+    Raises: ArtifactError: a path leads to no plain or packed linear module, or shapes do not fit.
     """
     for path, (a, b) in branches.items():
-        module = model.get_submodule(path)
-        fits = type(module) is nn.Linear and (b.shape[0], a.shape[1]) == tuple(module.weight.shape)
-        if not fits or a.shape[0] != b.shape[1]:
+        module: Any = model.get_submodule(path)
+        packed = isinstance(module, PackedLinear | StackedPart)
+        fits = packed or type(module) is nn.Linear
+        if not fits or (b.shape[0], a.shape[1]) != (module.out_features, module.in_features) or len(a) != b.shape[1]:
             raise ArtifactError(f"{path} has no place for a branch of {list(a.shape)} and {list(b.shape)}")
-        module.__class__ = BranchedLinear
-        module.boost_in, module.boost_out = a, b
+        if packed:
+            owner, _, name = path.rpartition(".")
+            frozen = [nn.Parameter(one.detach(), requires_grad=False) for one in (a, b)]
+            setattr(model.get_submodule(owner), name, BranchedPacked(module, *frozen))
+        else:
+            module.__class__ = BranchedLinear
+            module.boost_in, module.boost_out = a, b
 
 
 def branches_of(program: Program, model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -69,19 +89,39 @@ def is_branched(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / BASE / "config.json").is_file()
 
 
-def load_branched(folder: Path) -> PreTrainedModel:
+def checkpoint_in(folder: Path) -> Path:
+    """Where the stock checkpoint of a folder is: in ``base`` where there are branches beside it."""
+    return folder / BASE if is_branched(folder) else folder
+
+
+def load_branched(
+    folder: Path, *, packed: bool | None = False, dtype: str | torch.dtype = "auto", weights: bool = True
+) -> PreTrainedModel:
     """The model of a folder with its branches, in eval mode.
 
+    Args:  packed: run on packed weights; None does if ``lower`` chose so.   dtype: of a model on stock weights; "auto"
+        keeps the stored one.   weights: False builds it on the meta device.
     Raises: ArtifactError: branches do not fit.   SourceError: the checkpoint is not sound.
     """
-    model = open_model(folder / BASE)
+    base = folder / BASE
+    model = lowered(base) if runs_packed(base, packed) else open_model(base, dtype=dtype, weights=weights)
     stored: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(folder / WEIGHTS).items():
         path, kind = key.removeprefix(PREFIX).removesuffix(".weight").rsplit(".", 1)
-        stored.setdefault(path, {})[kind] = value
+        stored.setdefault(path, {})[kind] = value.to(model.device, model.dtype)
     attach(model, {p: (nn.Parameter(v["lora_A"]), nn.Parameter(v["lora_B"])) for p, v in stored.items()})
     model.eval()
     return model
+
+
+def open_with_branches(
+    path_or_id: str | Path, *, dtype: str | torch.dtype = "auto", weights: bool = True
+) -> PreTrainedModel:
+    """``open_model``, for folders with branches as well."""
+    folder = Path(path_or_id).expanduser()
+    if is_branched(folder):
+        return load_branched(folder, dtype=dtype, weights=weights)
+    return open_model(path_or_id, dtype=dtype, weights=weights)
 
 
 def write_branches(branches: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> None:

@@ -24,12 +24,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from secateur.graph.errors import SecateurError
 from secateur.runtime.artifact import MANIFEST
+from secateur.runtime.branches import checkpoint_in, open_with_branches
 from secateur.runtime.huggingface import load
 from secateur.runtime.lowered import packed_modules, rearrange_for_gpu
 from secateur.runtime.lowering import FOLDER as PACKED
 from secateur.runtime.lowering import Running, read_plan, running, runs_packed
 from secateur.runtime.package import Packaged, is_package, load_package
-from secateur.runtime.source import open_model
 
 log = logging.getLogger(__name__)
 
@@ -111,12 +111,15 @@ def open_engine(
     if is_package(folder):
         return PackagedEngine(load_package(folder))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_packed = runs_packed(folder, packed)
+    checkpoint = checkpoint_in(folder)
+    on_packed = runs_packed(checkpoint, packed)
     if on_packed and dtype is not None:
         raise GenerateError(f"the packed weights of {folder} have a dtype: lower the model anew, or run it dense")
-    stock = dtype is not None or not has_manifest(folder)
-    model: Any = open_model(path, dtype=dtype or "auto") if stock else load(folder, packed=on_packed)
-    plan = read_plan(folder / PACKED) if on_packed else None
+    if dtype is None and has_manifest(folder):
+        model: Any = load(folder, packed=on_packed)
+    else:
+        model = open_with_branches(path, dtype=dtype or "auto")
+    plan = read_plan(checkpoint / PACKED) if on_packed else None
     moved = model.to(device)
     if device.startswith("cuda"):
         rearrange_for_gpu(moved)

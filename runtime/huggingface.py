@@ -144,7 +144,7 @@ def load(path: str | Path, *, verify: bool | None = None, packed: bool | None = 
     manifest = read_manifest(folder)
     verify_artifact(folder, hashes=manifest.num_bytes <= HASHED_BYTES if verify is None else verify)
     if is_branched(folder):
-        return load_branched(folder)
+        return load_branched(folder, packed=packed)
     return lowered(folder) if runs_packed(folder, packed) else open_model(folder)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from secateur.kernels.sparse24 import PackedLinear, StackedPart
 from secateur.kernels.sparse24.module import Tensors
 
+BESIDE = "packed"  # the packed weight's name in a module that adds something to its product
+
 
 @dataclass(frozen=True)
 class PackedLayer:

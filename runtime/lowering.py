@@ -28,7 +28,7 @@ from secateur.kernels.sparse24.ops import op_of
 from secateur.passes.lower import DTYPES, LayerPlan, Lowering, bits_of, packed_as_pruned, planned
 from secateur.passes.lower_cost import DENSE
 from secateur.passes.quantize_grid import Grid, find_grid, grid_of
-from secateur.runtime.lowered import PackedLayer, packed_modules, stacked
+from secateur.runtime.lowered import BESIDE, PackedLayer, packed_modules, stacked
 from secateur.runtime.source import open_model
 
 log = logging.getLogger(__name__)
@@ -260,10 +260,11 @@ def running(model: nn.Module, plan: Lowering | None = None) -> list[Running]:
     reasons = {row.layer.removesuffix(".weight"): row.reason for row in plan.layers} if plan else {}
     told = list[Running]()
     for name, module in model.named_modules():
-        if type(module) is nn.Linear:
+        if isinstance(module, nn.Linear):
             size = module.weight.nbytes
             told.append(Running(name, DENSE, "aten::linear", "torch", reasons.get(name, ""), size, size))
-    for name, module in packed_modules(model):
+    for path, module in packed_modules(model):
+        name = path.removesuffix(f".{BESIDE}")
         told.append(_running(name, module, reasons.get(name, "")))
     return told
 

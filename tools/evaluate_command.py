@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from secateur.runtime import open_model, read_manifest
+from secateur.runtime import read_manifest
 from secateur.runtime.artifact import MANIFEST
+from secateur.runtime.branches import checkpoint_in, open_with_branches
 from secateur.tools.advice import same_text
 from secateur.tools.corpus import read_documents, token_stream
 from secateur.tools.evaluate_tasks import TaskScore, read_tasks, run_tasks
@@ -107,7 +108,7 @@ def recorded(model: str) -> Mapping[str, Any]:
 def open_one(model: str, voice: Voice, where: torch.device, dtype: str, *, weights: bool) -> Any:
     """A model on its device, or its shapes alone."""
     with voice.waiting(f"opening {model}"):
-        opened: Any = open_model(model, weights=weights, dtype=dtype)
+        opened: Any = open_with_branches(model, weights=weights, dtype=dtype)
         if weights:
             opened = opened.to(where)
     if not opened.can_generate():
@@ -119,7 +120,7 @@ def open_tokenizer(model: str, opened: Any) -> Any:
     """The tokenizer beside a model."""
     from transformers import AutoTokenizer
 
-    folder = model if Path(model).is_dir() else str(getattr(opened, "name_or_path", model))
+    folder = str(checkpoint_in(Path(model))) if Path(model).is_dir() else str(getattr(opened, "name_or_path", model))
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.passes.lower import DTYPES
 from secateur.runtime.artifact import check_target
+from secateur.runtime.branches import checkpoint_in
 from secateur.runtime.engine import Engine, Generated, StockEngine, open_engine
 from secateur.runtime.lowering import as_json as layers_json
 from secateur.runtime.package import write_package
@@ -140,9 +141,10 @@ def read_tokenizer(model: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     here = Path(model).expanduser()
+    name = str(checkpoint_in(here)) if here.is_dir() else model
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(here) if here.is_dir() else model, local_files_only=here.is_dir(), trust_remote_code=False
+            name, local_files_only=here.is_dir(), trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise BadInput(f"{model} has no tokenizer that opens: {str(error).splitlines()[0]}") from error

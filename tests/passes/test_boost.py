@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from secateur.graph import Program, SecateurError, verify, with_parameters
-from secateur.graph.errors import PipelineError
+from secateur.graph.errors import ArtifactError, PipelineError
 from secateur.passes import Context
 from secateur.passes.adapt_lora import AdaptLora
 from secateur.passes.boost import boosted, boosts, group_sums, unboosted
-from secateur.passes.lower import packed_as_pruned
+from secateur.passes.lower import Lower, packed_as_pruned
 from secateur.passes.retrain_sparse import RetrainSparse
-from secateur.runtime import load, lower_graph, open_model, raise_model, save
+from secateur.runtime import load, lower_graph, open_engine, open_model, raise_model, save
+from secateur.runtime.branches import attach, open_with_branches
+from secateur.runtime.engine import StockEngine
+from secateur.runtime.lowered import packed_modules
 from secateur.runtime.resume_fingerprint import digests
 from secateur.runtime.resume_state import rebuilt, state_of
 
@@ -123,6 +127,36 @@ def test_it_is_kept_and_opened_with_its_branches(trained: Program, tmp_path: Pat
     for opener in (open_model, AutoModelForCausalLM.from_pretrained):
         with pytest.raises((SecateurError, OSError, ValueError)):
             opener(tmp_path / "out")
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_it_runs_on_packed_weights_with_its_branches(trained: Program, tmp_path: Path, chosen: bool) -> None:
+    """chosen: by a lower pass, so that whoever opens it runs packed."""
+    program = Lower(smallest=True)(trained) if chosen else trained
+    save(program, tmp_path / "out", check=False)
+    packed = load(tmp_path / "out", packed=None if chosen else True)
+    modules = dict(packed_modules(packed))
+    assert len(modules) == len(trained.sparse)
+    torch.testing.assert_close(logits(packed), logits(trained), rtol=1e-4, atol=1e-4)
+    engine = open_engine(tmp_path / "out", device="cpu", packed=True)
+    assert isinstance(engine, StockEngine)
+    kinds = Counter(row.kind for row in engine.layers)
+    assert kinds["2:4"] == len(trained.sparse), "nothing falls back to dense unseen"
+    dense = open_engine(tmp_path / "out", device="cpu", packed=False)
+    made = [one.generate(IDS, max_new_tokens=4, ignore_end=True).ids for one in (engine, dense)]
+    assert torch.equal(*made)
+    assert torch.equal(logits(open_with_branches(tmp_path / "out")), logits(trained))
+    shapes = open_with_branches(tmp_path / "out", weights=False)
+    assert shapes.num_parameters() == trained.num_parameters and shapes.device.type == "meta"
+
+
+def test_a_branch_that_fits_no_layer_is_an_error(trained: Program, tmp_path: Path) -> None:
+    save(trained, tmp_path / "out", check=False)
+    model = load(tmp_path / "out" / "base", packed=True)
+    wrong = nn.Parameter(torch.zeros(3, 5)), nn.Parameter(torch.zeros(7, 3))
+    for path in (next(iter(dict(packed_modules(model)))), "model.norm"):
+        with pytest.raises(ArtifactError, match="no place for a branch"):
+            attach(model, {path: wrong})
 
 
 def test_a_run_goes_on_from_it(made: Made, trained: Program) -> None:
