@@ -184,7 +184,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", help="these pipelines instead")
     options = parser.parse_args()
     asked = [(row, row) for row in options.rows or ()] or rows(options.ratios)
-    run([(told, row) for told, row in asked if options.only in told or options.only in row], options.out, options.tokens)
+    chosen = [(told, row) for told, row in asked if options.only in told or options.only in row]
+    run(chosen, options.out, options.tokens)
 
 
 if __name__ == "__main__":
