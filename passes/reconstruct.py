@@ -24,6 +24,7 @@ from secateur.passes.lower_layers import Layer, on_meta
 from secateur.passes.reconstruct_fit import fit_layers, stream_error, train
 from secateur.passes.reconstruct_part import Fitted, Task
 from secateur.passes.reconstruct_run import Target, Walk
+from secateur.passes.repair_run import stored
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Reconstruct(Pass):
     epochs, lr: of Adam; the learning rate is relative to the root mean square of each weight.
     vectors: let biases and the scales of norms change, too.
     autocast: run the training in bfloat16 where PyTorch deems it safe.
-    offload: hold activations in memory-mapped files.
+    offload: hold activations and new weights in memory-mapped files.
     Source: Frantar & Alistarh 2022 (OBC), arXiv:2208.11580 for the layer-wise form; Li et al. 2021 (BRECQ),
         arXiv:2102.05426, section 3 for blocks; the aim at the stream is that of ``repair``.
     """
@@ -96,7 +97,8 @@ class Reconstruct(Pass):
                     journal.write(part.name, kept.tensors, kept.facts)
                 fitted.masters |= {name: value.to(fitted.masters[name]) for name, value in kept.tensors.items()}
                 walk.finish(part, fitted)
-                values |= fitted.values() if kept.tensors else {}
+                if kept.tensors:
+                    values |= {name: stored(value, folder) for name, value in fitted.values().items()}
                 figures[part.name] = kept.facts
         rebuilt = with_parameters(program, values).replace(scores={}) if values else program
         summary = {"tokens": sum(s.tokens for s in data), "sequences": len(data), "left_alone": walk.refused}

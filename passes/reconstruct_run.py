@@ -17,7 +17,7 @@ from secateur.passes.data import Sample
 from secateur.passes.lower_layers import Layer, linear_layers
 from secateur.passes.reconstruct_part import Fitted, Task, Values
 from secateur.passes.repair import held_back
-from secateur.passes.repair_run import LARGE, mapped
+from secateur.passes.repair_run import stored
 from secateur.passes.repair_sites import open_rows
 
 Target = Literal["stream", "own", "dense"]
@@ -140,9 +140,7 @@ class _Runner:
         """The values, new large ones on the disk where that is asked for."""
         if self._folder is None:
             return values
-        return {name: self._stored(value) if value is not before.get(name) else value for name, value in values.items()}
-
-    def _stored(self, value: Any) -> Any:
-        assert self._folder is not None
-        large = isinstance(value, Tensor) and value.nbytes >= LARGE and value.device.type == "cpu"
-        return mapped(value.detach(), self._folder) if large else value
+        return {
+            name: stored(value, self._folder) if value is not before.get(name) else value
+            for name, value in values.items()
+        }

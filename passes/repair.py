@@ -18,7 +18,7 @@ from secateur.passes.base import Context, Cost, Pass, PassResult
 from secateur.passes.data import CalibrationError
 from secateur.passes.journal import Entry, Journal
 from secateur.passes.repair_fit import Fit, Products, fit
-from secateur.passes.repair_run import Lockstep
+from secateur.passes.repair_run import Lockstep, stored
 from secateur.passes.repair_sites import Site, Target, sites
 
 HELD_BACK = 5  # one sequence in so many chooses the damping
@@ -36,7 +36,8 @@ class Repair(Pass):
     target: T: own (what the op gave in the dense model) or stream (what makes the sum that the op's result is added to
         that of the dense model, so that earlier errors are corrected too; where there is no such sum, own).
     bias: refit biases along with the weights, where the op has one.
-    offload: hold activations in memory-mapped files: the memory of one sequence, whatever the calibration data.
+    offload: hold activations and new weights in memory-mapped files: the memory of one sequence and of one layer,
+        whatever the calibration data and the model.
     Source: Meng et al. 2024 (OSSCAR), arXiv:2403.12983, section 3; the damped form and the centre are ours.
     """
 
@@ -89,7 +90,7 @@ class Repair(Pass):
                 pruned.advance(site.node.name)
                 figures[site.parameter] = kept.facts
                 for name, value in kept.tensors.items():
-                    values[name] = value.to(parameters[name].device)
+                    values[name] = stored(value.to(parameters[name].device), folder)
                     pruned.replace(name, values[name], site.chain if name == site.parameter else site.bias_chain)
         repaired = with_parameters(program, values).replace(scores={}) if values else program
         summary = {"tokens": sum(s.tokens for s in data), "sequences": len(data), "left_alone": refused}

@@ -107,9 +107,8 @@ class Lockstep(fx.Interpreter):
             return
         held, known = self._environments[sample], self._mapped[sample]
         for node, value in held.items():
-            large = isinstance(value, Tensor) and value.nbytes >= LARGE and value.device.type == "cpu"
-            if large and node.op != "get_attr" and node not in known:
-                held[node] = mapped(value, self._folder)
+            if node.op != "get_attr" and node not in known and value is not (kept := stored(value, self._folder)):
+                held[node] = kept
                 known.add(node)
 
     def _step(self, sample: int, node: fx.Node) -> None:
@@ -119,6 +118,12 @@ class Lockstep(fx.Interpreter):
         self.env[node] = self.run_node(node)
         for done in self._ends.get(node, ()):
             self.env.pop(done, None)
+
+
+def stored(value: Any, folder: Path | None) -> Any:
+    """A copy on the disk of a large CPU tensor, where there is a folder for it; everything else as it is."""
+    large = isinstance(value, Tensor) and value.nbytes >= LARGE and value.device.type == "cpu"
+    return value if folder is None or not large else mapped(value.detach(), folder)
 
 
 def mapped(value: Tensor, folder: Path) -> Tensor:

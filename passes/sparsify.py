@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from secateur.passes.base import Context, Cost, Pass, PassResult
 from secateur.passes.journal import Entry, Journal
 from secateur.passes.lower_layers import Layer, linear_layers, on_meta, sharing_input, weights
 from secateur.passes.options import OptionError
-from secateur.passes.repair_run import Lockstep
+from secateur.passes.repair_run import Lockstep, stored
 from secateur.passes.sparsify_layer import Recipe, Solved, by_magnitude, solved
 from secateur.passes.sparsify_plan import Budget, Damage, check_budget, chosen_under
 from secateur.passes.targets import aliases, check_names, matched, unknown
@@ -55,7 +55,8 @@ class Sparsify(Pass):
     damping: added to the diagonal of the Gram matrix, in parts of its mean; grows where it cannot be factored.
     block: inputs whose updates of later ones are gathered into one product.
     keep_removed: remember what was taken out, so that retraining can bring it back; it is never saved with a model.
-    offload: hold activations in memory-mapped files: the memory of one sequence, whatever the calibration data.
+    offload: hold activations and new weights in memory-mapped files: the memory of one sequence and of one layer,
+        whatever the calibration data and the model.
     Source: Frantar & Alistarh 2023 (SparseGPT), arXiv:2301.00774; Sun et al. 2024 (Wanda), arXiv:2306.11695; Zhang et
         al. 2024 (RIA), ICLR 2024; the exact choice in each group is ours.
     """
@@ -167,36 +168,41 @@ class Sparsify(Pass):
         plan: dict[str, Any] = {}
         if self.budget is not None:
             chosen, plan = chosen_under(self.budget, self.damage, self.recipe, program, chosen, context)
-        made = dict(self._made(program, chosen, context))
-        return PassResult(self._put(program, made), bool(made), self._figures(program, made, left) | plan)
+        journal = Journal(context.resume)
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(TemporaryDirectory(dir=journal.made))) if self.offload else None
+            made = dict(self._made(program, chosen, context, journal, folder))
+            after = self._put(program, made, folder)
+        return PassResult(after, bool(made), self._figures(program, made, left) | plan)
 
-    def _made(self, program: Program, chosen: list[Layer], context: Context) -> Iterator[tuple[str, Solved]]:
+    def _made(
+        self, program: Program, chosen: list[Layer], context: Context, journal: Journal, folder: Path | None
+    ) -> Iterator[tuple[str, Solved]]:
         """Each weight made sparse, by name."""
         known, groups = weights(program), sharing_input(chosen)
         if self.recipe.needs == "nothing":
             for one in context.progress(chosen, "sparsify", len(chosen)):
                 yield one.parameter, by_magnitude(one.parameter, known[one.parameter], self.kind)
             return
-        data, journal = context.data or (), Journal(context.resume)
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(TemporaryDirectory(dir=journal.made))) if self.offload else None
-            run = Lockstep(program, data, folder)
-            for sharing in context.progress(groups, "sparsify", len(groups)):
-                run.advance(sharing[0].node.name)
-                found = _resumed(journal, sharing)
-                if found is None:
-                    named = {one.parameter: known[one.parameter] for one in sharing}
-                    found = solved(self.recipe, named, run, sharing[0].x.name, len(data))
-                    _keep(journal, sharing, found)
-                for one in sharing:
-                    run.replace(one.parameter, found[one.parameter].weight, one.chain)
-                    yield one.parameter, found[one.parameter]
+        data = context.data or ()
+        run = Lockstep(program, data, folder)
+        for sharing in context.progress(groups, "sparsify", len(groups)):
+            run.advance(sharing[0].node.name)
+            found = _resumed(journal, sharing)
+            if found is None:
+                named = {one.parameter: known[one.parameter] for one in sharing}
+                found = solved(self.recipe, named, run, sharing[0].x.name, len(data))
+                _keep(journal, sharing, found)
+            for one in sharing:
+                kept = replace(found[one.parameter], weight=stored(found[one.parameter].weight, folder))
+                run.replace(one.parameter, kept.weight, one.chain)
+                yield one.parameter, kept
 
-    def _put(self, program: Program, made: Mapping[str, Solved]) -> Program:
+    def _put(self, program: Program, made: Mapping[str, Solved], folder: Path | None) -> Program:
         """The Program with the sparse weights."""
         known, sparse = weights(program), dict(program.sparse)
         for name, one in made.items():
-            removed = torch.where(one.weight == 0, known[name], 0) if self.keep_removed else None
+            removed = stored(torch.where(one.weight == 0, known[name], 0), folder) if self.keep_removed else None
             sparse[name] = Sparse(self.kind, self.metric, one.norms, removed)
         after = with_parameters(program, {name: one.weight for name, one in made.items()})
         return after.replace(scores={}, sparse=MappingProxyType(sparse), cut=program.cut or Cut(program, {}))

@@ -226,16 +226,18 @@ def test_a_killed_run_goes_on_and_ends_the_same(program_of: ByKind, tmp_path: Pa
 def test_activations_on_the_disk_change_no_bit(
     program_of: ByKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from secateur.passes import reconstruct_run
+    from secateur.passes import repair_run
 
-    moved, mapped = list[int](), reconstruct_run.mapped
-    monkeypatch.setattr(reconstruct_run, "LARGE", 1)
+    moved, mapped = list[int](), repair_run.mapped
+    monkeypatch.setattr(repair_run, "LARGE", 1)
     monkeypatch.setattr(
-        reconstruct_run, "mapped", lambda value, folder: (moved.append(value.nbytes), mapped(value, folder))[1]
+        repair_run, "mapped", lambda value, folder: (moved.append(value.nbytes), mapped(value, folder))[1]
     )
     start = sparse(program_of("llama"))
     on_disk = Reconstruct(solver="lsq", offload=True)(start, Context(data=samples([ids()], start), resume=tmp_path))
     assert len(moved) > 20 and same_weights(on_disk, rebuilt(start, solver="lsq"))
+    lies_in_file = {name for name, p in on_disk.named_parameters() if p.untyped_storage().filename}
+    assert lies_in_file >= start.sparse.keys(), "new weights need no memory of their own"
     assert all(file.suffix == ".safetensors" for file in tmp_path.iterdir())
 
 

@@ -292,7 +292,11 @@ def test_activations_on_the_disk_change_no_bit_and_leave_nothing(
         lambda value, folder: (moved.append(value.nbytes), mapped(value, folder))[1],
     )
     on_disk = Repair(offload=True)(cut, Context(data=data, resume=tmp_path / "new"))
-    assert len(moved) > 20 and same_weights(on_disk, Repair()(cut, Context(data=data)))
+    in_memory = Repair()(cut, Context(data=data))
+    assert len(moved) > 20 and same_weights(on_disk, in_memory)
+    changed = {n for n, facts in in_memory.history[-1].figures["consumers"].items() if facts["damping"]}
+    lies_in_file = {name for name, p in on_disk.named_parameters() if p.untyped_storage().filename}
+    assert changed and changed <= lies_in_file, "new weights need no memory of their own"
     assert all(file.suffix == ".safetensors" for file in (tmp_path / "new").iterdir())
 
 

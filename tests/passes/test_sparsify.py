@@ -337,6 +337,17 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(llama: Program, data: 
     assert all(torch.equal(again.sparse[n].norms, whole.sparse[n].norms) for n in whole.sparse)  # type: ignore[arg-type]
 
 
+def test_new_weights_may_lie_on_the_disk(llama: Program, data: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.passes.repair_run.LARGE", 1)
+    on_disk, in_memory = Sparsify(refine=1, offload=True)(llama, data), Sparsify(refine=1)(llama, data)
+    assert digests(on_disk) == digests(in_memory)
+    parameters = dict(on_disk.named_parameters())
+    for name, one in on_disk.sparse.items():
+        removed, other = one.removed, in_memory.sparse[name].removed
+        assert removed is not None and other is not None and torch.equal(removed, other)
+        assert parameters[name].untyped_storage().filename and removed.untyped_storage().filename
+
+
 def test_depth_goes_on_after_it(by_gpt: Program) -> None:
     smaller = drop(by_gpt, ["model.layers.0"])
     assert len(smaller.sparse) == 7 and all("layers.1" in name for name in smaller.sparse)
