@@ -191,7 +191,7 @@ def summary(facts: dict[str, Any], cells: list[dict[str, Any]]) -> list[dict[str
                 "tokens": tokens,
                 "seeds": len(found),
                 "perplexity": reached,
-                "kl": [cell["figures"]["held_out"][-1]["kl"] for cell in found],
+                "kl": [c["figures"]["held_out"][-1]["kl"] for c in found if c["options"]["kl"]],
                 "dense_control": best,
                 "gap_closed": [] if arm == "dense" else [1 - math.log(p / best) / wide for p in reached],
                 "mask_changed": [
@@ -213,7 +213,7 @@ def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> Non
         table.append(f"| {name}, untrained | | 0 | | {facts[name]:.2f} | | | | |")
     for row in rows:
         gap = _spread([100 * g for g in row["gap_closed"]], ".1f") + " %" if row["gap_closed"] else ""
-        reached, kl = _spread(row["perplexity"], ".2f"), _spread(row["kl"], ".3f")
+        reached, kl = _spread(row["perplexity"], ".2f"), _spread(row["kl"], ".3f") if row["kl"] else ""
         moved, seconds = 100 * statistics.mean(row["mask_changed"]), statistics.mean(row["cpu_seconds_per_step"])
         table.append(
             f"| {row['arm']} | {row['lr']:g} | {row['tokens']:,} | {row['seeds']} | {reached} | {kl} | {gap} "

@@ -19,7 +19,15 @@ from secateur.passes.training.mask_schedule import MaskSchedule
 from secateur.passes.training.network import Network
 from secateur.passes.training.plan import TrainingPass, autocast
 from secateur.passes.training.run import Goal, Trained, fingerprint, fresh, module_of, train, write_curve
-from secateur.passes.training.teachers import LiveTeacher, NoTeacher, StoredTeacher, Teacher, placed, store
+from secateur.passes.training.teachers import (
+    LiveTeacher,
+    NoTeacher,
+    StoredTeacher,
+    Teacher,
+    open_teacher,
+    placed,
+    store,
+)
 from secateur.passes.training.text import Text
 
 Share = Annotated[float, Field(ge=0)]
@@ -152,15 +160,7 @@ class Distill(TrainingPass):
             assert program.cut is not None
             dense = program.cut.dense
             return module_of(fresh(dense) if self.correct_tokens else dense, context)
-        from transformers import AutoModelForCausalLM
-
-        folder = Path(self.teacher).expanduser()
-        if not (folder / "config.json").is_file():
-            raise PipelineError(f"distill: teacher={folder} is no model folder (config.json, safetensors)")
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto"
-        )
-        return found, False
+        return open_teacher(self.teacher), False
 
     def _stored(self, live: LiveTeacher, text: Text, context: Context) -> LiveTeacher | StoredTeacher:
         if self.store is None:

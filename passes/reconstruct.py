@@ -16,8 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.graph import Program, with_parameters
-from secateur.passes.base import Context, Cost, Pass, PassResult
+from secateur.graph import Cut, Program, capture, with_parameters
+from secateur.graph.errors import PipelineError
+from secateur.passes.base import MISSING, Context, Cost, Pass, PassResult
 from secateur.passes.data import CalibrationError
 from secateur.passes.journal import Entry, Journal
 from secateur.passes.lower_layers import Layer, on_meta
@@ -25,6 +26,7 @@ from secateur.passes.reconstruct_fit import fit_layers, stream_error, train
 from secateur.passes.reconstruct_part import Fitted, Task
 from secateur.passes.reconstruct_run import Target, Walk
 from secateur.passes.repair_run import stored
+from secateur.passes.training.teachers import open_teacher
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Reconstruct(Pass):
     epochs, lr: of Adam; the learning rate is relative to the root mean square of each weight.
     vectors: let biases and the scales of norms change, too.
     autocast: run the training in bfloat16 where PyTorch deems it safe.
+    teacher: folder of the dense model, for a model that was pruned in an earlier run; without it, the model that this
+        run pruned.  Widths and depth must be those of the dense model.
     offload: hold activations and new weights in memory-mapped files.
     Source: Frantar & Alistarh 2022 (OBC), arXiv:2208.11580 for the layer-wise form; Li et al. 2021 (BRECQ),
         arXiv:2102.05426, section 3 for blocks; the aim at the stream is that of ``repair``.
@@ -50,7 +54,6 @@ class Reconstruct(Pass):
 
     name: ClassVar[str] = "reconstruct"
     numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
-    uses: ClassVar[frozenset[str]] = frozenset({"cut"})
     ends: ClassVar[frozenset[str]] = frozenset({"scores"})
 
     target: Target = "stream"
@@ -59,11 +62,16 @@ class Reconstruct(Pass):
     lr: Annotated[float, Field(gt=0)] = 0.01
     vectors: bool = True
     autocast: bool = False
+    teacher: str | None = None
     offload: bool = False
 
     @property
     def needs_data(self) -> bool:
         return True
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return () if self.teacher is None else (Path(self.teacher).expanduser(),)
 
     @property
     def cost(self) -> Cost:
@@ -72,6 +80,7 @@ class Reconstruct(Pass):
 
     def requires(self, program: Program) -> list[str]:
         reasons = {
+            f"{MISSING['cut']}, or name a teacher folder": program.cut is None and self.teacher is None,
             "the weights are on the meta device: open the model with weights": on_meta(program),
             "units or blocks were pruned, so that no sub-block can take the dense model's values: target=stream or own "
             "can": self.target == "dense" and program.cut is not None and bool(program.cut.kept or program.cut.dropped),
@@ -83,6 +92,8 @@ class Reconstruct(Pass):
         if len(data) < 2:
             raise CalibrationError("reconstruct needs two calibration sequences or more: one is held back to check it")
         journal = Journal(context.resume)
+        if self.teacher is not None:
+            program = program.replace(cut=Cut(_dense_of(program, self.teacher), {}))
         with ExitStack() as stack:
             folder = Path(stack.enter_context(TemporaryDirectory(dir=journal.made))) if self.offload else None
             walk = Walk(program, data, self.vectors, folder)
@@ -119,6 +130,20 @@ class Reconstruct(Pass):
         told = [round(math.sqrt(error), 6) for error in errors]
         better = min(errors[1:]) < errors[0]
         return Entry(fitted.values() if better else {}, {"error": told})
+
+
+def _dense_of(program: Program, teacher: str) -> Program:
+    """The model of a folder, which must have the shapes of a Program.   Raises: PipelineError: it has others."""
+    dense = capture(open_teacher(teacher))
+    mine, theirs = ({name: tuple(p.shape) for name, p in one.named_parameters()} for one in (program, dense))
+    odd = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+    if odd:
+        shapes = " and ".join(str(list(found[odd[0]])) if odd[0] in found else "missing" for found in (mine, theirs))
+        raise PipelineError(
+            f"reconstruct: {len(odd)} weights of teacher={teacher} have other shapes ({odd[0]}: {shapes}), and which "
+            "units went is no longer known: reconstruct in the run that prunes"
+        )
+    return dense
 
 
 def _autocast(task: Task, wanted: bool) -> contextlib.AbstractContextManager[object]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from secateur.graph.errors import PipelineError
 from secateur.passes.base import Progress
 from secateur.passes.data import Sample
 from secateur.passes.journal import Journal
@@ -107,6 +108,21 @@ def store(
         assert isinstance(rows, TopRows)
         journal.write(_name(window), {"indices": rows.indices_Tk, "log_probs": rows.log_probs_Tk})
     return StoredTeacher(journal)
+
+
+def open_teacher(folder: str | Path) -> Any:
+    """The stock model of a folder, in eval mode and its stored dtype; no code of the folder is run.
+
+    Raises: PipelineError: it is no model folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    place = Path(folder).expanduser()
+    if not (place / "config.json").is_file():
+        raise PipelineError(f"teacher={place} is no model folder (config.json, safetensors)")
+    return AutoModelForCausalLM.from_pretrained(
+        place, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto"
+    )
 
 
 def placed(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> nn.Module:

@@ -203,6 +203,20 @@ def test_without_a_dense_model_or_enough_data_it_refuses(program_of: ByKind) -> 
         rebuilt(sparse(dense), ids(1))
 
 
+def test_a_model_that_was_opened_again_takes_its_dense_one_from_a_folder(program_of: ByKind, tmp_path: Path) -> None:
+    dense = program_of("llama")
+    raise_model(dense).save_pretrained(tmp_path / "dense")
+    start = sparse(dense)
+    found = rebuilt(start.replace(cut=None), teacher=str(tmp_path / "dense"))
+    assert same_weights(found, rebuilt(start)) and not same_weights(found, start)
+    half = {group: range(group.units // 2) for group in coupled_groups(dense) if group.family == "mlp"}
+    smaller = keep(dense, half).replace(cut=None)
+    with pytest.raises(PipelineError, match=r"other shapes .*which units went is no longer known"):
+        rebuilt(smaller, teacher=str(tmp_path / "dense"))
+    with pytest.raises(PipelineError, match="is no model folder"):
+        rebuilt(start.replace(cut=None), teacher=str(tmp_path))
+
+
 def test_a_killed_run_goes_on_and_ends_the_same(program_of: ByKind, tmp_path: Path) -> None:
     start = sparse(program_of("llama"))
     data, seen = samples([ids()], start), list[str]()
