@@ -21,7 +21,7 @@ import secateur
 from secateur.passes.base import Context
 from secateur.passes.data import samples
 from secateur.passes.quality import Kept, kl_to, next_token_losses, reference
-from secateur.tools.corpus import calibration_windows, token_stream
+from secateur.tools.corpus import calibration_windows, read_documents, token_stream
 from secateur.tools.demo.assets import MODEL_FOLDER, default_cache, text
 from secateur.tools.machine import describe_machine, peak_memory_bytes
 
@@ -35,7 +35,7 @@ PEERS = {
     "fisher": "fisher",
 }
 REPAIRS = {"no repair": "", "own outputs": "repair{target=own}", "residual stream": "repair{target=stream}"}
-WINDOW, HELD_OUT = 512, 9_216
+HELD_OUT = 9_216
 
 
 def rows(ratios: list[float]) -> list[tuple[str, str]]:
@@ -131,20 +131,31 @@ def _replace(file: Path, body: str) -> None:
     os.replace(part, file)
 
 
-def run(asked: list[tuple[str, str]], out: Path, tokens: int) -> None:
-    folder, documents = default_cache() / MODEL_FOLDER, text(default_cache())
+def documents_of(options: argparse.Namespace) -> tuple[str, list[str], list[str]]:
+    """(Name of the text, documents to calibrate on, documents to measure on)."""
+    if options.text is None:
+        found = text(default_cache())
+        return "Wikipedia leads", found.calibration, found.held_out
+    calibration, held_out = (read_documents([options.text / f"{name}.jsonl"]) for name in ("calibration", "held-out"))
+    return options.text.name, calibration, held_out
+
+
+def run(asked: list[tuple[str, str]], options: argparse.Namespace) -> None:
+    folder, out, window = default_cache() / MODEL_FOLDER, options.out, options.window
+    named, to_calibrate, to_measure = documents_of(options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    calibration = calibration_windows(documents.calibration, tokenizer, tokens=tokens, window=WINDOW)
-    stream, _ = token_stream(documents.held_out, tokenizer, tokens=HELD_OUT)
+    calibration = calibration_windows(to_calibrate, tokenizer, tokens=options.tokens, window=window)
+    stream, _ = token_stream(to_measure, tokenizer, tokens=HELD_OUT)
     dense = secateur.capture(folder)
-    context, held = Context(data=samples(calibration, dense)), samples(stream.view(-1, WINDOW), dense)
+    context, held = Context(data=samples(calibration, dense)), samples(stream.view(-1, window), dense)
     predicted = reference(dense, held)
     head = {
         "protocol": {
             "model": folder.name,
             "dtype": "float32",
+            "text": named,
             "calibration": calibration.describe(),
-            "held_out": f"{stream.numel()} tokens of other documents, windows of {WINDOW}, no beginning token",
+            "held_out": f"{stream.numel()} tokens of other documents, windows of {window}, no beginning token",
             "kl": "KL(dense || pruned), nats, mean over all positions; +- standard error over the windows",
         },
         "machine": describe_machine(),
@@ -180,12 +191,14 @@ def main() -> None:
         "--ratios", type=float, nargs="+", default=[0.5, 0.25], help="parts of the MLP neurons to remove"
     )
     parser.add_argument("--tokens", type=int, default=10_240, help="of calibration text")
+    parser.add_argument("--window", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--text", type=Path, help="folder with calibration.jsonl and held-out.jsonl; else the demo's")
     parser.add_argument("--only", default="", help="rows whose description or pipeline holds this text")
     parser.add_argument("--rows", nargs="*", help="these pipelines instead")
     options = parser.parse_args()
     asked = [(row, row) for row in options.rows or ()] or rows(options.ratios)
     chosen = [(told, row) for told, row in asked if options.only in told or options.only in row]
-    run(chosen, options.out, options.tokens)
+    run(chosen, options)
 
 
 if __name__ == "__main__":
