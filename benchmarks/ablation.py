@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -193,11 +194,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=10_240, help="of calibration text")
     parser.add_argument("--window", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--text", type=Path, help="folder with calibration.jsonl and held-out.jsonl; else the demo's")
-    parser.add_argument("--only", default="", help="rows whose description or pipeline holds this text")
+    parser.add_argument("--only", default="", help="rows whose description or pipeline this regular expression finds")
     parser.add_argument("--rows", nargs="*", help="these pipelines instead")
     options = parser.parse_args()
     asked = [(row, row) for row in options.rows or ()] or rows(options.ratios)
-    chosen = [(told, row) for told, row in asked if options.only in told or options.only in row]
+    chosen = [(told, row) for told, row in asked if re.search(options.only, f"{told} {row}")]
     run(chosen, options)
 
 
