@@ -197,7 +197,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose description or pipeline this regular expression finds")
     parser.add_argument("--rows", nargs="*", help="these pipelines instead")
     options = parser.parse_args()
-    asked = [(row, row) for row in options.rows or ()] or rows(options.ratios)
+    known = {pipeline: told for told, pipeline in rows(options.ratios)}
+    asked = [(known.get(row, "as given"), row) for row in options.rows or ()] or rows(options.ratios)
     chosen = [(told, row) for told, row in asked if re.search(options.only, f"{told} {row}")]
     run(chosen, options)
 

@@ -54,14 +54,15 @@ def markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
     protocol = "\n".join(f"- {key}: {value}" for key, value in {**report["protocol"], **report["machine"]}.items())
     table = [
-        "| what | pipeline | parameters | perplexity | KL | +- | KL q99 | seconds | dropped |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+        "| what | pipeline | parameters | perplexity | KL | +- | KL q99 | seconds | on | dropped |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|---|",
     ]
     for row in report["rows"]:
         gone = ", ".join(name.split("layers.")[-1] for name in row["dropped"])
         table.append(
             f"| {row['what']} | `{row['pipeline']}` | {row['parameters']:,} | {row['perplexity']:.2f} "
-            f"| {row['kl']:.4f} | {row['kl_stderr']:.4f} | {row['kl_q99']:.2f} | {row['seconds']:.0f} | {gone} |"
+            f"| {row['kl']:.4f} | {row['kl_stderr']:.4f} | {row['kl_q99']:.2f} | {row['seconds']:.0f} "
+            f"| {row.get('processor', report['machine']['processor'])} | {gone} |"
         )
     return f"# What it costs to leave blocks out\n\n{protocol}\n\n" + "\n".join(table) + "\n"
 
@@ -106,6 +107,7 @@ def run(pipelines: dict[str, str], out: Path, tokens: int) -> None:
             (one,) = secateur.Pipeline.parse(pipeline).passes
             smaller = one(dense, context)
         row = {"what": what, "pipeline": pipeline, "seconds": time.perf_counter() - start}
+        row |= {"processor": describe_machine()["processor"]}
         row |= {"parameters": smaller.num_parameters, "dropped": smaller.cut.dropped if smaller.cut else []}
         report["rows"].append({**row, **measure(smaller, held, predicted)})
         write(out, report)

@@ -44,22 +44,23 @@ from secateur.tools.report.curves import Panel, draw_curves
 START = "sparsify{metric=wanda}"
 CE: dict[str, Any] = {"kl": 0.0, "ce": 1.0}
 KL: dict[str, Any] = {"kl": 1.0, "ce": 0.0, "temperature": 1.0}
+MOVING: dict[str, Any] = {"mode": "adaptive"}
 ARMS: dict[str, tuple[type[TrainingPass], dict[str, Any]]] = {
     "dense": (Distill, CE),
     "ce": (RetrainSparse, {"mode": "fixed", **CE}),
     "fixed": (RetrainSparse, {"mode": "fixed"}),
     "fixed-kl": (RetrainSparse, {"mode": "fixed", **KL}),
-    "static": (RetrainSparse, {"ramp": 0.0}),
-    "adaptive": (RetrainSparse, {}),
-    "adaptive-kl": (RetrainSparse, KL),
-    "adaptive-ce": (RetrainSparse, CE),
-    "magnitude": (RetrainSparse, {"score": "magnitude", "revive": "zero"}),
-    "magnitude-revived": (RetrainSparse, {"score": "magnitude"}),
-    **{f"pull-{strength:g}": (RetrainSparse, {"strength": strength}) for strength in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)},
-    "zero": (RetrainSparse, {"revive": "zero"}),
-    "sum": (RetrainSparse, {"moment": "sum"}),
+    "static": (RetrainSparse, {**MOVING, "ramp": 0.0}),
+    "adaptive": (RetrainSparse, MOVING),
+    "adaptive-kl": (RetrainSparse, {**MOVING, **KL}),
+    "adaptive-ce": (RetrainSparse, {**MOVING, **CE}),
+    "magnitude": (RetrainSparse, {**MOVING, "score": "magnitude", "revive": "zero"}),
+    "magnitude-revived": (RetrainSparse, {**MOVING, "score": "magnitude"}),
+    **{f"pull-{by:g}": (RetrainSparse, {**MOVING, "strength": by}) for by in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)},
+    "zero": (RetrainSparse, {**MOVING, "revive": "zero"}),
+    "sum": (RetrainSparse, {**MOVING, "moment": "sum"}),
     "cast": (RetrainSparse, {"mode": "cast"}),
-    "boost-16": (RetrainSparse, {"boost": 16}),
+    "boost-16": (RetrainSparse, {**MOVING, "boost": 16}),
     "fixed-sum": (RetrainSparse, {"mode": "fixed", "moment": "sum"}),
 }
 """Losses without a word are the paper's: 0.67 KL at temperature 2, 0.33 cross entropy."""

@@ -39,14 +39,15 @@ WAYS: dict[str, Way] = {"adaptive": "through", "fixed": "kept", "cast": "dense"}
 class RetrainSparse(Distill):
     """Train a model under its masks, which may move between steps (Adaptive Sparse Trainer).  Numerics: lossy.
 
-    The product of every sparse weight takes m W.  Its gradient goes to all of W, kept and removed entries alike; what
-    is removed is pulled towards zero beside the momentum; every few optimizer steps the entries of highest score become
-    the mask.  It starts from the masks and weights that the Program has, and what it leaves is m W, with exact zeros.
+    The product of every sparse weight takes m W.  It starts from the masks and weights that the Program has, and what
+    it leaves is m W, with exact zeros.
 
     kl, ce, temperature: as in the paper.  kl=1, ce=0, temperature=1 is Minitron's loss; kl=0 needs no dense model.
-    mode: adaptive; fixed: the masks stay and only what is kept is trained, without a pull; or cast: products take all
-        of W until the end, what is removed moves more and more towards zero at a constant speed (strength counts by the
-        gradient alone then, and moment is sum), and two factors a row make up for what is lost.
+    mode: fixed: the masks stay and only what is kept is trained.  adaptive: the gradient goes to all of W, kept and
+        removed entries alike, what is removed is pulled towards zero beside the momentum, and every few optimizer steps
+        the entries of highest score become the mask.  cast: products take all of W until the end, what is removed moves
+        more and more towards zero at a constant speed (strength counts by the gradient alone then, and moment is sum),
+        and two factors a row make up for what is lost.
     strength: of the pull when it is full, lambda = strength * rms(gradient) / rms(weight) of each weight; no number of
         the model's scale.  With Adam a pull that outweighs the gradient moves a weight by lr a step, whatever its size:
         the strength decides where that happens.
@@ -73,7 +74,7 @@ class RetrainSparse(Distill):
     kl: Share = 0.67
     ce: Share = 0.33
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    mode: Literal["adaptive", "fixed", "cast"] = "adaptive"
+    mode: Literal["fixed", "adaptive", "cast"] = "fixed"
     strength: Annotated[float, Field(ge=0)] = 3.0
     ramp: Annotated[float, Field(ge=0, le=1)] = 0.25
     refresh: Annotated[int, Field(ge=1)] = 10

@@ -30,7 +30,15 @@ from secateur.runtime.resume_state import rebuilt, state_of
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 from worker import sparse
 
-QUICK: dict[str, Any] = {"tokens": 576, "batch_tokens": 96, "held_out": 4, "evaluations": 1, "lr": 2e-3, "refresh": 4}
+QUICK: dict[str, Any] = {
+    "tokens": 576,
+    "batch_tokens": 96,
+    "held_out": 4,
+    "evaluations": 1,
+    "lr": 2e-3,
+    "refresh": 4,
+    "mode": "adaptive",
+}
 IDS = torch.arange(20)[None]
 Made = tuple[Program, Context]
 
@@ -85,14 +93,14 @@ def test_group_sums_are_sums() -> None:
 def test_it_starts_from_the_mean_of_what_was_removed(made: Made, width: int = 16) -> None:
     """So the first step learns from the model with branches, which is nearer to the dense one than without."""
     small, context = made
-    one = RetrainSparse(**{**QUICK, "tokens": 96, "lr": 1e-12}, boost=width, mode="fixed")(small, context)
+    one = RetrainSparse(**{**QUICK, "tokens": 96, "lr": 1e-12, "mode": "fixed"}, boost=width)(small, context)
     parameters = dict(one.named_parameters())
     for name, (a, b) in boosts(one).items():
         gone = small.sparse[name].removed
         assert gone is not None
         torch.testing.assert_close(parameters[b].detach(), gone.unflatten(1, (-1, width)).mean(-1), rtol=0, atol=1e-8)
         assert torch.equal(parameters[a].detach(), group_sums(gone.shape[1], width, gone))
-    told, plain = one.history[-1].figures, RetrainSparse(**{**QUICK, "tokens": 96}, mode="fixed")(small, context)
+    told, plain = one.history[-1].figures, RetrainSparse(**{**QUICK, "tokens": 96, "mode": "fixed"})(small, context)
     assert told["held_out"][0]["kl"] < plain.history[-1].figures["held_out"][0]["kl"]
 
 

@@ -35,6 +35,7 @@ QUICK: dict[str, Any] = {
     "lr": 2e-3,
     "warmup": 0.0,
     "refresh": 4,
+    "mode": "adaptive",
 }
 Made = tuple[Program, Context]
 
@@ -102,7 +103,7 @@ def test_what_it_was_given_stays(made: Made) -> None:
 
 def test_fixed_masks_stay(made: Made) -> None:
     small, context = made
-    fixed = RetrainSparse(**QUICK, mode="fixed", kl=0.0, ce=1.0)(small.replace(cut=None), context)
+    fixed = RetrainSparse(**{**QUICK, "mode": "fixed", "kl": 0.0, "ce": 1.0})(small.replace(cut=None), context)
     before, after = masks(small), masks(fixed)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert figures(fixed)["mask_bits_changed"] == 0
@@ -115,7 +116,9 @@ def test_what_is_measured_while_it_trains_is_what_is_left(made: Made, adaptive: 
     """Held-out text is measured under the masks, whatever the products of training take."""
     small, context = made
     assert context.data is not None
-    trained = adaptive if mode == "adaptive" else RetrainSparse(**QUICK, mode="cast", strength=2.0)(small, context)
+    trained = (
+        adaptive if mode == "adaptive" else RetrainSparse(**{**QUICK, "mode": "cast", "strength": 2.0})(small, context)
+    )
     verify(trained)
     total = 0.0
     with torch.no_grad():
@@ -196,16 +199,16 @@ def test_what_cannot_be_is_refused_with_the_reason(made: Made) -> None:
     with pytest.raises(PipelineError, match="no weight is sparse: put sparsify"):
         RetrainSparse()(small.replace(sparse={}), context)
     with pytest.raises(PipelineError, match="score=wanda needs the norms"):
-        RetrainSparse(score="wanda")(small, context)
+        RetrainSparse(mode="adaptive", score="wanda")(small, context)
     with pytest.raises(PipelineError, match="need a stock model"):
-        RetrainSparse(**QUICK, mode="cast")(small, replace(context, raise_model=None))
+        RetrainSparse(**{**QUICK, "mode": "cast"})(small, replace(context, raise_model=None))
     with pytest.raises(PipelineError, match="nothing to learn"):
         RetrainSparse(kl=0.0, ce=0.0)(small, context)
     normed = {
         name: replace(one, norms=torch.ones(dict(small.named_parameters())[name].shape[1]))
         for name, one in small.sparse.items()
     }
-    assert RetrainSparse(score="wanda").requires(small.replace(sparse=normed)) == []
+    assert RetrainSparse(mode="adaptive", score="wanda").requires(small.replace(sparse=normed)) == []
 
 
 def test_a_run_that_was_stopped_goes_on_between_refreshes(made: Made, tmp_path: Path) -> None:
@@ -229,7 +232,7 @@ def test_a_run_that_was_stopped_goes_on_between_refreshes(made: Made, tmp_path: 
 
 @pytest.mark.slow
 def test_kills_between_refreshes_change_nothing(tmp_path: Path) -> None:
-    options = ("pass=retrain-sparse", "refresh=3", "lr=0.003", "tokens=960")
+    options = ("pass=retrain-sparse", 'mode="adaptive"', "refresh=3", "lr=0.003", "tokens=960")
     worker(tmp_path / "straight", *options)
     worker(tmp_path / "killed", *options, f"resume={tmp_path / 'kept'}", "kills=5,0,2")
     assert_same(tmp_path / "straight", tmp_path / "killed")
@@ -239,7 +242,7 @@ def test_kills_between_refreshes_change_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_have_the_masks_of_one(tmp_path: Path) -> None:
-    options = ("pass=retrain-sparse", "refresh=4", "lr=0.003", "tokens=1920")
+    options = ("pass=retrain-sparse", 'mode="adaptive"', "refresh=4", "lr=0.003", "tokens=1920")
     worker(tmp_path / "one", *options)
     worker(tmp_path / "two", *options, processes=2)
     (weights, told), (others, other) = outcome(tmp_path / "one"), outcome(tmp_path / "two")
