@@ -192,7 +192,7 @@ def summary(facts: dict[str, Any], cells: list[dict[str, Any]]) -> list[dict[str
                 "tokens": tokens,
                 "seeds": len(found),
                 "perplexity": reached,
-                "kl": [c["figures"]["held_out"][-1]["kl"] for c in found if c["options"]["kl"]],
+                "kl": [c["figures"]["held_out"][-1]["kl"] for c in found if arm != "dense"],
                 "dense_control": best,
                 "gap_closed": [] if arm == "dense" else [1 - math.log(p / best) / wide for p in reached],
                 "mask_changed": [
@@ -242,6 +242,8 @@ def _draw(cells: list[dict[str, Any]], what: str, panels: list[Panel], file: Pat
     for cell in cells:
         points = cell["curve"] if what == "curve" else cell["figures"][what]
         shown = [point for point in points if what != "curve" or point["removed_mass"]]
+        if cell["arm"] == "dense":  # the control has no teacher, so no KL
+            shown = [{key: value for key, value in point.items() if key != "kl"} for point in shown]
         runs.setdefault(cell["cell"].rpartition("-seed")[0], []).append(shown)
     draw_curves(runs, panels, file, title)
 

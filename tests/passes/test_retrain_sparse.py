@@ -256,7 +256,7 @@ def test_two_processes_have_the_masks_of_one(tmp_path: Path) -> None:
 
 
 def test_it_reads_as_a_pipeline() -> None:
-    text = "retrain-sparse{tokens=2000000,kl=0.0,ce=1.0,mode=fixed}"
+    text = "retrain-sparse{tokens=2000000,kl=0.0,ce=1.0,mode=adaptive}"
     (one,) = Pipeline.parse(text).passes
-    assert one == RetrainSparse(tokens=2_000_000, mode="fixed", kl=0.0, ce=1.0)
+    assert one == RetrainSparse(tokens=2_000_000, mode="adaptive", kl=0.0, ce=1.0)
     assert Pipeline(passes=(one,)).to_text() == text
