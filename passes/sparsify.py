@@ -182,7 +182,8 @@ class Sparsify(Pass):
         known, groups = weights(program), sharing_input(chosen)
         if self.recipe.needs == "nothing":
             for one in context.progress(chosen, "sparsify", len(chosen)):
-                yield one.parameter, by_magnitude(one.parameter, known[one.parameter], self.kind)
+                solution = by_magnitude(one.parameter, known[one.parameter], self.kind)
+                yield one.parameter, replace(solution, weight=stored(solution.weight, folder))
             return
         data = context.data or ()
         run = Lockstep(program, data, folder)

@@ -12,6 +12,7 @@ import typer
 
 from secateur.passes.lower import DTYPES
 from secateur.passes.lower_cost import keep_timings, read_timings, stream_bandwidth, weight_bytes
+from secateur.runtime.branches import checkpoint_in
 from secateur.runtime.lowering import has_packed
 from secateur.tools import opening
 from secateur.tools.bench_kernels import FORMS, KernelRow, bench_kernels, timings_of
@@ -122,7 +123,7 @@ def machine_facts(where: torch.device, bandwidth: float, rounds: int, prompt: in
 
 def prompt_for(folders: dict[str, Path], batch: int, tokens: int, where: torch.device) -> torch.Tensor:
     """[batch, tokens] ids that every model has."""
-    configs = [json.loads((folder / "config.json").read_text("utf-8")) for folder in folders.values()]
+    configs = [json.loads((checkpoint_in(folder) / "config.json").read_text("utf-8")) for folder in folders.values()]
     below = min(config.get("vocab_size", 256) for config in configs)
     return torch.randint(0, below, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(where)
 
@@ -175,7 +176,7 @@ def check_models(models: list[Path], variants: list[str]) -> dict[str, Path]:
     if variants and not models:
         raise BadInput("--variants are made from a model: give its folder")
     for folder in models:
-        if not (folder / "config.json").is_file():
+        if not (checkpoint_in(folder) / "config.json").is_file():
             raise BadInput(f"{folder} holds no model (config.json)")
     names = [folder.name for folder in models]
     unique = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, models, strict=True)]

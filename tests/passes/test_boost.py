@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -156,6 +158,15 @@ def test_it_runs_on_packed_weights_with_its_branches(trained: Program, tmp_path:
     assert torch.equal(logits(open_with_branches(tmp_path / "out")), logits(trained))
     shapes = open_with_branches(tmp_path / "out", weights=False)
     assert shapes.num_parameters() == trained.num_parameters and shapes.device.type == "meta"
+
+
+def test_bench_runs_a_folder_with_branches(trained: Program, tmp_path: Path) -> None:
+    save(trained, tmp_path / "out", check=False)
+    quick = ["--shapes", "none", "--dtype", "float32", "--rounds", "1", "--prompt-tokens", "4", "--new-tokens", "2"]
+    command = [sys.executable, "-P", "-m", "secateur", "bench", str(tmp_path / "out"), *quick, "--json"]
+    done = subprocess.run([*command, "--work", str(tmp_path / "work")], capture_output=True, text=True, check=True)
+    (row,) = json.loads(done.stdout)["models"]
+    assert row["name"] == "out float32 eager" and row["decode"]["median"] > 0
 
 
 def test_a_branch_that_fits_no_layer_is_an_error(trained: Program, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -337,9 +338,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(llama: Program, data: 
     assert all(torch.equal(again.sparse[n].norms, whole.sparse[n].norms) for n in whole.sparse)  # type: ignore[arg-type]
 
 
-def test_new_weights_may_lie_on_the_disk(llama: Program, data: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{"refine": 1}, {"metric": "magnitude"}])
+def test_new_weights_may_lie_on_the_disk(
+    llama: Program, data: Context, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
     monkeypatch.setattr("secateur.passes.repair_run.LARGE", 1)
-    on_disk, in_memory = Sparsify(refine=1, offload=True)(llama, data), Sparsify(refine=1)(llama, data)
+    on_disk, in_memory = Sparsify(**options, offload=True)(llama, data), Sparsify(**options)(llama, data)
     assert digests(on_disk) == digests(in_memory)
     parameters = dict(on_disk.named_parameters())
     for name, one in on_disk.sparse.items():
