@@ -136,7 +136,7 @@ def run_cell(name: str, one: TrainingPass, seed: int, out: Path, models: Any, he
     )
     begun, worked = time.perf_counter(), time.process_time()
     trained = one(start, context)
-    worked = time.process_time() - worked
+    worked, took = time.process_time() - worked, time.perf_counter() - begun
     step = trained.history[-1]
     found = {
         "cell": name,
@@ -145,8 +145,8 @@ def run_cell(name: str, one: TrainingPass, seed: int, out: Path, models: Any, he
         "figures": step.figures,
         "curve": json.loads((work / "curves" / f"{one.name}.json").read_text())["curve"],
         "perplexity": perplexity(trained, held, end),
-        "cpu_seconds_of_training": worked,
-        "seconds_of_this_run": time.perf_counter() - begun,
+        "cpu_seconds_per_step": worked / took * one.batch_tokens / step.figures["tokens_per_s"],
+        "seconds_of_this_run": took,
         "peak_bytes": peak_memory_bytes(),
     }
     _write(work / "result.json", json.dumps(found, indent=1) + "\n")
@@ -198,7 +198,7 @@ def summary(facts: dict[str, Any], cells: list[dict[str, Any]]) -> list[dict[str
                 "mask_changed": [
                     cell["figures"].get("mask_bits_changed", 0) / cell["figures"].get("mask_bits", 1) for cell in found
                 ],
-                "cpu_seconds_per_step": [c["cpu_seconds_of_training"] / c["figures"]["steps"] for c in found],
+                "cpu_seconds_per_step": [cell["cpu_seconds_per_step"] for cell in found],
             }
         )
     return rows

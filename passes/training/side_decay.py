@@ -90,11 +90,16 @@ class SideDecayAdamW(torch.optim.Optimizer):
         weights = [local(p) for p in part]
         gradients = [local(p.grad) for p in part if p.grad is not None]
         means, squares = ([local(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq"))
+        pulled = [at for at, p in enumerate(part) if id(p) in pulls]
+        if not pulled and all(w.device.type == "cpu" for w in weights):  # one pass over memory for ten
+            steps, decay = [state["step"] for state in states], group["weight_decay"]
+            how = {"beta1": b1, "beta2": b2, "lr": lr, "weight_decay": decay, "eps": group["eps"]}
+            torch._fused_adamw_(weights, gradients, means, squares, [], steps, amsgrad=False, maximize=False, **how)
+            return
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         torch._foreach_lerp_(means, gradients, 1 - b1)
         step, measured = list(means), list(gradients)
-        pulled = [at for at, p in enumerate(part) if id(p) in pulls]
         if pulled:
             own = [pulls[id(part[at])] for at in pulled]
             pull = _pull([weights[at] for at in pulled], [means[at] for at in pulled], own)

@@ -55,7 +55,8 @@ def draw_curves(runs: Runs, panels: Sequence[Panel], file: Path, title: str = ""
         axes.set_ylabel(panel.unit)
         axes.set_yscale("log" if panel.logarithmic else "linear")
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=9)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=12)
     try:
