@@ -313,7 +313,7 @@ def main() -> None:
                     done, one = options.out / "cells" / name / "result.json", cell_pass(arm, lr, tokens, options)
                     if done.is_file():
                         cell = json.loads(done.read_text())
-                        if cell["options"] != json.loads(json.dumps(one.to_json())):
+                        if cell["options"] != json.loads(json.dumps({**one.to_json(), "data": "train.safetensors"})):
                             raise SystemExit(f"{done} was made with other options: give another --out, or remove it")
                     else:
                         cell = run_cell(name, one, seed, options.out, models, held, end)
