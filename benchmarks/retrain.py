@@ -42,6 +42,7 @@ from secateur.tools.report.console import Voice
 from secateur.tools.report.curves import Panel, draw_curves
 
 START = "sparsify{metric=wanda}"
+TEXT = "train.safetensors"  # the tokenised training text, in the output folder
 CE: dict[str, Any] = {"kl": 0.0, "ce": 1.0}
 KL: dict[str, Any] = {"kl": 1.0, "ce": 0.0, "temperature": 1.0}
 MOVING: dict[str, Any] = {"mode": "adaptive"}
@@ -71,13 +72,13 @@ def prepare(out: Path, options: argparse.Namespace, voice: Voice) -> tuple[Progr
     """The dense and the sparse model, and the tokenised training text; made once."""
     folder, cache = default_cache() / MODEL_FOLDER, default_cache()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not (out / "train.safetensors").is_file():
+    if not (out / TEXT).is_file():
         documents, window = training_text(cache), options.train_window
         tokens = int(token_stream(documents, tokenizer)[0].numel() // window * window)
         ids = calibration_windows(documents, tokenizer, tokens=tokens, window=window).windows.int()
         out.mkdir(parents=True, exist_ok=True)
         save_file({"input_ids": ids}, out / "train.part")
-        os.replace(out / "train.part", out / "train.safetensors")
+        os.replace(out / "train.part", out / TEXT)
     dense, journal = secateur.capture(folder), Journal(out / "start")
     kept = journal.read("start")
     if kept is None:
@@ -112,7 +113,7 @@ def cell_pass(arm: str, lr: float, tokens: int, options: argparse.Namespace) -> 
         batch_tokens=options.batch_tokens,
         micro_batch=options.micro_batch,
         window=options.train_window,
-        data=str(options.out / "train.safetensors"),
+        data=str(options.out / TEXT),
         precision=options.precision,
         held_out=options.windows,
         evaluations=options.evaluations,
@@ -138,20 +139,27 @@ def run_cell(name: str, one: TrainingPass, seed: int, out: Path, models: Any, he
     trained = one(start, context)
     worked, took = time.process_time() - worked, time.perf_counter() - begun
     step = trained.history[-1]
+    rate = step.figures["tokens_per_s"]  # of this call; none where all steps were kept from before
     found = {
         "cell": name,
         "seed": seed,
-        "options": {**step.options, "data": "train.safetensors"},
+        "options": _kept_options(one),
         "figures": step.figures,
         "curve": json.loads((work / "curves" / f"{one.name}.json").read_text())["curve"],
         "perplexity": perplexity(trained, held, end),
-        "cpu_seconds_per_step": worked / took * one.batch_tokens / step.figures["tokens_per_s"],
+        "cpu_seconds_per_step": worked / took * one.batch_tokens / rate if rate else None,
         "seconds_of_this_run": took,
         "peak_bytes": peak_memory_bytes(),
     }
     _write(work / "result.json", json.dumps(found, indent=1) + "\n")
     for kept in (work / "kept").rglob("*.safetensors"):
         kept.unlink()
+    return found
+
+
+def _kept_options(one: TrainingPass) -> dict[str, Any]:
+    """A pass's options as JSON keeps them, wherever the output folder lies."""
+    found: dict[str, Any] = json.loads(json.dumps({**one.to_json(), "data": TEXT}))
     return found
 
 
@@ -198,7 +206,7 @@ def summary(facts: dict[str, Any], cells: list[dict[str, Any]]) -> list[dict[str
                 "mask_changed": [
                     cell["figures"].get("mask_bits_changed", 0) / cell["figures"].get("mask_bits", 1) for cell in found
                 ],
-                "cpu_seconds_per_step": [cell["cpu_seconds_per_step"] for cell in found],
+                "cpu_seconds_per_step": [c["cpu_seconds_per_step"] for c in found if c["cpu_seconds_per_step"]],
             }
         )
     return rows
@@ -215,10 +223,11 @@ def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> Non
     for row in rows:
         gap = _spread([100 * g for g in row["gap_closed"]], ".1f") + " %" if row["gap_closed"] else ""
         reached, kl = _spread(row["perplexity"], ".2f"), _spread(row["kl"], ".3f") if row["kl"] else ""
-        moved, seconds = 100 * statistics.mean(row["mask_changed"]), statistics.mean(row["cpu_seconds_per_step"])
+        moved, times = 100 * statistics.mean(row["mask_changed"]), row["cpu_seconds_per_step"]
+        seconds = f"{statistics.mean(times):.1f}" if times else ""
         table.append(
             f"| {row['arm']} | {row['lr']:g} | {row['tokens']:,} | {row['seeds']} | {reached} | {kl} | {gap} "
-            f"| {moved:.2f} % | {seconds:.1f} |"
+            f"| {moved:.2f} % | {seconds} |"
         )
     protocol = "\n".join(f"- {key}: {value}" for key, value in {**facts["protocol"], **facts["machine"]}.items())
     _write(out / "retrain.md", f"# What training under masks gives back\n\n{protocol}\n\n" + "\n".join(table) + "\n")
@@ -266,7 +275,7 @@ def facts_of(options: argparse.Namespace, models: Any, held: torch.Tensor, end: 
         if kept["protocol"] != protocol:
             raise SystemExit(f"{options.out} holds another protocol: give another --out")
         return kept
-    windows = load_file(options.out / "train.safetensors")["input_ids"].long()
+    windows = load_file(options.out / TEXT)["input_ids"].long()
     found = {
         "protocol": protocol,
         "machine": describe_machine(),
@@ -313,7 +322,7 @@ def main() -> None:
                     done, one = options.out / "cells" / name / "result.json", cell_pass(arm, lr, tokens, options)
                     if done.is_file():
                         cell = json.loads(done.read_text())
-                        if cell["options"] != json.loads(json.dumps({**one.to_json(), "data": "train.safetensors"})):
+                        if cell["options"] != _kept_options(one):
                             raise SystemExit(f"{done} was made with other options: give another --out, or remove it")
                     else:
                         cell = run_cell(name, one, seed, options.out, models, held, end)

@@ -47,7 +47,7 @@ class Reconstruct(Pass):
     autocast: run the training in bfloat16 where PyTorch deems it safe.
     teacher: folder of the dense model, for a model that was pruned in an earlier run; without it, the model that this
         run pruned.  Widths and depth must be those of the dense model.
-    offload: hold activations and new weights in memory-mapped files.
+    offload: hold activations and new weights in memory-mapped files; see ``repair``.
     Source: Frantar & Alistarh 2022 (OBC), arXiv:2208.11580 for the layer-wise form; Li et al. 2021 (BRECQ),
         arXiv:2102.05426, section 3 for blocks; the aim at the stream is that of ``repair``.
     """

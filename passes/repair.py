@@ -36,8 +36,8 @@ class Repair(Pass):
     target: T: own (what the op gave in the dense model) or stream (what makes the sum that the op's result is added to
         that of the dense model, so that earlier errors are corrected too; where there is no such sum, own).
     bias: refit biases along with the weights, where the op has one.
-    offload: hold activations and new weights in memory-mapped files: the memory of one sequence and of one layer,
-        whatever the calibration data and the model.
+    offload: hold activations and new weights in memory-mapped files.  Pages stay resident while memory is free and
+        may be dropped where it is not; what must be held is one sequence and one layer.
     Source: Meng et al. 2024 (OSSCAR), arXiv:2403.12983, section 3; the damped form and the centre are ours.
     """
 

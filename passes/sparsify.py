@@ -55,8 +55,8 @@ class Sparsify(Pass):
     damping: added to the diagonal of the Gram matrix, in parts of its mean; grows where it cannot be factored.
     block: inputs whose updates of later ones are gathered into one product.
     keep_removed: remember what was taken out, so that retraining can bring it back; it is never saved with a model.
-    offload: hold activations and new weights in memory-mapped files: the memory of one sequence and of one layer,
-        whatever the calibration data and the model.
+    offload: hold activations and new weights in memory-mapped files.  Pages stay resident while memory is free and
+        may be dropped where it is not; what must be held is one sequence and one layer.
     Source: Frantar & Alistarh 2023 (SparseGPT), arXiv:2301.00774; Sun et al. 2024 (Wanda), arXiv:2306.11695; Zhang et
         al. 2024 (RIA), ICLR 2024; the exact choice in each group is ours.
     """

@@ -7,22 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from runtime_models import SMALL, tiny
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from zoo.sparse import as_sparse
 
 import secateur
-from secateur.graph import Program, capture
+from secateur.graph import Pattern, Program, Sparse, capture
 from secateur.graph.errors import ArtifactError
 from secateur.passes import Pipeline
 from secateur.passes.lower import Lower, packed_as_pruned
 from secateur.passes.lower_cost import DENSE
+from secateur.runtime.census import census_of_file
+from secateur.runtime.checkpoint import SINGLE, read_header
 from secateur.runtime.declared import declared
 from secateur.runtime.engine import open_engine
 from secateur.runtime.lowered import packed_modules
 from secateur.runtime.lowering import FOLDER, PLAN, has_packed, read_plan, runs_packed
-from secateur.runtime.verify import verify_folder
+from secateur.runtime.verify import stored_faults, verify_folder
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +105,24 @@ def test_looser_patterns_are_declared_and_not_packed(dense: Program, tmp_path: P
     report = secateur.save(as_sparse(dense, "4:8"), tmp_path / "out", check=False)
     assert report.packed == {} and not has_packed(tmp_path / "out")
     assert {str(one.pattern) for one in declared(tmp_path / "out").values()} == {"4:8"}
+
+
+SCORES = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 1.0, 2.0, -2.0, 3e38])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_is_masked_is_stored_exactly_2_4(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    rows, groups = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    values = data.draw(st.lists(SCORES, min_size=4 * rows * groups, max_size=4 * rows * groups))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    weight = torch.tensor(values, dtype=torch.float64).view(rows, -1).clamp(-6e4, 6e4).to(dtype)
+    kept = torch.where(Pattern(2, 4).mask(weight.abs()), weight, 0.0) + 0.0
+    folder = tmp_path_factory.mktemp("stored")
+    save_file({"w": kept}, folder / SINGLE)
+    assert stored_faults(folder, {"w": Sparse(Pattern(2, 4))}) == []
+    (one,) = census_of_file(folder / SINGLE, read_header(folder / SINGLE))
+    assert one.over["2:4"] == 0 and one.negative_zeros == 0
+    assert torch.equal(load_file(folder / SINGLE)["w"], kept)

@@ -22,8 +22,7 @@ from secateur.graph import Pattern, Program, Share, Sparse, capture, with_parame
 from secateur.graph.errors import ArtifactError, SourceError
 from secateur.kernels.sparse24.formats import pack
 from secateur.runtime import huggingface
-from secateur.runtime.census import census_of_file
-from secateur.runtime.checkpoint import SINGLE, read_header
+from secateur.runtime.checkpoint import SINGLE
 from secateur.runtime.lowering import FOLDER, PLAN, WEIGHTS
 from secateur.runtime.verify import Outcome, Verification, stored_faults, verify_folder
 from secateur.runtime.verify import run as verify_run
@@ -449,27 +448,6 @@ def test_any_changed_byte_of_an_artifact_is_seen(
 
 
 # ---------------------------------------------------------------------- what export writes
-SCORES = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 1.0, 2.0, -2.0, 3e38])
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_whatever_is_masked_is_stored_exactly_2_4(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    rows, groups = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
-    values = data.draw(st.lists(SCORES, min_size=4 * rows * groups, max_size=4 * rows * groups))
-    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    weight = torch.tensor(values, dtype=torch.float64).view(rows, -1).clamp(-6e4, 6e4).to(dtype)
-    kept = torch.where(Pattern(2, 4).mask(weight.abs()), weight, 0.0) + 0.0
-    folder = tmp_path_factory.mktemp("stored")
-    save_file({"w": kept}, folder / SINGLE)
-    assert stored_faults(folder, {"w": Sparse(Pattern(2, 4))}) == []
-    (one,) = census_of_file(folder / SINGLE, read_header(folder / SINGLE))
-    assert one.over["2:4"] == 0 and one.negative_zeros == 0
-    assert torch.equal(load_file(folder / SINGLE)["w"], kept)
-
-
 @pytest.mark.parametrize("plant", [third_of_four, negative_zero], ids=lambda plant: plant.__name__)
 def test_a_wrong_file_is_not_kept(
     plant: Callable[[Path], None], program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
