@@ -12,7 +12,7 @@ CAST (Huang et al. 2025, arXiv:2509.25996) moves what is removed by a mixture: u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 Moment = Literal["gradient", "sum"]
-ELEMENTS = 1 << 25  # of weights that are updated together; two temporaries of that size are held
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,46 +76,51 @@ class SideDecayAdamW(torch.optim.Optimizer):
                 loss = closure()
         pulls = self.masks.before_update() if self.masks else {}
         for group in self.param_groups:
-            for part in _parts([p for p in group["params"] if p.grad is not None]):
-                self._update(part, group, pulls)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group, pulls.get(id(parameter)))
         if self.masks:
             self.masks.after_update()
         return loss
 
-    def _update(self, part: Sequence[nn.Parameter], group: dict[str, Any], pulls: Mapping[int, Pull]) -> None:
-        (b1, b2), lr = group["betas"], group["lr"]
-        states = [self._state(p) for p in part]
-        torch._foreach_add_([state["step"] for state in states], 1)
-        weights = [local(p) for p in part]
-        gradients = [local(p.grad) for p in part if p.grad is not None]
-        means, squares = ([local(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq"))
-        pulled = [at for at, p in enumerate(part) if id(p) in pulls]
-        if not pulled and all(w.device.type == "cpu" for w in weights):  # one pass over memory for ten
-            steps, decay = [state["step"] for state in states], group["weight_decay"]
-            how = {"beta1": b1, "beta2": b2, "lr": lr, "weight_decay": decay, "eps": group["eps"]}
-            torch._fused_adamw_(weights, gradients, means, squares, [], steps, amsgrad=False, maximize=False, **how)
-            return
-        if group["weight_decay"]:
-            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        torch._foreach_lerp_(means, gradients, 1 - b1)
-        step, measured = list(means), list(gradients)
-        if pulled:
-            own = [pulls[id(part[at])] for at in pulled]
-            pull = _pull([weights[at] for at in pulled], [means[at] for at in pulled], own)
-            for at, found in zip(pulled, pull, strict=True):
-                if self.moment == "gradient":
-                    measured[at] = found + gradients[at]
-                step[at] = found.add_(means[at])
-                if self.moment == "sum":
-                    measured[at] = step[at]
-        torch._foreach_mul_(squares, b2)
-        torch._foreach_addcmul_(squares, measured, measured, 1 - b2)
-        del measured
-        times = [float(state["step"]) for state in states]
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, [(1 - b2**t) ** 0.5 for t in times])
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_addcdiv_(weights, step, denominators, [-lr / (1 - b1**t) for t in times])
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any], pull: Pull | None) -> None:
+        """One pass over memory, and for a pull a few more over the one weight.
+
+        A fused update that is given m + p and g + p, p the pull, steps by b1 (m + p) + (1 - b1) (g + p): the new m and
+        p.  Given u for both it steps by u.
+        """
+        (b1, b2), state = group["betas"], self._state(parameter)
+        state["step"] += 1
+        held = [local(tensor) for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
+        used = [tensor.contiguous() for tensor in held]  # fused updates count in the order of memory
+        weight, measured, mean, square = used
+        moving = mean
+        if pull is not None:
+            gradient, before = measured, mean.clone()
+            mean.lerp_(gradient, 1 - b1)
+            found = _pulled(weight, mean, pull, 1 - group["lr"] * group["weight_decay"])
+            if self.moment == "sum":
+                moving = measured = found.add_(mean)
+            else:
+                moving, measured = before.add_(found), found.add_(gradient)
+        torch._fused_adamw_(
+            [weight],
+            [measured],
+            [moving],
+            [square],
+            [],
+            [state["step"].to(weight.device)],
+            lr=group["lr"],
+            beta1=b1,
+            beta2=b2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+        for tensor, part in zip(held, used, strict=True):
+            if part is not tensor:
+                tensor.copy_(part)
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
@@ -127,33 +131,17 @@ class SideDecayAdamW(torch.optim.Optimizer):
         return state
 
 
-def _pull(weights: list[Tensor], means: list[Tensor], pulls: Sequence[Pull]) -> list[Tensor]:
-    """What is added to the first moment for this step alone, new tensors; zero where a weight is kept."""
-    shares = [one.share for one in pulls]
-    found = torch._foreach_sign(weights) if shares[0] is not None else torch._foreach_mul(weights, 1.0)
-    torch._foreach_mul_(found, [one.strength for one in pulls])
-    if shares[0] is not None:
-        torch._foreach_sub_(found, means)
-        torch._foreach_mul_(found, [share or 0.0 for share in shares])
-    torch._foreach_mul_(found, [one.removed for one in pulls])
-    return list(found)
+def _pulled(weight: Tensor, mean: Tensor, pull: Pull, left: float) -> Tensor:
+    """What is added to the first moment for this step alone, a new tensor; zero where a weight is kept.
+
+    Args: left: of a weight after its decay.
+    """
+    if pull.share is None:
+        return (weight * pull.removed).mul_(pull.strength * left)
+    return weight.sign().mul_(pull.strength).sub_(mean).mul_(pull.share).mul_(pull.removed)
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that may be spread over several; it shares memory."""
     part: Any = getattr(tensor, "to_local", None)
     return tensor.detach() if part is None else part().detach()
-
-
-def _parts(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The parameters in runs of about ELEMENTS."""
-    part: list[nn.Parameter] = []
-    count = 0
-    for parameter in parameters:
-        part.append(parameter)
-        count += parameter.numel()
-        if count >= ELEMENTS:
-            yield part
-            part, count = [], 0
-    if part:
-        yield part
