@@ -25,7 +25,7 @@ from secateur.runtime import raise_model
 from secateur.tools.demo.assets import MODEL_FOLDER, default_cache
 from secateur.tools.machine import describe_machine
 
-KINDS = ("dense", "fixed", "adaptive", "boost-16", "boost-16-trained")
+KINDS = ("dense", "fixed", "fixed-boost-16", "adaptive", "adaptive-boost-16", "adaptive-boost-16-trained")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -39,12 +39,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     times: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "refresh")}
     for _ in range(options.rounds + 1):
         for kind in KINDS:
-            sites = [] if kind == "dense" else put_masks(stock, sparse, way="kept" if kind == "fixed" else "through")
-            if kind.startswith("boost"):
+            adaptive = kind.startswith("adaptive")
+            sites = [] if kind == "dense" else put_masks(stock, sparse, way="through" if adaptive else "kept")
+            if "boost" in kind:
                 made = [add_branch(site, 16, kind.endswith("trained")) for site in sites]
                 plain.add_param_group({"params": [p for pair in made for p in pair if p is not None]})
             schedule = MaskSchedule(sites, plan)
-            plain.masks = schedule if kind not in ("dense", "fixed") else None
+            plain.masks = schedule if adaptive else None
             begun = time.process_time()
             with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
                 logits = stock(input_ids=ids, use_cache=False).logits

@@ -58,13 +58,15 @@ def inverse_factor(gram_KK: Tensor, damping: float) -> tuple[Tensor, float]:
     d is the damping, or ten or a hundred times as much where no smaller one gives a finite factor.
     Raises: GramError: none is finite.
     """
-    gram = gram_KK.double().clone()
-    mean = gram.diagonal().mean()
-    gram.diagonal()[gram.diagonal() == 0] = mean.clamp_min(1e-12)  # inputs that never fire say nothing
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    gram = gram_KK.to(torch.float64, copy=True)
+    diagonal_K = gram.diagonal().clone()
+    mean = diagonal_K.mean().clamp_min(1e-12)
+    diagonal_K[diagonal_K == 0] = mean  # inputs that never fire say nothing
     for more in TRIED:
-        lower, failed = torch.linalg.cholesky_ex(gram + eye * mean.clamp_min(1e-12) * damping * more)
-        upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        gram.diagonal().copy_(diagonal_K + mean * damping * more)
+        lower, failed = torch.linalg.cholesky_ex(gram)
+        torch.cholesky_inverse(lower, out=lower)
+        upper, failed_too = torch.linalg.cholesky_ex(lower, upper=True)
         if not failed and not failed_too and bool(torch.isfinite(upper).all()):
             return upper.float(), damping * more
     raise GramError("the Gram matrix of the inputs cannot be factored: give more calibration tokens or more damping")

@@ -2,12 +2,14 @@
 
 Between stops each sequence runs alone.  At a stop only the values that are still to be read are held, for every
 sequence: the memory of one layer's activations over the calibration tokens, whatever the depth; or of one sequence,
-where the held values lie on the disk.  Weights may change at a stop; what was computed before stays as it was, what
-comes after sees the new ones.
+where the held values lie on the disk.  What is the same for all sequences (masks, positions) is held once.  Weights may
+change at a stop; what was computed before stays as it was, what comes after sees the new ones.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +22,8 @@ from secateur.graph import Program
 from secateur.graph.calls import is_mutable
 from secateur.passes.data import Sample
 
-LARGE = 1 << 16  # bytes from which a held value is worth a file
+LARGE = 1 << 16  # bytes from which a held value is worth a look, or a file
+_C_LIBRARY = ctypes.CDLL(None) if os.name == "posix" else None
 
 
 class Lockstep(fx.Interpreter):
@@ -42,7 +45,7 @@ class Lockstep(fx.Interpreter):
         self._at = 0
         self._environments: list[dict[fx.Node, Any]] = [{} for _ in data]
         self._folder = folder
-        self._mapped: list[set[fx.Node]] = [set() for _ in data]
+        self._settled: list[set[fx.Node]] = [set() for _ in data]
         self._inputs = [{**program.source.example_inputs, **sample.inputs} for sample in data]
 
     def advance(self, name: str) -> None:
@@ -102,14 +105,17 @@ class Lockstep(fx.Interpreter):
         self.env = self._environments[sample]
 
     def _hold(self, sample: int) -> None:
-        """Move the large values of a sample that are held onto the disk, where that is asked for."""
-        if self._folder is None or self._writes:
+        """Share the large values of a sample that are held with an equal one, or move them onto the disk where that is
+        asked for."""
+        if self._writes:
             return
-        held, known = self._environments[sample], self._mapped[sample]
+        held, known, first = self._environments[sample], self._settled[sample], self._environments[0]
         for node, value in held.items():
-            if node.op != "get_attr" and node not in known and value is not (kept := stored(value, self._folder)):
-                held[node] = kept
-                known.add(node)
+            if node.op == "get_attr" or node in known or not _large(value):
+                continue
+            twin = first.get(node) if sample else None
+            held[node] = twin if twin is not None and _equal(twin, value) else stored(value, self._folder)
+            known.add(node)
 
     def _step(self, sample: int, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -122,8 +128,7 @@ class Lockstep(fx.Interpreter):
 
 def stored(value: Any, folder: Path | None) -> Any:
     """A copy on the disk of a large CPU tensor, where there is a folder for it; everything else as it is."""
-    large = isinstance(value, Tensor) and value.nbytes >= LARGE and value.device.type == "cpu"
-    return value if folder is None or not large else mapped(value.detach(), folder)
+    return mapped(value.detach(), folder) if folder is not None and _large(value) else value
 
 
 def mapped(value: Tensor, folder: Path) -> Tensor:
@@ -131,6 +136,24 @@ def mapped(value: Tensor, folder: Path) -> Tensor:
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         copy = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
     return copy.view(value.shape).copy_(value)
+
+
+def trim_heap() -> None:
+    """Give freed memory that lies between what is in use back to the system, where the C library can (glibc).
+
+    Solving for a layer takes and frees far more than it leaves; without this the holes add up to a second model.
+    """
+    trim = getattr(_C_LIBRARY, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _large(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cpu" and value.nbytes >= LARGE
+
+
+def _equal(one: Any, other: Tensor) -> bool:
+    return isinstance(one, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _own_copy(value: Any) -> Any:

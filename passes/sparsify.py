@@ -20,7 +20,7 @@ from secateur.passes.base import Context, Cost, Pass, PassResult
 from secateur.passes.journal import Entry, Journal
 from secateur.passes.lower_layers import Layer, linear_layers, on_meta, sharing_input, weights
 from secateur.passes.options import OptionError
-from secateur.passes.repair_run import Lockstep, stored
+from secateur.passes.repair_run import Lockstep, stored, trim_heap
 from secateur.passes.sparsify_layer import Recipe, Solved, by_magnitude, solved
 from secateur.passes.sparsify_plan import Budget, Damage, check_budget, chosen_under
 from secateur.passes.targets import aliases, check_names, matched, unknown
@@ -198,6 +198,7 @@ class Sparsify(Pass):
                 kept = replace(found[one.parameter], weight=stored(found[one.parameter].weight, folder))
                 run.replace(one.parameter, kept.weight, one.chain)
                 yield one.parameter, kept
+            trim_heap()
 
     def _put(self, program: Program, made: Mapping[str, Solved], folder: Path | None) -> Program:
         """The Program with the sparse weights."""

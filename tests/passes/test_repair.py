@@ -15,6 +15,7 @@ from secateur.graph import Program, capture, coupled_groups, keep, verify
 from secateur.graph.errors import PipelineError
 from secateur.passes import CalibrationError, Context, Pipeline, Repair, samples
 from secateur.passes.journal import Journal
+from secateur.passes.lower_layers import linear_layers
 from secateur.passes.repair import held_back
 from secateur.passes.repair_fit import Products, fit
 from secateur.passes.repair_run import Lockstep, mapped
@@ -306,6 +307,19 @@ def test_a_mapped_value_lies_in_a_file_without_a_name(tmp_path: Path) -> None:
     assert torch.equal(copy, value) and copy.data_ptr() != value.data_ptr() and not list(tmp_path.iterdir())
     files = {line.split()[-2] for line in Path("/proc/self/maps").read_text().splitlines() if "(deleted)" in line}
     assert any(str(tmp_path) in file for file in files)
+
+
+def test_what_is_the_same_for_all_sequences_is_held_once(program_of: ByKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.passes.repair_run.LARGE", 1)
+    program = program_of("llama")
+    data = samples([tokens(3, 12, 128)], program)
+    run = Lockstep(program, data)
+    run.advance(next(one.node.name for one in linear_layers(program)[0] if "down_proj" in one.parameter))
+    environments = [run._environments[sample].items() for sample in range(3)]
+    held = [{n.name: v for n, v in one if isinstance(v, Tensor) and n.op != "get_attr"} for one in environments]
+    shared = {name for name, value in held[0].items() if value.data_ptr() == held[2][name].data_ptr()}
+    assert shared == {name for name, value in held[0].items() if torch.equal(value, held[2][name])}
+    assert 0 < len(shared) < len(held[0])
 
 
 def test_what_went_with_its_block_is_passed_over(llama: Program, ids: Tensor) -> None:

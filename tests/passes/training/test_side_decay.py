@@ -134,7 +134,7 @@ def test_the_order_in_memory_changes_nothing(moment: Moment, pulled: bool) -> No
     wide[:, 1:5] = weight(8, 4).detach()
     turned = nn.Parameter(weight(8, 4).detach().T.contiguous().T)
     weights = [weight(8, 4), turned, nn.Parameter(wide[:, 1:5]), weight(3)]
-    masks = Pulling({one: MASK for one in weights[:3]} if pulled else {}, 0.5)
+    masks = Pulling(dict.fromkeys(weights[:3], MASK) if pulled else {}, 0.5)
     optimizer = SideDecayAdamW(weights, lr=1e-2, weight_decay=0.1, masks=masks, moment=moment)
     for gradient in gradients(3, 8, 4):
         for one in weights[:3]:
