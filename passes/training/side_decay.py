@@ -96,10 +96,10 @@ class SideDecayAdamW(torch.optim.Optimizer):
         weight, measured, mean, square = used
         moving = mean
         if pull is not None:
-            gradient, before = measured, mean.clone()
+            gradient, before = measured, mean.clone() if self.moment == "gradient" else None
             mean.lerp_(gradient, 1 - b1)
             found = _pulled(weight, mean, pull, 1 - group["lr"] * group["weight_decay"])
-            if self.moment == "sum":
+            if before is None:
                 moving = measured = found.add_(mean)
             else:
                 moving, measured = before.add_(found), found.add_(gradient)

@@ -288,7 +288,7 @@ def arguments(
         num_train_epochs=1,
         per_device_train_batch_size=pace.micro,
         gradient_accumulation_steps=pace.accumulate,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         learning_rate=lr,
         adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
