@@ -59,7 +59,7 @@ class Repair(Pass):
 
     @property
     def cost(self) -> Cost:
-        return Cost(3.0, 4.0, holds=0 if self.offload else 2, solves=6)
+        return Cost(3.0, 0.0 if self.offload else 4.0, holds=0 if self.offload else 2, solves=6)
 
     def requires(self, program: Program) -> list[str]:
         on_meta = any(p.is_meta for _, p in program.named_parameters())

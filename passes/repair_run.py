@@ -8,8 +8,6 @@ change at a stop; what was computed before stays as it was, what comes after see
 
 from __future__ import annotations
 
-import ctypes
-import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +21,6 @@ from secateur.graph.calls import is_mutable
 from secateur.passes.data import Sample
 
 LARGE = 1 << 16  # bytes from which a held value is worth a look, or a file
-_C_LIBRARY = ctypes.CDLL(None) if os.name == "posix" else None
 
 
 class Lockstep(fx.Interpreter):
@@ -136,16 +133,6 @@ def mapped(value: Tensor, folder: Path) -> Tensor:
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         copy = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
     return copy.view(value.shape).copy_(value)
-
-
-def trim_heap() -> None:
-    """Give freed memory that lies between what is in use back to the system, where the C library can (glibc).
-
-    Solving for a layer takes and frees far more than it leaves; without this the holes add up to a second model.
-    """
-    trim = getattr(_C_LIBRARY, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _large(value: Any) -> bool:

@@ -17,10 +17,11 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from secateur.graph import Cut, Pattern, Program, Share, Sparse, parse_pattern, with_parameters
 from secateur.graph.errors import PipelineError
 from secateur.passes.base import Context, Cost, Pass, PassResult
+from secateur.passes.heap import trim_heap
 from secateur.passes.journal import Entry, Journal
 from secateur.passes.lower_layers import Layer, linear_layers, on_meta, sharing_input, weights
 from secateur.passes.options import OptionError
-from secateur.passes.repair_run import Lockstep, stored, trim_heap
+from secateur.passes.repair_run import Lockstep, stored
 from secateur.passes.sparsify_layer import Recipe, Solved, by_magnitude, solved
 from secateur.passes.sparsify_plan import Budget, Damage, check_budget, chosen_under
 from secateur.passes.targets import aliases, check_names, matched, unknown
@@ -109,10 +110,11 @@ class Sparsify(Pass):
 
     @property
     def cost(self) -> Cost:
+        held = 0.0 if self.offload else 8.0 if self.keep_removed else 4.0
         if not self.needs_data:
-            return Cost(0.0, 8.0)
+            return Cost(0.0, held)
         flops = 1.0 + (1.0 if self.recipe.needs == "gram" else 0.1) + (2.0 if self.budget is not None else 0.0)
-        return Cost(flops, 8.0, holds=0 if self.offload else 1, solves=4 if self.recipe.needs == "gram" else 0)
+        return Cost(flops, held, holds=0 if self.offload else 1, solves=4 if self.recipe.needs == "gram" else 0)
 
     def requires(self, program: Program) -> list[str]:
         missing = ["the weights are on the meta device: open the model with weights"] * on_meta(program)

@@ -15,6 +15,7 @@ from secateur.graph import Program
 from secateur.graph.chain import Chain, Stage, Values, chain
 from secateur.passes.base import Context
 from secateur.passes.data import IGNORED, CalibrationError, Sample, main_input
+from secateur.passes.heap import trim_heap
 from secateur.passes.quality import logits
 
 LossKind = Literal["next-token", "labels"]
@@ -124,6 +125,7 @@ def gradients_by_block(
             run.forward(stage)
         else:
             yield run.backward(stage, loss)
+            trim_heap()
 
 
 class _Blockwise:
