@@ -31,6 +31,7 @@ from secateur.tools.demo.assets import MODEL_FOLDER, default_cache, text, traini
 from secateur.tools.machine import describe_machine, peak_memory_bytes
 from secateur.tools.report.console import Voice
 from secateur.tools.report.curves import Panel, draw_curves
+from secateur.tools.report.units import spread
 
 PIPELINE = "score{metric=wanda},prune-width{hidden=504,mlp=1312},repair"
 CALIBRATION, WINDOW, HELD_OUT = 10_240, 512, 9_216
@@ -148,7 +149,10 @@ def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> Non
         last, speed = figures["held_out"][-1], figures["tokens_per_s"]
         rows.append(_row(cell["cell"], figures["tokens"], last, cell["held_out_documents"], speed))
     protocol = "\n".join(f"- {key}: {value}" for key, value in {**facts["protocol"], **facts["machine"]}.items())
-    _write(out / "distill.md", f"# What distillation gives back\n\n{protocol}\n\n" + "\n".join(rows) + "\n")
+    _write(
+        out / "distill.md",
+        f"# What distillation gives back\n\n{protocol}\n\n" + "\n".join(rows + _summary(cells)) + "\n",
+    )
     runs: dict[str, list[Any]] = {}
     for cell in cells:
         runs.setdefault(cell["cell"].rpartition("-seed")[0], []).append(cell["figures"]["held_out"])
@@ -163,6 +167,29 @@ def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> Non
         ),
     ]
     draw_curves(runs, panels, out / "distill.png", facts["protocol"]["pipeline"])
+
+
+def _summary(cells: list[dict[str, Any]]) -> list[str]:
+    """Cells that differ in their seed alone, together; and what each loss costs beside the first, seed by seed."""
+    groups: dict[str, dict[int, list[float]]] = {}
+    for cell in cells:
+        last, other = cell["figures"]["held_out"][-1], cell["held_out_documents"]
+        figures = [last["kl"], last["perplexity"], other["kl"], other["perplexity"]]
+        groups.setdefault(cell["cell"].rpartition("-seed")[0], {})[cell["seed"]] = figures
+    first, base = next(iter(groups.items()))
+    rows = ["", "Mean over seeds ± half its 95 % interval; below, the difference to the first row, seed by seed:", ""]
+    rows += ["| cells | seeds | KL | perplexity | KL, other documents | perplexity, other documents |"]
+    rows += ["|---|---:|---:|---:|---:|---:|"]
+    for name, seeds in groups.items():
+        told = (spread(values, ".4f") for values in zip(*seeds.values(), strict=True))
+        rows.append(f"| {name} | {len(seeds)} | {' | '.join(told)} |")
+    for name, seeds in groups.items():
+        both = [seed for seed in seeds if seed in base]
+        if name != first and both:
+            pairs = [[a - b for a, b in zip(seeds[seed], base[seed], strict=True)] for seed in both]
+            told = (spread(values, "+.4f") for values in zip(*pairs, strict=True))
+            rows.append(f"| {name} minus {first} | {len(both)} | {' | '.join(told)} |")
+    return rows
 
 
 def _row(name: str, tokens: int, mine: dict[str, float], other: dict[str, float], speed: Any) -> str:

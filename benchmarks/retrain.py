@@ -40,6 +40,7 @@ from secateur.tools.demo.assets import MODEL_FOLDER, default_cache, text, traini
 from secateur.tools.machine import describe_machine, peak_memory_bytes
 from secateur.tools.report.console import Voice
 from secateur.tools.report.curves import Panel, draw_curves
+from secateur.tools.report.units import spread
 
 START = "sparsify{metric=wanda}"
 TEXT = "train.safetensors"  # the tokenised training text, in the output folder
@@ -65,7 +66,6 @@ ARMS: dict[str, tuple[type[TrainingPass], dict[str, Any]]] = {
     "fixed-sum": (RetrainSparse, {"mode": "fixed", "moment": "sum"}),
 }
 """Losses without a word are the paper's: 0.67 KL at temperature 2, 0.33 cross entropy."""
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36, 10: 2.26}
 
 
 def prepare(out: Path, options: argparse.Namespace, voice: Voice) -> tuple[Program, Program]:
@@ -170,15 +170,6 @@ def _write(file: Path, body: str) -> None:
     os.replace(part, file)
 
 
-def _spread(values: list[float], shape: str) -> str:
-    """Mean and half the 95 % interval (Student's t)."""
-    mean, count = statistics.mean(values), len(values)
-    if count < 2:
-        return f"{mean:{shape}}"
-    t = STUDENT_T.get(count, 2.0)
-    return f"{mean:{shape}} ± {t * statistics.stdev(values) / count**0.5:{shape}}"
-
-
 def summary(facts: dict[str, Any], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for all seeds of an arm, a rate and a number of tokens."""
     groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
@@ -221,8 +212,8 @@ def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> Non
     for name in ("dense", "before"):
         table.append(f"| {name}, untrained | | 0 | | {facts[name]:.2f} | | | | |")
     for row in rows:
-        gap = _spread([100 * g for g in row["gap_closed"]], ".1f") + " %" if row["gap_closed"] else ""
-        reached, kl = _spread(row["perplexity"], ".2f"), _spread(row["kl"], ".3f") if row["kl"] else ""
+        gap = spread([100 * g for g in row["gap_closed"]], ".1f") + " %" if row["gap_closed"] else ""
+        reached, kl = spread(row["perplexity"], ".2f"), spread(row["kl"], ".3f") if row["kl"] else ""
         moved, times = 100 * statistics.mean(row["mask_changed"]), row["cpu_seconds_per_step"]
         seconds = f"{statistics.mean(times):.1f}" if times else ""
         table.append(

@@ -15,7 +15,7 @@ from secateur.tools.inspect import groups_of_block, inspect
 from secateur.tools.plan import make_plan
 from secateur.tools.report import draw_groups, inspection_tables, pass_tables, plan_tables, run_tables
 from secateur.tools.report.picture import membership_graph
-from secateur.tools.report.units import change, count, duration, size
+from secateur.tools.report.units import change, count, duration, size, spread
 
 
 def shown(tables: list[object]) -> str:
@@ -92,3 +92,10 @@ def test_pictures_that_cannot_be(llama: Program, tmp_path: Path) -> None:
         draw_groups(groups, path, tmp_path / "block.jpg")
     with pytest.raises(SecateurError, match="cannot be written"):
         draw_groups(groups, path, tmp_path / "nowhere" / "block.png")
+
+
+def test_a_mean_of_few_runs_has_its_interval() -> None:
+    """Three values 1, 2, 3: deviation 1, t = 4.30 at two degrees of freedom, 4.30 / sqrt(3) = 2.48."""
+    assert spread([1.0, 2.0, 3.0], ".2f") == "2.00 ± 2.48"
+    assert spread([-1.0, -2.0, -3.0], "+.1f") == "-2.0 ± 2.5"
+    assert spread([1.5], ".2f") == "1.50"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
+
 SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 BYTE_SUFFIXES = ((1024**4, "TiB"), (1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB"))
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}  # 97.5 %, by count of values
 
 
 def count(value: float) -> str:
@@ -27,3 +31,15 @@ def duration(seconds: float) -> str:
 def change(before: float, after: float) -> str:
     """100, 75 -> -25.0 %."""
     return "" if not before else f"{100 * (after - before) / before:+.1f} %"
+
+
+def spread(values: Sequence[float], shape: str) -> str:
+    """Mean and half its 95 % interval over a few runs (Student's t); one run has no interval.
+
+    Args: shape: format of both numbers, such as ``.2f``.
+    """
+    mean, runs = statistics.mean(values), len(values)
+    if runs < 2:
+        return f"{mean:{shape}}"
+    half = STUDENT_T.get(runs, 2.26) * statistics.stdev(values) / runs**0.5
+    return f"{mean:{shape}} ± {half:{shape.lstrip('+')}}"
