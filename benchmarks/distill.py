@@ -2,7 +2,8 @@
 
 Run ``python benchmarks/distill.py --out FOLDER`` after ``make assets``.  One cell is one (loss, learning rate, seed);
 each goes on from its last kept step when the command is given again, and a finished one is not run again.  Writes
-distill.json, distill.md and distill.png after every cell.
+distill.json, distill.md and distill.png after every cell.  ``--also TEXT.jsonl`` measures all finished cells on a
+text of another kind, too.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ import secateur
 from secateur.passes import Context, samples
 from secateur.passes.adapt_lora import AdaptLora
 from secateur.passes.distill import Distill
+from secateur.passes.journal import digest
 from secateur.passes.training.plan import TrainingPass
 from secateur.runtime import raise_model, save
-from secateur.tools.corpus import calibration_windows, token_stream
+from secateur.tools.corpus import calibration_windows, read_documents, token_stream
 from secateur.tools.demo.assets import MODEL_FOLDER, default_cache, text, training_text
 from secateur.tools.machine import describe_machine, peak_memory_bytes
 from secateur.tools.report.console import Voice
@@ -35,6 +37,7 @@ from secateur.tools.report.units import spread
 
 PIPELINE = "score{metric=wanda},prune-width{hidden=504,mlp=1312},repair"
 CALIBRATION, WINDOW, HELD_OUT = 10_240, 512, 9_216
+FIGURES = (("kl", ".4f"), ("perplexity", ".2f"))
 LOSSES: dict[str, dict[str, Any]] = {
     "kl": {"kl": 1.0, "ce": 0.0},
     "ce": {"kl": 0.0, "ce": 1.0},
@@ -125,9 +128,28 @@ def run_cell(name: str, one: TrainingPass, seed: int, out: Path, held: Any, end:
         "peak_bytes": peak_memory_bytes(),
     }
     _write(work / "result.json", json.dumps(found, indent=1) + "\n")
+    save(trained, work / "model", force=True)
     for kept in (work / "kept").rglob("*.safetensors"):
         kept.unlink()
     return found
+
+
+def measure_also(out: Path, options: argparse.Namespace, tokenizer: Any) -> None:
+    """Quality of the dense, the pruned and every finished model on the other text, each measured once."""
+    file = out / "also.json"
+    stream, _ = token_stream(read_documents([options.also]), tokenizer, tokens=options.held_out_tokens)
+    head = {"text": options.also.name, "tokens": stream.numel(), "sha256": digest(stream)}
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {**head, "models": {}}
+    if {key: found[key] for key in head} != head:
+        raise SystemExit(f"{file} was measured on another text: remove it, or give --also that text")
+    dense, held = secateur.capture(default_cache() / MODEL_FOLDER), stream.view(-1, WINDOW)
+    folders = {"dense": default_cache() / MODEL_FOLDER, "pruned": out / "pruned"}
+    folders |= {one.parent.name: one for one in sorted((out / "cells").glob("*/model"))}
+    for name, folder in folders.items():
+        if name not in found["models"]:
+            found["models"][name] = quality(secateur.capture(folder), dense, held, tokenizer.eos_token_id)
+            _write(file, json.dumps(found, indent=1) + "\n")
+            print(name, found["models"][name], flush=True)
 
 
 def _write(file: Path, body: str) -> None:
@@ -139,7 +161,8 @@ def _write(file: Path, body: str) -> None:
 
 def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> None:
     """All finished cells as JSON, table and picture."""
-    _write(out / "distill.json", json.dumps({**facts, "cells": cells}, indent=1) + "\n")
+    also = json.loads((out / "also.json").read_text()) if (out / "also.json").is_file() else {}
+    _write(out / "distill.json", json.dumps({**facts, "cells": cells, "also": also}, indent=1) + "\n")
     rows = ["| cell | tokens | KL | perplexity | KL, other documents | perplexity, other documents | tokens/s |"]
     rows.append("|---|---:|---:|---:|---:|---:|---:|")
     start, base = cells[0]["figures"]["held_out"][0], facts["before"]
@@ -189,6 +212,21 @@ def _summary(cells: list[dict[str, Any]]) -> list[str]:
             pairs = [[a - b for a, b in zip(seeds[seed], base[seed], strict=True)] for seed in both]
             told = (spread(values, "+.4f") for values in zip(*pairs, strict=True))
             rows.append(f"| {name} minus {first} | {len(both)} | {' | '.join(told)} |")
+    return rows
+
+
+def _other_kind(also: dict[str, Any]) -> list[str]:
+    """Models on the text of another kind; those that differ in their seed alone together."""
+    if not also:
+        return []
+    told = f"On a text of another kind than the one trained on ({also['text']}, {also['tokens']:,} tokens):"
+    rows = ["", told, "", "| models | seeds | KL | perplexity |", "|---|---:|---:|---:|"]
+    groups: dict[str, list[dict[str, float]]] = {}
+    for name, found in also["models"].items():
+        groups.setdefault(name.rpartition("-seed")[0] or name, []).append(found)
+    for name, found in groups.items():
+        kl, perplexity = (spread([one[key] for one in found], shape) for key, shape in FIGURES)
+        rows.append(f"| {name} | {len(found)} | {kl} | {perplexity} |")
     return rows
 
 
@@ -242,6 +280,7 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=5)
     parser.add_argument("--windows", type=int, default=16, help="windows of the training text held out")
     parser.add_argument("--held-out-tokens", type=int, default=HELD_OUT)
+    parser.add_argument("--also", type=Path, help="text of another kind to measure on, too: .jsonl")
     options = parser.parse_args()
     out, voice = options.out, Voice(False)
     prepare(out, options.pipeline, voice)
@@ -264,6 +303,9 @@ def main() -> None:
                 cells.append(cell)
                 print(name, cell["figures"]["held_out"][-1], cell["held_out_documents"], flush=True)
                 report(out, facts, cells)
+    if options.also is not None:
+        measure_also(out, options, tokenizer)
+        report(out, facts, cells)
 
 
 if __name__ == "__main__":
