@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from secateur.graph import CoupledGroup, Program
 from secateur.passes.base import Context
 from secateur.passes.data import IGNORED, CalibrationError, Sample, main_input
+from secateur.passes.heap import trim_heap
 from secateur.passes.importance.base import Importance, MemberScores, Needs
 from secateur.passes.importance.observe import Reader, readers
 from secateur.passes.quality import logits
@@ -49,6 +50,8 @@ class Fisher(Importance):
             for at, drawn in enumerate(labels):
                 summed = F.cross_entropy(scores, drawn, ignore_index=IGNORED, reduction="sum")
                 summed.backward(retain_graph=at + 1 < len(labels))
+            del scores, summed  # so that the next sequence takes their place
+            trim_heap()
         tokens = sum(sample.tokens for sample in data) * (self.draws if self.labels == "sampled" else 1)
         return {name: [(sums[r] / (2 * tokens)).float() for r in found] for name, found in reading.items()}
 
@@ -61,6 +64,7 @@ class Fisher(Importance):
         if self.labels == "sampled":
             chances = flat.detach().softmax(-1).cpu()
             drawn = torch.multinomial(chances, self.draws, replacement=True, generator=generator)
+            del chances
             return flat, list(drawn.T.to(flat.device))
         ids = sample.labels if sample.labels is not None else sample.inputs[main_input(program)]
         wanted = F.pad(ids[:, 1:], (0, 1), value=IGNORED).reshape(-1).to(flat.device)

@@ -78,12 +78,12 @@ class SideDecayAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group, pulls.get(id(parameter)))
+                    self._update(parameter, parameter.grad, group, pulls.get(id(parameter)))
         if self.masks:
             self.masks.after_update()
         return loss
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any], pull: Pull | None) -> None:
+    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any], pull: Pull | None) -> None:
         """One pass over memory, and for a pull a few more over the one weight.
 
         A fused update that is given m + p and g + p, p the pull, steps by b1 (m + p) + (1 - b1) (g + p): the new m and
@@ -91,12 +91,12 @@ class SideDecayAdamW(torch.optim.Optimizer):
         """
         (b1, b2), state = group["betas"], self._state(parameter)
         state["step"] += 1
-        held = [local(tensor) for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
+        held = [local(tensor) for tensor in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])]
         used = [tensor.contiguous() for tensor in held]  # fused updates count in the order of memory
-        weight, measured, mean, square = used
-        moving = mean
+        weight, gradient, mean, square = used
+        moving, measured = mean, gradient
         if pull is not None:
-            gradient, before = measured, mean.clone() if self.moment == "gradient" else None
+            before = mean.clone() if self.moment == "gradient" else None
             mean.lerp_(gradient, 1 - b1)
             found = _pulled(weight, mean, pull, 1 - group["lr"] * group["weight_decay"])
             if before is None:
