@@ -172,10 +172,8 @@ def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> Non
         last, speed = figures["held_out"][-1], figures["tokens_per_s"]
         rows.append(_row(cell["cell"], figures["tokens"], last, cell["held_out_documents"], speed))
     protocol = "\n".join(f"- {key}: {value}" for key, value in {**facts["protocol"], **facts["machine"]}.items())
-    _write(
-        out / "distill.md",
-        f"# What distillation gives back\n\n{protocol}\n\n" + "\n".join(rows + _summary(cells)) + "\n",
-    )
+    page = ["# What distillation gives back", "", protocol, "", *rows, *_summary(cells), *_other_kind(also)]
+    _write(out / "distill.md", "\n".join(page) + "\n")
     runs: dict[str, list[Any]] = {}
     for cell in cells:
         runs.setdefault(cell["cell"].rpartition("-seed")[0], []).append(cell["figures"]["held_out"])
