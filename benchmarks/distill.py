@@ -37,6 +37,7 @@ from secateur.tools.report.units import spread
 
 PIPELINE = "score{metric=wanda},prune-width{hidden=504,mlp=1312},repair"
 CALIBRATION, WINDOW, HELD_OUT = 10_240, 512, 9_216
+TEXT = "train.safetensors"  # the tokenised training text, in the output folder
 FIGURES = (("kl", ".4f"), ("perplexity", ".2f"))
 LOSSES: dict[str, dict[str, Any]] = {
     "kl": {"kl": 1.0, "ce": 0.0},
@@ -52,12 +53,12 @@ def prepare(out: Path, pipeline: str, voice: Voice) -> None:
     """The pruned model and the tokenised training text, once."""
     folder, cache = default_cache() / MODEL_FOLDER, default_cache()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not (out / "train.safetensors").is_file():
+    if not (out / TEXT).is_file():
         documents = training_text(cache)
         windows = calibration_windows(documents, tokenizer, tokens=_count(documents, tokenizer), window=WINDOW)
         out.mkdir(parents=True, exist_ok=True)
         save_file({"input_ids": windows.windows.int()}, out / "train.part")
-        os.replace(out / "train.part", out / "train.safetensors")
+        os.replace(out / "train.part", out / TEXT)
     if not (out / "pruned" / "secateur.json").is_file():
         windows = calibration_windows(text(cache).calibration, tokenizer, tokens=CALIBRATION, window=WINDOW)
         program = secateur.capture(folder)
@@ -93,7 +94,7 @@ def cell_pass(loss: str, lr: float, options: argparse.Namespace, out: Path) -> T
         batch_tokens=options.batch_tokens,
         micro_batch=options.micro_batch,
         window=WINDOW,
-        data=str(out / "train.safetensors"),
+        data=str(out / TEXT),
         teacher=str(default_cache() / MODEL_FOLDER),
         precision=options.precision,
         held_out=options.windows,
@@ -121,16 +122,22 @@ def run_cell(name: str, one: TrainingPass, seed: int, out: Path, held: Any, end:
     found = {
         "cell": name,
         "seed": seed,
-        "options": step.options,
+        "options": _kept_options(one),
         "figures": step.figures,
         "held_out_documents": quality(trained, dense, held, end),
         "seconds_of_this_run": time.perf_counter() - begun,
         "peak_bytes": peak_memory_bytes(),
     }
-    _write(work / "result.json", json.dumps(found, indent=1) + "\n")
     save(trained, work / "model", force=True)
+    _write(work / "result.json", json.dumps(found, indent=1) + "\n")
     for kept in (work / "kept").rglob("*.safetensors"):
         kept.unlink()
+    return found
+
+
+def _kept_options(one: TrainingPass) -> dict[str, Any]:
+    """A pass's options as JSON keeps them, wherever the folders lie."""
+    found: dict[str, Any] = json.loads(json.dumps({**one.to_json(), "data": TEXT, "teacher": MODEL_FOLDER}))
     return found
 
 
@@ -242,7 +249,7 @@ def facts_of(out: Path, options: argparse.Namespace, held: torch.Tensor, end: in
             raise SystemExit(f"{out} holds {kept['protocol']['pipeline']}: give another --out for {options.pipeline}")
         return kept
     dense, small = secateur.capture(default_cache() / MODEL_FOLDER), secateur.capture(out / "pruned")
-    windows = load_file(out / "train.safetensors")["input_ids"].long()
+    windows = load_file(out / TEXT)["input_ids"].long()
     found = {
         "protocol": {
             "model": MODEL_FOLDER,
@@ -294,7 +301,7 @@ def main() -> None:
                 one = cell_pass(loss, lr, options, out)
                 if done.is_file():
                     cell = json.loads(done.read_text())
-                    if cell["options"] != json.loads(json.dumps(one.to_json())):
+                    if cell["options"] != _kept_options(one):
                         raise SystemExit(f"{done} was made with other options: give another --out, or remove it")
                 else:
                     cell = run_cell(name, one, seed, out, held, end, voice)

@@ -1,7 +1,9 @@
 """Models larger than memory: work on one of 3.1 GB inside a memory limit of 2 GB that the system enforces.
 
-Run ``python benchmarks/small_memory.py --out FILE.json`` as root on Linux: each job runs in a control group of its own,
-which counts the pages of mapped files, too, and kills what goes beyond.  Needs 10 GB of disk under --work.
+Run ``python benchmarks/small_memory.py --out FILE --work FOLDER --text TEXT.jsonl`` as root on Linux.  Each job runs in
+a control group of its own, which counts the pages of mapped files, too, and kills what goes beyond.  Measured with
+version 1 of control groups; in version 2 the group that this runs in must give its children the memory controller.
+Needs 10 GB of disk.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ SPARSIFY = "sparsify{metric=wanda,offload=true,keep_removed=false}"
 
 
 class Limit:
-    """A control group that holds its processes to some bytes (version 1 or 2 of the interface)."""
+    """A control group that holds its processes to some bytes."""
 
     def __init__(self, limit: int) -> None:
         own = {
@@ -44,7 +46,11 @@ class Limit:
         self.folder = root / f"small-memory-{os.getpid()}"
         self.peak = "memory.max_usage_in_bytes" if old else "memory.peak"
         self.folder.mkdir()
-        (self.folder / ("memory.limit_in_bytes" if old else "memory.max")).write_text(str(limit))
+        file = self.folder / ("memory.limit_in_bytes" if old else "memory.max")
+        if not file.is_file():
+            self.close()
+            raise SystemExit(f"{root} gives its children no memory controller: enable it in cgroup.subtree_control")
+        file.write_text(str(limit))
 
     def run(self, command: list[str]) -> dict[str, Any]:
         """Exit status, seconds and peak bytes of a command, mapped files included."""
@@ -95,8 +101,10 @@ def main() -> None:
     os.environ["TMPDIR"] = str(options.work)  # what is held in files must not lie in memory
     for what, command in jobs.items():
         limit = Limit(options.limit)
-        found["jobs"][what] = limit.run([sys.executable, *command])
-        limit.close()
+        try:
+            found["jobs"][what] = limit.run([sys.executable, *command])
+        finally:
+            limit.close()
         print(what, found["jobs"][what], flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({**found, "machine": describe_machine()}, indent=1) + "\n", "utf-8")
