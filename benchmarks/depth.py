@@ -33,7 +33,9 @@ METHODS = {
     "neighbours, KL": "method=contiguous",
     "greedy, perplexity": "method=greedy,by=perplexity",
     "greedy, KL": "method=greedy",
+    "greedy, KL, swaps": "method=greedy,swaps=4",
     "greedy, KL, sub-blocks": "method=greedy,level=sub-block",
+    "greedy, KL, sub-blocks, swaps": "method=greedy,level=sub-block,swaps=10",
 }
 WINDOW, HELD_OUT = 512, 9_216
 
