@@ -97,19 +97,18 @@ class Report:
 
     def markdown(self) -> str:
         protocol = "\n".join(f"- {k}: {v}" for k, v in {**self.body["protocol"], **self.body["machine"]}.items())
-        head = "| what | pipeline | perplexity | x dense | KL | +- | KL q99 | seconds |"
+        head = "| what | pipeline | perplexity | x dense | KL | +- | KL q99 | seconds | on |"
+        here = self.body["machine"]["processor"]
         dense = self.body["rows"][0]["perplexity"]
         table = [
             f"| {r['what']} | `{r['pipeline']}` | {r['perplexity']:.2f} | {r['perplexity'] / dense:.3f} "
-            f"| {r['kl']:.4f} | {r['kl_stderr']:.4f} | {r['kl_q99']:.2f} | {r['seconds']:.0f} |"
+            f"| {r['kl']:.4f} | {r['kl_stderr']:.4f} | {r['kl_q99']:.2f} | {r['seconds']:.0f} "
+            f"| {r.get('processor', here)} |"
             for r in self.body["rows"]
         ]
-        return (
-            "\n".join(
-                ["# What each idea is worth", "", protocol, "", head, "|---|---|---:|---:|---:|---:|---:|---:|", *table]
-            )
-            + "\n"
-        )
+        rule = "|" + "---|" * 2 + "---:|" * 6 + "---|"
+        page = ["# What each idea is worth", "", protocol, "", head, rule, *table]
+        return "\n".join(page) + "\n"
 
     def draw(self) -> None:
         """KL of every row as bars."""
@@ -178,6 +177,7 @@ def run(asked: list[tuple[str, str]], options: argparse.Namespace) -> None:
             program = one(program, context)
         spent = {step.name: step.figures["seconds"] for step in program.history}
         row = {"what": what, "pipeline": pipeline, "seconds": sum(spent.values()), "passes": spent}
+        row |= {"processor": describe_machine()["processor"]}
         report.add({**row, **measure(program, held, predicted), "peak_bytes": peak_memory_bytes()})
         print(
             what, pipeline, f"{report.body['rows'][-1]['kl']:.4f}", f"{time.perf_counter() - start:.0f} s", flush=True

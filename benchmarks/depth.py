@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -104,12 +105,14 @@ def run(pipelines: dict[str, str], out: Path, tokens: int) -> None:
             continue
         start, smaller = time.perf_counter(), dense
         if pipeline:
-            kept = out / "rounds" / pipeline
+            kept = out / "rounds" / re.sub(r",swaps=\d+", "", pipeline)  # swaps go on from the same greedy rounds
             context = Context(data=samples(calibration, dense), resume=kept, progress=Voice().progress)
             (one,) = secateur.Pipeline.parse(pipeline).passes
             smaller = one(dense, context)
         row = {"what": what, "pipeline": pipeline, "seconds": time.perf_counter() - start}
         row |= {"processor": describe_machine()["processor"]}
+        if pipeline:
+            row |= {"swaps": smaller.history[-1].figures["swaps"]}
         row |= {"parameters": smaller.num_parameters, "dropped": smaller.cut.dropped if smaller.cut else []}
         report["rows"].append({**row, **measure(smaller, held, predicted)})
         write(out, report)
