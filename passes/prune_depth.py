@@ -35,8 +35,8 @@ class PruneDepth(Pass):
     keep_first, keep_last: so many blocks at either end of every stack stay.
     layers: drop these blocks instead, by number, negative from the end; nothing is measured.
     Source: Zhong et al. 2024 (BlockPruner), arXiv:2406.10594, section 3 (greedy, perplexity); Sreenivas et al. 2024
-        (Minitron in practice), arXiv:2408.11796, section 2 (contiguous); Pudil et al. 1994 (floating search, swaps),
-        Pattern Recognition Letters 15, section 3.
+        (Minitron in practice), arXiv:2408.11796, section 2 (contiguous); Pudil et al. 1994 (floating search: swaps),
+        Pattern Recognition Letters 15(11), pages 1119-1125.
     """
 
     name: ClassVar[str] = "prune-depth"
