@@ -128,23 +128,36 @@ class Rounds:
         free: list[Part] = list(may_go(self.program, self.choice.ends | self.barred))
         if self.choice.level == "block":
             return free
-        left = self.budget - (self.full - self.program.num_parameters) + self.slack
-        sizes = part_parameters(self.program)
-        found = blocks(self.program)
+        sizes, left, found = part_parameters(self.program), self._left(), blocks(self.program)
         last = {sub.name for sub in found[0].sub_blocks} if len(found) == 1 and len(found[0].sub_blocks) == 1 else set()
         last |= self.barred
         subs = [sub for b in found if b.name not in self.choice.ends for sub in b.sub_blocks if sub.locked is None]
         return [sub for sub in subs if 0 < sizes[sub.name] <= left and sub.name not in last]
 
-    def _measure(self, what: str) -> dict[str, Any]:
-        """What each choice would do (the least goes first), what the model does now, and which parts go."""
+    def _left(self) -> float:
+        """Parameters that may still go at level sub-block."""
+        return self.budget - (self.full - self.program.num_parameters) + self.slack
+
+    def _choices(self) -> list[tuple[str, ...]]:
+        """What may go in one step: a part, or a run of neighbours; for greedy at level sub-block a whole block, too, as
+        attention and MLP of one layer can be missed less than those of two."""
         parts = self.candidates()
         if self.choice.method == "contiguous":
-            choices = list(_runs(self.program, parts, self.choice.drop))
-        else:
-            choices = [(part.name,) for part in parts]
+            return list(_runs(self.program, parts, self.choice.drop))
+        choices: list[tuple[str, ...]] = [(part.name,) for part in parts]
+        found = blocks(self.program)
+        if self.choice.method == "greedy" and self.choice.level == "sub-block" and len(found) > 1:
+            sizes, free = part_parameters(self.program), {part.name for part in parts}
+            whole = [tuple(sub.name for sub in block.sub_blocks) for block in found if len(block.sub_blocks) > 1]
+            fitting = [names for names in whole if sum(sizes[name] for name in names) <= self._left()]
+            choices += [names for names in fitting if free.issuperset(names)]
+        return choices
+
+    def _measure(self, what: str) -> dict[str, Any]:
+        """What each choice would do (the least goes first), what the model does now, and which parts go."""
+        choices = self._choices()
         if self.choice.method == "influence":
-            scores, now = list(influences(self.program, parts, self.context).values()), 0.0
+            scores, now = list(influences(self.program, self.candidates(), self.context).values()), 0.0
         else:
             now, *scores = self._damages([frozenset(), *map(frozenset, choices)], what, self.program)
         sizes = part_parameters(self.program)

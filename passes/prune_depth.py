@@ -28,8 +28,8 @@ class PruneDepth(Pass):
         neighbours that is missed least), alone (each measured alone, the least go) or influence (one minus the cosine
         of the stream before and after, in one pass).
     by: what greedy, contiguous and alone measure on the calibration data: kl (to the dense model) or perplexity.
-    level: block, or sub-block (attention and MLP apart, by damage a parameter; no stock class holds the result, see
-        fill-dropped).
+    level: block, or sub-block (attention and MLP apart, by damage a parameter; greedy also tries both of a layer in one
+        step; no stock class holds the result, see fill-dropped).
     swaps: after greedy, so many times a part that went is brought back and others go in its place; what does less
         damage stays.  Parts that relieve the most (at level sub-block: for each parameter) are tried first.
     keep_first, keep_last: so many blocks at either end of every stack stay.

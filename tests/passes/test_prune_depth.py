@@ -126,6 +126,24 @@ def test_sub_blocks_go_up_to_the_parameters_of_so_many_blocks(five: Program, con
     assert abs(gone - sizes["model.layers.0"]) <= slack + 1
 
 
+def test_greedy_takes_sub_blocks_or_both_of_a_layer_by_damage_a_parameter(five: Program, context: Context) -> None:
+    smaller = PruneDepth(drop=2, level="sub-block")(five, context)
+    sizes, gone = part_parameters(five), list[str]()
+    pairs = [" + ".join(sub.name for sub in block.sub_blocks) for block in blocks(five)]
+    for facts in smaller.history[-1].figures["rounds"]:
+        now = damage_without(five, context, gone) if gone else 0.0
+        prices = {
+            choice: (damage_without(five, context, [*gone, *choice.split(" + ")]) - now)
+            / sum(sizes[name] for name in choice.split(" + "))
+            for choice in facts["scores"]
+        }
+        chosen = " + ".join(facts["dropped"])
+        assert prices[chosen] == pytest.approx(min(prices.values()), rel=1e-3, abs=1e-11)
+        gone += facts["dropped"]
+    assert set(smaller.history[-1].figures["rounds"][0]["scores"]) >= {*pairs, *(" + ".join(pairs)).split(" + ")}
+    assert dropped(smaller) == gone
+
+
 def test_a_killed_run_goes_on_after_its_last_round(five: Program, context: Context, tmp_path: Path) -> None:
     whole = PruneDepth(drop=3)(five, context)
     resumable = Context(data=context.data, resume=tmp_path)
