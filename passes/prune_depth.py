@@ -17,6 +17,7 @@ from secateur.passes.options import OptionError
 
 Count = Annotated[int, Field(ge=0)]
 FORWARDS: Mapping[Method, float] = {"greedy": 16.0, "contiguous": 16.0, "alone": 16.0, "influence": 1.0}
+SUB_BLOCKS = 4.0  # so many times the forward passes of whole blocks: more to try, in more rounds
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class PruneDepth(Pass):
     @property
     def cost(self) -> Cost:
         rounds = self.drop + self.swaps if self.method == "greedy" else 1
-        return Cost(0.0 if self.layers else rounds * FORWARDS[self.method])
+        finer = SUB_BLOCKS if self.level == "sub-block" and self.method == "greedy" else 1.0
+        return Cost(0.0 if self.layers else rounds * finer * FORWARDS[self.method])
 
     def requires(self, program: Program) -> list[str]:
         on_meta = any(p.is_meta for _, p in program.named_parameters()) and not self.layers
