@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,7 @@ METHODS = {
     "neighbours, KL": "method=contiguous",
     "greedy, perplexity": "method=greedy,by=perplexity",
     "greedy, KL": "method=greedy",
-    "greedy, KL, swaps": "method=greedy,swaps=4",
     "greedy, KL, sub-blocks": "method=greedy,level=sub-block",
-    "greedy, KL, sub-blocks, swaps": "method=greedy,level=sub-block,swaps=10",
 }
 WINDOW, HELD_OUT = 512, 9_216
 
@@ -105,14 +102,12 @@ def run(pipelines: dict[str, str], out: Path, tokens: int) -> None:
             continue
         start, smaller = time.perf_counter(), dense
         if pipeline:
-            kept = out / "rounds" / re.sub(r",swaps=\d+", "", pipeline)  # swaps go on from the same greedy rounds
+            kept = out / "rounds" / pipeline
             context = Context(data=samples(calibration, dense), resume=kept, progress=Voice().progress)
             (one,) = secateur.Pipeline.parse(pipeline).passes
             smaller = one(dense, context)
         row = {"what": what, "pipeline": pipeline, "seconds": time.perf_counter() - start}
         row |= {"processor": describe_machine()["processor"]}
-        if pipeline:
-            row |= {"swaps": smaller.history[-1].figures["swaps"]}
         row |= {"parameters": smaller.num_parameters, "dropped": smaller.cut.dropped if smaller.cut else []}
         report["rows"].append({**row, **measure(smaller, held, predicted)})
         write(out, report)

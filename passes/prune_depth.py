@@ -31,13 +31,10 @@ class PruneDepth(Pass):
     by: what greedy, contiguous and alone measure on the calibration data: kl (to the dense model) or perplexity.
     level: block, or sub-block (attention and MLP apart, by damage a parameter; greedy also tries both of a layer in one
         step; no stock class holds the result, see fill-dropped).
-    swaps: after greedy, so many times a part that went is brought back and others go in its place; what does less
-        damage stays.  Parts that relieve the most (at level sub-block: for each parameter) are tried first.
     keep_first, keep_last: so many blocks at either end of every stack stay.
     layers: drop these blocks instead, by number, negative from the end; nothing is measured.
     Source: Zhong et al. 2024 (BlockPruner), arXiv:2406.10594, section 3 (greedy, perplexity); Sreenivas et al. 2024
-        (Minitron in practice), arXiv:2408.11796, section 2 (contiguous); Pudil et al. 1994 (floating search: swaps),
-        Pattern Recognition Letters 15(11), pages 1119-1125.
+        (Minitron in practice), arXiv:2408.11796, section 2 (contiguous).
     """
 
     name: ClassVar[str] = "prune-depth"
@@ -49,7 +46,6 @@ class PruneDepth(Pass):
     method: Method = "greedy"
     by: By = "kl"
     level: Level = "block"
-    swaps: Count = 0
     keep_first: Count = 0
     keep_last: Count = 0
     layers: tuple[int, ...] = ()
@@ -60,8 +56,6 @@ class PruneDepth(Pass):
             raise OptionError("prune-depth: say how many blocks go (drop=4), or which (layers=[20,21])", option="drop")
         if self.level == "sub-block" and self.method == "contiguous":
             raise OptionError("prune-depth: contiguous is for whole blocks: choose greedy", option="method")
-        if self.swaps and (self.layers or self.method != "greedy"):
-            raise OptionError("prune-depth: swaps mend what method=greedy chose: leave them out here", option="swaps")
 
     @property
     def needs_data(self) -> bool:
@@ -69,7 +63,7 @@ class PruneDepth(Pass):
 
     @property
     def cost(self) -> Cost:
-        rounds = self.drop + self.swaps if self.method == "greedy" else 1
+        rounds = self.drop if self.method == "greedy" else 1
         finer = SUB_BLOCKS if self.level == "sub-block" and self.method == "greedy" else 1.0
         return Cost(0.0 if self.layers else rounds * finer * FORWARDS[self.method])
 
@@ -97,19 +91,19 @@ class PruneDepth(Pass):
         return rounds.program
 
     def call(self, program: Program, context: Context) -> PassResult:
-        figures: dict[str, Any] = {"parameters_before": program.num_parameters, "rounds": [], "swaps": []}
+        figures: dict[str, Any] = {"parameters_before": program.num_parameters, "rounds": []}
         if self.layers:
             smaller = drop(program, self._named(program))
         else:
             self._check(program)
-            smaller = Rounds(self._choice(program), program, context, figures["rounds"], figures["swaps"]).run()
+            smaller = Rounds(self._choice(program), program, context, figures["rounds"]).run()
         assert smaller.cut is not None
         before = program.cut.dropped if program.cut else ()
         figures["dropped"] = [name for name in smaller.cut.dropped if name not in before]
         return PassResult(smaller, modified=True, figures={**figures, "parameters_after": smaller.num_parameters})
 
     def _choice(self, program: Program) -> Choice:
-        return Choice(self.drop, self.method, self.by, self.level, self.swaps, self._ends(program))
+        return Choice(self.drop, self.method, self.by, self.level, self._ends(program))
 
     def _ends(self, program: Program) -> frozenset[str]:
         """The names of the blocks at the ends of every stack."""

@@ -17,7 +17,6 @@ from secateur.passes import Pipeline
 from secateur.passes.base import Context
 from secateur.passes.data import samples
 from secateur.passes.depth_damage import damages, influences, part_parameters
-from secateur.passes.journal import Journal
 from secateur.passes.options import OptionError
 from secateur.passes.prune_depth import PruneDepth
 from secateur.passes.quality import kl
@@ -126,6 +125,10 @@ def test_sub_blocks_go_up_to_the_parameters_of_so_many_blocks(five: Program, con
     assert abs(gone - sizes["model.layers.0"]) <= slack + 1
 
 
+def damage_without(program: Program, context: Context, gone: list[str]) -> float:
+    return kl(program, drop(program, gone), context.data or ()).mean
+
+
 def test_greedy_takes_sub_blocks_or_both_of_a_layer_by_damage_a_parameter(five: Program, context: Context) -> None:
     smaller = PruneDepth(drop=2, level="sub-block")(five, context)
     sizes, gone = part_parameters(five), list[str]()
@@ -157,69 +160,6 @@ def test_a_killed_run_goes_on_after_its_last_round(five: Program, context: Conte
     again = PruneDepth(drop=3)(five, Context(data=context.data, resume=tmp_path, progress=watch))
     assert seen == ["depth, round 3"], "rounds 1 and 2 were kept"
     assert dropped(again) == dropped(whole)
-
-
-def damage_without(program: Program, context: Context, gone: list[str]) -> float:
-    return kl(program, drop(program, gone), context.data or ()).mean
-
-
-@pytest.mark.parametrize("level", ["block", "sub-block"])
-def test_swaps_mend_a_bad_choice(five: Program, context: Context, tmp_path: Path, level: Any) -> None:
-    data = context.data or ()
-    options = PruneDepth(drop=2, level=level, swaps=3)
-    parts = [part for block in blocks(five) for part in ((block,) if level == "block" else block.sub_blocks)]
-    worst = max((part.name for part in parts), key=lambda name: damage_without(five, context, [name]))
-    Journal(tmp_path).write(
-        "round 0",
-        facts={"now": 0.0, "scores": {worst: damage_without(five, context, [worst])}, "dropped": [worst]},
-    )
-    bad = PruneDepth(drop=2, level=level)(five, Context(data=data, resume=tmp_path))
-    mended = options(five, Context(data=data, resume=tmp_path))
-    assert worst in dropped(bad)
-    assert worst not in dropped(mended)
-    swaps = mended.history[-1].figures["swaps"]
-    assert 1 <= len(swaps) <= 3 and any(swap["back"] == worst and swap["kept"] for swap in swaps)
-    now = swaps[0]["now"]
-    assert now == pytest.approx(damage_without(five, context, dropped(bad)), abs=1e-6)
-    for swap in swaps:
-        assert swap["now"] == now and swap["kept"] == (swap["damage"] < now)
-        now = swap["damage"] if swap["kept"] else now
-    assert now == pytest.approx(damage_without(five, context, dropped(mended)), abs=1e-6)
-    assert mended.num_parameters <= bad.num_parameters + min(filter(None, part_parameters(five).values())) / 2
-
-
-def test_a_swap_that_does_no_good_is_undone(five: Program, context: Context) -> None:
-    least, second = sorted(names(five), key=lambda n: damage_without(five, context, [n]))[:2]
-    swapped = PruneDepth(drop=1, swaps=5)(five, context)
-    (swap,) = swapped.history[-1].figures["swaps"]
-    damage = {name: damage_without(five, context, [name]) for name in (least, second)}
-    assert dropped(swapped) == [least] and (swap["back"], swap["dropped"], swap["kept"]) == (least, [second], False)
-    assert (swap["now"], swap["damage"]) == pytest.approx((damage[least], damage[second]), abs=1e-6)
-
-
-def test_nothing_is_swapped_where_all_that_may_go_is_gone(five: Program, context: Context) -> None:
-    smaller = PruneDepth(drop=2, keep_first=2, keep_last=1, swaps=5)(five, context)
-    assert set(dropped(smaller)) == {"model.layers.2", "model.layers.3"}
-    swaps = smaller.history[-1].figures["swaps"]
-    assert [(swap["dropped"], swap["kept"]) for swap in swaps] == [([], False)] * 2
-
-
-def test_killed_swaps_go_on_after_their_last_round(five: Program, context: Context, tmp_path: Path) -> None:
-    seen: list[str] = []
-
-    def watch(items: Any, description: str, total: int | None = None) -> Any:
-        seen.append(description)
-        return items
-
-    options = PruneDepth(drop=2, swaps=2)
-    whole = options(five, context)
-    again = options(five, Context(data=context.data, resume=tmp_path))
-    for entry in Journal(tmp_path).names():
-        Journal(tmp_path).remove(entry)
-        again = options(five, Context(data=context.data, resume=tmp_path, progress=watch))
-        assert dropped(again) == dropped(whole)
-        assert again.history[-1].figures["swaps"] == whole.history[-1].figures["swaps"]
-    assert len(seen) == len(Journal(tmp_path).names()), "only what was removed was measured again"
 
 
 def test_layers_by_number_need_no_data(five: Program) -> None:
@@ -268,5 +208,3 @@ def test_what_makes_no_sense_is_said() -> None:
         PruneDepth()
     with pytest.raises(OptionError, match="whole blocks"):
         PruneDepth(drop=2, level="sub-block", method="contiguous")
-    with pytest.raises(OptionError, match="method=greedy"):
-        PruneDepth(drop=2, method="influence", swaps=1)
