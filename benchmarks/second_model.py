@@ -45,15 +45,19 @@ PARTS = tuple(
     for part, sha256 in enumerate(SHA256, 1)
 )
 FOLDER = "gemma3-270m"
-PIPELINES = (
+TRAIN = "tokens=3072,batch_tokens=512,window=256,held_out=2,evaluations=1"
+PIPELINES = (  # the recipes' passes, with as little training as shows that they run
     "score{metric=wanda},prune-width{mlp=0.25}",
     "score{metric=wanda},prune-width{mlp=0.25},repair",
-    "prune-depth{drop=2,method=contiguous,by=perplexity,keep_last=1}",
-    "score{metric={taylor={form=element}},aggregate=sum},prune-width{mlp=0.2},"
-    "adapt-lora{tokens=3072,batch_tokens=512,window=256,held_out=2,evaluations=1}",
+    "score{metric=fisher},prune-width{mlp=0.25,round_to={mlp=64}},repair{target=stream}",
+    "score{metric={activation={batch=l2,sequence=mean}}},prune-width{hidden=0.25,mlp=0.36,round_to={mlp=256}},"
+    f"distill{{kl=1.0,ce=0.0,lr=1e-4,{TRAIN}}}",
+    "prune-depth{drop=2,method=contiguous,by=perplexity,keep_last=1},"
+    f"distill{{kl=1.0,ce=0.0,states=[[0,0],[-3,-3]],lr=1e-4,{TRAIN}}}",
+    f"score{{metric={{taylor={{form=element}}}},aggregate=sum}},prune-width{{mlp=0.2}},adapt-lora{{{TRAIN}}}",
     "sparsify{refine=0}",
     "permute-channels,sparsify",
-    "sparsify,retrain-sparse{tokens=3072,batch_tokens=512,window=256,held_out=2,evaluations=1,refresh=3}",
+    f"sparsify,retrain-sparse{{{TRAIN},refresh=3}}",
 )
 TOKENS, WINDOW, HELD_OUT = 4_096, 256, 2_048
 
@@ -82,11 +86,13 @@ def measure(program: Any, held: Any, dense: Any) -> dict[str, float]:
 def write(out: Path, report: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     facts = "\n".join(f"- {key}: {value}" for key, value in {**report["protocol"], **report["machine"]}.items())
-    table = ["| pipeline | parameters | perplexity | KL | fresh process | seconds |", "|---|---:|---:|---:|---:|---:|"]
+    table = ["| pipeline | parameters | perplexity | KL | fresh process | seconds | on |"]
+    table.append("|---|---:|---:|---:|---:|---:|---|")
     for row in report["rows"]:
         table.append(
             f"| `{row['pipeline']}` | {row['parameters']:,} | {row['perplexity']:.2f} | {row['kl']:.4f} "
-            f"| {row.get('reload', '')} | {row['seconds']:.0f} |"
+            f"| {row.get('reload', '')} | {row['seconds']:.0f} "
+            f"| {row.get('processor', report['machine']['processor'])} |"
         )
     for name, body in {
         "second-model.json": json.dumps(report, indent=1) + "\n",
@@ -130,6 +136,7 @@ def run(out: Path, pipelines: list[str]) -> None:
         program = secateur.Pipeline.parse(pipeline).run(dense, calibration, raise_model=raise_model)
         spent = time.perf_counter() - start
         row = {"pipeline": pipeline, "parameters": program.num_parameters, "seconds": spent}
+        row |= {"processor": describe_machine()["processor"]}
         rows.append({**row, **measure(program, held, predicted), "peak_bytes": peak_memory_bytes()})
         with tempfile.TemporaryDirectory(dir=cache) as place:
             saved = secateur.save(program, Path(place) / "saved")
