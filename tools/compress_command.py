@@ -16,7 +16,7 @@ import typer
 from secateur.graph import Program
 from secateur.passes import DataSpec, Hooks, Pass, Pipeline, samples
 from secateur.passes.training.plan import TrainingPass
-from secateur.runtime import check_target, plan_config, raise_model, save, working
+from secateur.runtime import StockMisfit, check_target, plan_config, raise_model, save, working
 from secateur.tools import opening
 from secateur.tools.advice import document_digests
 from secateur.tools.corpus import TokenWindows, calibration_windows, read_documents, shuffled
@@ -24,7 +24,7 @@ from secateur.tools.footprint import footprint
 from secateur.tools.opening import Debug, Json, ModelArgument, Verbose
 from secateur.tools.plan import Plan, make_plan
 from secateur.tools.report import plan_tables, run_tables
-from secateur.tools.report.console import BadInput, before_work
+from secateur.tools.report.console import BadInput, Voice, before_work
 from secateur.tools.report.search import search_tables
 from secateur.tools.report.units import size
 
@@ -90,7 +90,8 @@ def compress_command(
             return
         for one in plan.advice:
             voice.note(f"warning: {one.name}: {one.says} ({one.source})")
-        refuse([f"{plan.misfit}. {MISFIT_HINT}"] if plan.misfit else [])
+        misfit = _tried(program, passes, voice) if plan.doubt else plan.misfit
+        refuse([f"{misfit}. {MISFIT_HINT}"] if misfit else [])
         assert output is not None
         check_space(output, plan)
         windows, calibration = read_windows(program, spec, passes.seed) if passes.needs_data else (None, None)
@@ -109,6 +110,16 @@ def compress_command(
     if saved.packed:
         sizes = [size(saved.packed[name]) for name in ("bytes", "dense_bytes")]
         voice.note(f"packed weights beside it: {sizes[0]} for {sizes[1]} (--no-packed leaves them out)")
+
+
+def _tried(program: Program, passes: Pipeline, voice: Voice) -> str | None:
+    """Why the stock class computes something else than a program of the planned shape, or None."""
+    with voice.waiting("comparing the stock class of this shape with what it has to compute"):
+        try:
+            raise_model(passes.preview(program))
+        except StockMisfit as error:
+            return str(error)
+    return None
 
 
 def read_pipeline(text: str | None, recipe: str | None) -> Pipeline:

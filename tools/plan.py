@@ -13,6 +13,7 @@ from torch import fx, nn
 from secateur.graph import Program
 from secateur.graph.calls import accept_calls_of
 from secateur.passes import Pass, Pipeline, PlannedEdit
+from secateur.runtime.constants import said
 from secateur.tools.advice import Advice, advise, widest_input
 from secateur.tools.footprint import Footprint, footprint
 from secateur.tools.machine import resident_bytes
@@ -69,6 +70,7 @@ class Plan:
     before, after: footprints.   edits: units kept by each group.   job: what the run would take.
     sparse: weights with a pattern; under a budget some of them stay dense.
     misfit: why no stock class can hold the result and what would make it fit, or None.
+    doubt: why one that holds it may compute something else, which only outputs can tell; or None.
     advice: what practice warns of.
     """
 
@@ -80,6 +82,7 @@ class Plan:
     misfit: str | None
     advice: tuple[Advice, ...] = ()
     sparse: tuple[SparseShare, ...] = ()
+    doubt: str | None = None
 
     def to_json(self) -> JSON:
         """As JSON values."""
@@ -97,7 +100,7 @@ def make_plan(
 ) -> Plan:
     """Plan a pipeline on a Program; weights are not needed and not touched.
 
-    Args: stock: raises ``misfit`` errors where a Program fits no stock class (``runtime.plan_config``).
+    Args: stock: the plan of a Program's stock class; raises where it fits none (``runtime.plan_config``).
         tokens, window: calibration tokens in all, and in one sequence.   capture_seconds: what capturing took here.
     Raises: PipelineError, EditError: the pipeline cannot run on this model; says why.
     """
@@ -119,8 +122,8 @@ def make_plan(
         width=widest_input(smaller, edits),
     )
     advice = advise(pipeline, stages, edits, job.tokens)
-    misfit, sparse = _misfit(smaller, stock), sparse_shares(smaller)
-    return Plan(pipeline.to_text(), before, after, tuple(edits), job, misfit, tuple(advice), sparse)
+    (misfit, doubt), sparse = _stock(smaller, stock), sparse_shares(smaller)
+    return Plan(pipeline.to_text(), before, after, tuple(edits), job, misfit, tuple(advice), sparse, doubt)
 
 
 def sparse_shares(program: Program) -> tuple[SparseShare, ...]:
@@ -200,11 +203,12 @@ def on_meta(program: Program) -> Program:
     return program.replace(gm=gm)
 
 
-def _misfit(program: Program, stock: Stock) -> str | None:
+def _stock(program: Program, stock: Stock) -> tuple[str | None, str | None]:
+    """Misfit and doubt."""
     if program.source.config is None:
-        return None
+        return None, None
     try:
-        stock(program)
+        plan = stock(program)
     except ValueError as error:
-        return str(error)
-    return None
+        return str(error), None
+    return None, said(getattr(plan, "constants", {})).strip() or None

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from zoo.models import tiny_model
 
 import secateur
 from secateur.passes import PASSES, Pipeline, recipes
@@ -118,6 +119,19 @@ def test_a_misfit_says_how_to_round(model_folder: Path, tmp_path: Path, capsys: 
     assert "round_to={hidden=8} rounds" in capsys.readouterr().err
     assert run([*arguments, "score{metric=random},prune-width{hidden=0.25,round_to={hidden=4}}"]) == 0
     assert secateur.load(tmp_path / "out").config.hidden_size == 48
+
+
+@pytest.mark.usefixtures("unproved")
+def test_a_derived_constant_is_doubted_by_the_plan_and_tried_before_any_work(tmp_path: Path, capsys: Output) -> None:
+    model, target = tmp_path / "scaled", tmp_path / "out"
+    tiny_model("gemma3_text").save_pretrained(model)
+    arguments = ["compress", str(model), "-p", "score{metric=random},prune-width{hidden=0.5}"]
+    assert run([*arguments, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["misfit"] is None and "embed_scale" in plan["doubt"]
+    assert run([*arguments, "-o", str(target)]) == 2
+    assert "computes something else" in (said := capsys.readouterr().err) and "embed_scale" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["scaled"]
 
 
 @pytest.mark.usefixtures("unproved")

@@ -50,7 +50,8 @@ def plan_tables(plan: Plan) -> list[Table]:
     job.add_row("time", f"{duration(plan.job.seconds)}  (this machine multiplies at {plan.job.gflops:g} GFLOP/s)")
     for share in plan.job.passes:
         job.add_row(f"- {share.name}", f"{duration(share.seconds)}, {size(share.bytes)} beside the weights")
-    job.add_row("stock checkpoint", "yes" if plan.misfit is None else f"no: {plan.misfit}")
+    held = "yes" if plan.misfit is None else f"no: {plan.misfit}"
+    job.add_row("stock checkpoint", f"perhaps: {plan.doubt} The run compares outputs first." if plan.doubt else held)
     shown = [table for table in (edits, sparse_table(plan)) if table.row_count]
     return [sizes, *shown, job, *advice_tables(plan.advice)]
 
