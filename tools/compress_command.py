@@ -90,8 +90,8 @@ def compress_command(
             return
         for one in plan.advice:
             voice.note(f"warning: {one.name}: {one.says} ({one.source})")
-        misfit = _tried(program, passes, voice) if plan.doubt else plan.misfit
-        refuse([f"{misfit}. {MISFIT_HINT}"] if misfit else [])
+        refuse([f"{plan.misfit}. {MISFIT_HINT}"] if plan.misfit else [])
+        refuse(_tried(program, passes, voice) if plan.doubt else [])
         assert output is not None
         check_space(output, plan)
         windows, calibration = read_windows(program, spec, passes.seed) if passes.needs_data else (None, None)
@@ -112,14 +112,14 @@ def compress_command(
         voice.note(f"packed weights beside it: {sizes[0]} for {sizes[1]} (--no-packed leaves them out)")
 
 
-def _tried(program: Program, passes: Pipeline, voice: Voice) -> str | None:
-    """Why the stock class computes something else than a program of the planned shape, or None."""
+def _tried(program: Program, passes: Pipeline, voice: Voice) -> list[str]:
+    """Why the stock class computes something else than a program of the planned shape, if it does."""
     with voice.waiting("comparing the stock class of this shape with what it has to compute"):
         try:
             raise_model(passes.preview(program))
         except StockMisfit as error:
-            return str(error)
-    return None
+            return [f"{error}. Nothing was done."]
+    return []
 
 
 def read_pipeline(text: str | None, recipe: str | None) -> Pipeline:
