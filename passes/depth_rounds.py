@@ -38,11 +38,7 @@ class Rounds:
     Finished rounds are kept, so that a run that was killed goes on after the last of them."""
 
     def __init__(
-        self,
-        choice: Choice,
-        program: Program,
-        context: Context | None = None,
-        told: list[Any] | None = None,
+        self, choice: Choice, program: Program, context: Context | None = None, told: list[Any] | None = None
     ) -> None:
         self.choice, self.program, self.context = choice, program, context or Context()
         self.reference = program.cut.dense if program.cut else program

@@ -13,6 +13,7 @@ from torch import fx, nn
 from secateur.graph import Program
 from secateur.graph.calls import accept_calls_of
 from secateur.passes import Pass, Pipeline, PlannedEdit
+from secateur.runtime import ConfigPlan
 from secateur.runtime.constants import said
 from secateur.tools.advice import Advice, advise, widest_input
 from secateur.tools.footprint import Footprint, footprint
@@ -21,7 +22,7 @@ from secateur.tools.machine import resident_bytes
 JSON = dict[str, Any]
 PROBE = 768
 DISK_BYTES_PER_SECOND = 300e6
-Stock = Callable[[Program], Any]
+Stock = Callable[[Program], ConfigPlan | None]
 
 
 @dataclass(frozen=True)
@@ -204,11 +205,11 @@ def on_meta(program: Program) -> Program:
 
 
 def _stock(program: Program, stock: Stock) -> tuple[str | None, str | None]:
-    """Misfit and doubt."""
+    """Misfit and doubt, as in Plan."""
     if program.source.config is None:
         return None, None
     try:
         plan = stock(program)
     except ValueError as error:
         return str(error), None
-    return None, said(getattr(plan, "constants", {})).strip() or None
+    return None, (said(plan.constants).strip() or None) if plan else None
