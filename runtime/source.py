@@ -129,6 +129,8 @@ def check_weights(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
+    except ImportError as error:
+        raise _missing_package(cls, error) from error
     except BUILD_FAILURES as error:
         raise SourceError(
             f"{where}: the stored tensors do not combine into the parameters of {cls.__name__} "
@@ -194,8 +196,15 @@ def _from_config(
 def _built(cls: type[PreTrainedModel], config: PretrainedConfig, where: Path) -> PreTrainedModel:
     try:
         return build_on_meta(cls, config)
+    except ImportError as error:
+        raise _missing_package(cls, error) from error
     except BUILD_FAILURES as error:
         raise SourceError(f"{where}: {cls.__name__} cannot be built from {CONFIG}: {innermost(error)}") from error
+
+
+def _missing_package(cls: type[PreTrainedModel], error: ImportError) -> SourceError:
+    """What to say where transformers wants a package that is not there: nothing is wrong with the model."""
+    return SourceError(f"{cls.__name__} needs a package that is not installed here: {innermost(error)}")
 
 
 def _hub_kernels(data: Mapping[str, Any]) -> list[str]:

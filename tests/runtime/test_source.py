@@ -264,3 +264,16 @@ def test_header_of_every_dtype(tmp_path: Path) -> None:
     read = read_header(tmp_path / "x.safetensors")
     assert all(read[str(d)].dtype == t.dtype and read[str(d)].shape == (3, 5) for d, t in tensors.items())
     assert read["empty"].shape == (0, 4) and read["scalar"].shape == ()
+
+
+def test_a_missing_package_is_not_the_model_s_fault(
+    checkpoint: Write, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ImportError("a device map requires `accelerate`")
+
+    folder = checkpoint(llama)
+    monkeypatch.setattr(type(llama), "from_pretrained", refuse)
+    with pytest.raises(SourceError, match=r"needs a package that is not installed here: .*accelerate") as told:
+        open_model(folder)
+    assert "config.json" not in str(told.value)

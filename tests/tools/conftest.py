@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from zoo.folders import save_tiny_model, write_letters
 from zoo.models import tiny_model
 
 from secateur.graph import Program, capture
 from secateur.tools import opening
 from secateur.tools.report.console import Voice
 
-LETTERS = "abcdefghij"
 OPENED: dict[bool, Program] = {}
 
 
@@ -26,24 +23,17 @@ def llama() -> Program:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stock checkpoint: two layers, hidden 64, 96 neurons, 4 heads over 2 key/value heads, one token a letter."""
+    """The checkpoint of ``save_tiny_model``."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model("llama").save_pretrained(folder)
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{letter: i + 3 for i, letter in enumerate(LETTERS)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
-    wrapped.save_pretrained(folder)
+    save_tiny_model(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight documents of 200 letters."""
-    letters = random.Random(0)
-    documents = ["".join(letters.choices(LETTERS, k=200)) for _ in range(8)]
+    """The documents of ``write_letters``."""
     file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("\n\n\n".join(documents))
+    write_letters(file)
     return file
 
 
