@@ -41,7 +41,8 @@ def capture(model: nn.Module, example_inputs: Any = None, *, folder: Path | None
     model.eval()
     try:
         inputs = named_inputs(model, example_inputs)
-        gm = _repeated(model, inputs) or _whole(model, inputs)
+        with _without_cache(model):
+            gm = _repeated(model, inputs) or _whole(model, inputs)
         accept_any_call(gm, model, inputs)
     finally:
         model.train(was_training)
@@ -193,6 +194,33 @@ def _whole_experts(model: nn.Module) -> Iterator[None]:
     finally:
         if before == "eager":
             setattr(config, name, before)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Switch the key/value cache off in every configuration of the model while it is captured.
+
+    A cache in the output is no tensor and cannot be traced, and many classes read `use_cache` from
+    a configuration alone: their forward has no argument of that name.
+    """
+    configs = {id(c): c for m in model.modules() for c in _nested(getattr(m, "config", None))}
+    before = [(c, c.use_cache) for c in configs.values() if getattr(c, "use_cache", None)]
+    for config, _ in before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
+
+
+def _nested(config: Any) -> Iterator[Any]:
+    """A configuration and all those inside it."""
+    if config is None:
+        return
+    yield config
+    for name in getattr(config, "sub_configs", None) or ():
+        yield from _nested(getattr(config, name, None))
 
 
 def _why(model: nn.Module, error: Exception | None) -> str:

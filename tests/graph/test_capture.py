@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from zoo.checks import captured, logits
 from zoo.models import NanoGPT, perturb, tiny_config, tiny_model
 
@@ -138,3 +148,29 @@ def test_an_encoder_and_a_decoder_have_inputs_of_their_own() -> None:
         ours = logits(program(input_ids=encoder, decoder_input_ids=decoder))
         theirs = model(input_ids=encoder, decoder_input_ids=decoder, use_cache=False).logits
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["granitemoe", "llava"])
+def test_a_class_that_reads_the_cache_switch_from_its_configuration_alone(kind: str) -> None:
+    model = _reads_cache_switch_from_config(kind)
+    configs = [model.config, model.config.get_text_config()]
+    before = [getattr(config, "use_cache", None) for config in configs]
+    program = graph.capture(model)
+    assert True in before
+    assert [getattr(config, "use_cache", None) for config in configs] == before
+    with torch.no_grad():
+        assert torch.equal(program(IDS).logits, model(IDS, use_cache=False).logits)
+
+
+def _reads_cache_switch_from_config(kind: str) -> Any:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    if kind == "granitemoe":
+        moe = GraniteMoeConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
+        return GraniteMoeForCausalLM(moe).eval()
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    config = LlavaConfig(text_config=LlamaConfig(**sizes), vision_config=vision, image_token_index=5)
+    return LlavaForConditionalGeneration(config).eval()
