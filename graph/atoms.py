@@ -310,11 +310,14 @@ class Space:
 class Keep:
     """Which units stay, by leaf: an edit as the algebra sees it.
 
-    masks: leaf -> [size] bool, True where the unit stays; leaves that are not named stay whole.
+    masks: leaf -> [size] bool, True where the unit stays; leaves that are not named stay whole.  A leaf whose units
+        are chosen for each coordinate of another has [size, coordinates] bool, as many True in every column.
+    outers: that other leaf, for each leaf with such a mask.
     """
 
-    def __init__(self, masks: Mapping[Atom, BoolArray]) -> None:
+    def __init__(self, masks: Mapping[Atom, BoolArray], outers: Mapping[Atom, Atom] | None = None) -> None:
         self._masks = {leaf.resolve(): mask for leaf, mask in masks.items()}
+        self._outers = {leaf.resolve(): outer.resolve() for leaf, outer in (outers or {}).items()}
 
     def touches(self, atom: Atom) -> bool:
         """Whether any unit below the axis may go."""
@@ -325,17 +328,35 @@ class Keep:
         atom = atom.resolve()
         if atom.kind is Kind.LEAF:
             mask = self._masks.get(atom)
-            return atom.size if mask is None else int(mask.sum())
+            return atom.size if mask is None else int(mask.sum(0).max())
         sizes = [self.size(part) for part in atom.parts]
         return math.prod(sizes) if atom.kind is Kind.PRODUCT else sum(sizes)
 
     def mask(self, atom: Atom) -> BoolArray:
-        """[size] bool: which positions of the axis stay."""
+        """[size] bool: which positions of the axis stay.
+
+        Raises: AssertionError: units are chosen by coordinate, and the axis does not say which coordinate it is.
+        """
+        out = self._shared(atom)
+        for leaf in dict.fromkeys(atom.leaves()):
+            mask = self._masks.get(leaf)
+            if mask is None or mask.ndim == 1:
+                continue
+            units = axis_labels(atom, leaf)
+            coordinates = axis_labels(atom, self._outers[leaf])
+            inside = units >= 0
+            assert bool((coordinates[inside] >= 0).all()), f"{atom} has units of {leaf} without a coordinate"
+            out = out.copy()
+            out[inside] &= mask[units[inside], coordinates[inside]]
+        return out
+
+    def _shared(self, atom: Atom) -> BoolArray:
+        """[size] bool: which positions stay by the units that go at every coordinate alike."""
         atom = atom.resolve()
         if atom.kind is Kind.LEAF:
             mask = self._masks.get(atom)
-            return np.ones(atom.size, bool) if mask is None else mask
-        masks = [self.mask(part) for part in atom.parts]
+            return np.ones(atom.size, bool) if mask is None or mask.ndim > 1 else mask
+        masks = [self._shared(part) for part in atom.parts]
         if atom.kind is Kind.CONCAT:
             return np.concatenate(masks)
         out = masks[0]
@@ -353,6 +374,11 @@ def unit_positions(atom: Atom, leaf: Atom) -> npt.NDArray[np.int64]:
     labels = _labels(atom.resolve(), leaf.resolve())
     order = np.argsort(labels, kind="stable")
     return order[labels[order] >= 0].reshape(leaf.size, -1).astype(np.int64)
+
+
+def axis_labels(atom: Atom, leaf: Atom) -> npt.NDArray[np.int64]:
+    """[atom.size]: the unit of ``leaf`` at each position of an axis, -1 where the leaf has no part."""
+    return _labels(atom.resolve(), leaf.resolve())
 
 
 def _labels(atom: Atom, leaf: Atom) -> npt.NDArray[np.int64]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,14 +21,15 @@ import torch
 from torch import fx
 
 from secateur.graph.analysis import OUTPUT, Analysis, analyse, flat_axes, layer_path
-from secateur.graph.atoms import Atom, unit_positions
+from secateur.graph.atoms import Atom, axis_labels, unit_positions
+from secateur.graph.coordinates import find_outers
 from secateur.graph.program import Cut, Program
 
 FAMILIES = {
     "hidden": "channels of the residual stream",
     "mlp": "neurons between two projections",
     "kv_heads": "attention heads; under grouped queries a key/value head with all its query heads",
-    "query_heads": "query heads that share one key/value head, the same ones in every group",
+    "query_heads": "query heads that share one key/value head: equally many for each, its own ones or the same",
     "head_dim": "channels inside an attention head; rotary pairs stay whole",
     "experts": "experts of a mixture, with their router rows",
     "channels": "convolution channels",
@@ -39,6 +40,7 @@ FAMILIES = {
     "kernel": "the extent of a convolution kernel",
     "other": "none of these",
 }
+BY_COORDINATE = {"query_heads"}  # families whose units may differ from one unit of an outer group to the next
 _NORMS = {"normalized", "reduced by mean", "reduced by var", "reduced by var_mean", "reduced by linalg_vector_norm"}
 
 
@@ -64,15 +66,37 @@ class Member:
     role: str
     _axis: Atom = field(repr=False)
     _leaf: Atom = field(repr=False)
+    _outer: Atom | None = field(default=None, repr=False)
+    _as_cells: bool = field(default=False, repr=False)
 
     @cached_property
     def positions(self) -> torch.Tensor:
         """[units, k] int64: the positions along ``dim`` of each unit, ascending."""
+        if self._as_cells:
+            return self.cells.flatten(0, 1)
         return torch.from_numpy(unit_positions(self._axis, self._leaf))
+
+    @cached_property
+    def cells(self) -> torch.Tensor:
+        """[units, coordinates, k] int64: the positions of each unit at each coordinate of the group, ascending."""
+        positions = torch.from_numpy(unit_positions(self._axis, self._leaf))
+        if self._outer is None:
+            return positions[:, None]
+        where = torch.from_numpy(axis_labels(self._axis, self._outer))[positions]
+        order = torch.argsort(where, dim=1, stable=True)
+        return positions.gather(1, order).reshape(len(positions), self._outer.size, -1)
 
     def indices(self, unit: int) -> torch.Tensor:
         """[k] int64: the positions along ``dim`` that belong to one unit."""
         return self.positions[unit]
+
+    def positions_of(self, mask: torch.Tensor) -> torch.Tensor:
+        """The positions along ``dim`` of some units, unordered: [n] int64.
+
+        Args: mask: [units] bool, or [units, coordinates] for units at some coordinates only.
+        """
+        chosen = self.positions[mask] if mask.dim() == 1 else self.cells[mask]
+        return chosen.flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +111,9 @@ class CoupledGroup:
     buffers: dims of buffers and constants, sliced along with them.
     block: path of the residual layer that holds the group, "" when it runs through several.
     min_units: at least so many must stay (a top-k needs k experts).
+    within: name of the group (key/value heads) for each of whose units other units of this one (query heads) may
+        stay, as long as they are equally many; None where a unit stays or goes everywhere.
+    coordinates: how many units that group has; 1 where there is none.
     """
 
     name: str
@@ -98,6 +125,25 @@ class CoupledGroup:
     block: str
     min_units: int
     leaf: Atom = field(repr=False)
+    within: str | None = None
+    coordinates: int = 1
+    outer: Atom | None = field(default=None, repr=False)
+
+    def mask(self, kept: torch.Tensor) -> torch.Tensor:
+        """[units] bool of kept units [n]; [units, coordinates] bool of those at each coordinate [n, coordinates]."""
+        if kept.dim() == 1:
+            return torch.zeros(self.units, dtype=torch.bool).index_fill(0, kept, True)
+        return torch.zeros(self.units, self.coordinates, dtype=torch.bool).scatter(0, kept, True)
+
+    def as_cells(self) -> CoupledGroup:
+        """The same group with each unit at each coordinate as a unit of its own, unit after unit: to be scored, not to
+        be edited."""
+        if self.outer is None:
+            return self
+        members, buffers = (
+            [replace(member, _as_cells=True) for member in found] for found in (self.members, self.buffers)
+        )
+        return replace(self, units=self.units * self.coordinates, members=members, buffers=buffers)
 
     def __repr__(self) -> str:
         state = f", locked: {self.locked}" if self.locked else ""
@@ -169,6 +215,11 @@ def _groups(program: Program) -> list[CoupledGroup]:
                 if leaf.size > 1:
                     into = members if name in analysis.parameter_names else buffers
                     into[leaf].append(Member(name, dim, roles.get((name, leaf, dim), "scales"), axis, leaf))
+    outers = find_outers(analysis, [leaf for leaf, own in members.items() if _family(leaf, own) in BY_COORDINATE])
+    outers = {leaf: outer for leaf, outer in outers.items() if outer in members}
+    for leaf, outer in outers.items():
+        for found in (members, buffers):
+            found[leaf] = [replace(member, _outer=outer) for member in found.get(leaf, [])]
     known = _KnownNames(program.cut) if program.cut else None
     minima = {leaf: least for atom, least in analysis.minima for leaf in atom.leaves()}
     taken: dict[str, int] = defaultdict(int)
@@ -189,9 +240,12 @@ def _groups(program: Program) -> list[CoupledGroup]:
                 block=layer_path(prefix),
                 min_units=minima.get(leaf, 1),
                 leaf=leaf,
+                coordinates=outers[leaf].size if leaf in outers else 1,
+                outer=outers.get(leaf),
             )
         )
-    return groups
+    names = {group.leaf: group.name for group in groups}
+    return [group if group.outer is None else replace(group, within=names[group.outer]) for group in groups]
 
 
 def _roles(analysis: Analysis) -> dict[tuple[str, Atom, int], str]:
@@ -257,8 +311,7 @@ class _KnownNames:
         if len(stayed) <= int(member.positions.max()):
             return None
         for group, dense in there:
-            unit_at = torch.full((size,), -1)
-            unit_at[dense.positions] = torch.arange(group.units)[:, None]
+            unit_at = self._unit_at(group, dense, size)
             units = unit_at[stayed[member.positions]]
             left = torch.bincount(unit_at[stayed] + 1, minlength=group.units + 1)[1:]
             one_each = bool((units == units[:, :1]).all()) and len(units[:, 0].unique()) == len(units)
@@ -271,7 +324,16 @@ class _KnownNames:
         mask = torch.ones(size, dtype=torch.bool)
         for group, member in there:
             if group.name in self.kept:
-                lost = torch.ones(group.units, dtype=torch.bool)
-                lost[self.kept[group.name]] = False
-                mask[member.positions[lost].flatten()] = False
+                mask[member.positions_of(~group.mask(self.kept[group.name]))] = False
         return mask.nonzero()[:, 0]
+
+    def _unit_at(self, group: CoupledGroup, dense: Member, size: int) -> torch.Tensor:
+        """[size]: the unit at each dense position, -1 for none; where units were kept by coordinate, the place of a
+        unit among those kept at its coordinate."""
+        unit_at, kept = torch.full((size,), -1), self.kept.get(group.name)
+        if kept is None or kept.dim() == 1:
+            unit_at[dense.positions] = torch.arange(group.units)[:, None]
+            return unit_at
+        cells = dense.cells[kept, torch.arange(group.coordinates)]  # [kept, coordinates, k]
+        unit_at[cells] = torch.arange(len(kept))[:, None, None]
+        return unit_at

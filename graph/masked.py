@@ -31,10 +31,10 @@ def masked_call(program: Program, edit: Edit, *args: Any, **kwargs: Any) -> Any:
     absent: dict[str, Tensor] = {}
     tensors = dict(program.gm.named_buffers()) | dict(program.gm.named_parameters())
     for group, keep in resolve_edit(program, edit).items():
-        dropped = (~torch.from_numpy(keep)).nonzero()[:, 0]
+        dropped = ~torch.from_numpy(keep)
         for member in [*group.members, *group.buffers]:
             mask = absent.setdefault(member.parameter, torch.zeros(tensors[member.parameter].shape, dtype=torch.bool))
-            mask.index_fill_(member.dim, member.positions[dropped].flatten(), True)
+            mask.index_fill_(member.dim, member.positions_of(dropped), True)
     gm = program.gm
     for hook in gm._forward_pre_hooks.values():
         bind: Any = hook

@@ -55,6 +55,9 @@ def fixed(program: Program, group: CoupledGroup) -> str | None:
     """
     if group.locked:
         return group.locked
+    kept = program.cut.kept.get(group.name) if program.cut is not None else None
+    if kept is not None and kept.dim() > 1:
+        return f"other units of it stayed for each unit of {group.within}: reorder it before it is pruned"
     if group.buffers:
         return f"the buffer {group.buffers[0].parameter} runs along it, and no checkpoint holds its order"
     if group.leaf in _generated(program):

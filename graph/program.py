@@ -47,7 +47,8 @@ class Cut:
     """What edits removed so far.
 
     dense: the Program before the first edit.
-    kept: by name of each group that lost units, those that stayed: [kept] int64, ascending, numbered as in ``dense``.
+    kept: by name of each group that lost units, those that stayed: [kept] int64, ascending, numbered as in ``dense``;
+        [kept, coordinates] where they were chosen for each unit of an outer group, ascending in each column.
     dropped: names of the residual blocks and sub-blocks that are gone.
     """
 
@@ -64,7 +65,7 @@ class Program:
     source: where it came from.
     history: the passes applied so far, oldest first.
     scores: importance of each unit, by group name, [units] float32, higher is more important; empty until a ``score``
-        pass ran.  An edit clears it.
+        pass ran.  An edit clears it.  [units, coordinates] where units are ranked for each unit of an outer group.
     cut: what edits removed since the model was captured, or None; it is not kept in an artifact.
     sparse: the sparse weights, by parameter name; each holds exact zeros as its pattern says.
     """

@@ -27,18 +27,19 @@ def keep(program: Program, edit: Edit) -> Program:
     """A new Program that has only the kept units of the named groups; the given Program stays usable.
 
     Args:
-        edit: group (or its name) -> the units that stay: indices in any order, or a boolean mask.
+        edit: group (or its name) -> the units that stay: indices in any order, or a boolean mask.  Where the group
+            has coordinates (``within``), [kept, coordinates] indices or a [units, coordinates] mask chooses for each.
     Returns:
         A Program over new Parameters where an axis was cut and over the same ones elsewhere; ties stay ties.
     Raises:
-        EditError: an unknown or locked group, units out of range, twice named, or too few; or inputs of a sparse
-            weight would go.
+        EditError: an unknown or locked group, units out of range, twice named, too few, or not equally many at every
+            coordinate; or inputs of a sparse weight would go.
     """
     masks = resolve_edit(program, edit)
     if not masks:
         return program.replace()
     analysis = analyse(program)
-    keeping = Keep({group.leaf: mask for group, mask in masks.items()})
+    keeping = keeping_of(masks)
     sparse = _sparse(program, analysis, keeping)
     gm = _rewritten(analysis, keeping)
     return program.replace(gm=gm, scores=MappingProxyType({}), cut=_cut(program, masks), sparse=sparse)
@@ -71,14 +72,43 @@ def with_parameters(program: Program, values: Mapping[str, torch.Tensor]) -> Pro
     return program.replace(gm=gm)
 
 
+def keeping_of(masks: Mapping[CoupledGroup, BoolArray]) -> Keep:
+    """Masks by group, [units] or [units, coordinates], as the algebra takes them."""
+    outers = {group.leaf: group.outer for group in masks if group.outer is not None}
+    return Keep({group.leaf: mask for group, mask in masks.items()}, outers)
+
+
 def _cut(program: Program, masks: Mapping[CoupledGroup, BoolArray]) -> Cut:
     """What was removed before and now, in the numbering of the first Program."""
     before = program.cut or Cut(program, {})
     kept = dict(before.kept)
     for group, mask in masks.items():
-        stays = torch.from_numpy(mask).nonzero()[:, 0]
-        kept[group.name] = kept[group.name][stays] if group.name in kept else stays
+        stays = indices_of(torch.from_numpy(mask))
+        old = before.kept.get(group.name)
+        if stays.dim() == 1 and (old is None or old.dim() == 1):
+            kept[group.name] = stays if old is None else old[stays]
+        else:
+            kept[group.name] = _kept_by_coordinate(before, group, stays)
     return Cut(before.dense, MappingProxyType(kept), before.dropped)
+
+
+def _kept_by_coordinate(before: Cut, group: CoupledGroup, stays: torch.Tensor) -> torch.Tensor:
+    """[kept, coordinates of the dense group] in dense numbers; a coordinate that is gone keeps its first units."""
+    dense = next(one for one in coupled_groups(before.dense) if one.name == group.name)
+    old = before.kept.get(group.name, torch.arange(dense.units))
+    old = old[:, None].expand(-1, dense.coordinates) if old.dim() == 1 else old
+    present = before.kept.get(dense.within or "", torch.arange(dense.coordinates))
+    stays = stays[:, None].expand(-1, len(present)) if stays.dim() == 1 else stays
+    made = old[: len(stays)].clone()
+    made[:, present] = old[:, present].gather(0, stays)
+    return made
+
+
+def indices_of(mask: torch.Tensor) -> torch.Tensor:
+    """Indices of a mask [units], ascending; of a mask [units, coordinates] by column, [kept, coordinates]."""
+    if mask.dim() == 1:
+        return mask.nonzero()[:, 0]
+    return mask.T.nonzero()[:, 1].reshape(mask.shape[1], -1).T.contiguous()
 
 
 def _sparse(program: Program, analysis: Analysis, keeping: Keep) -> SparseWeights:
@@ -115,7 +145,9 @@ def resolve_edit(program: Program, edit: Edit) -> dict[CoupledGroup, BoolArray]:
 
 def _mask(group: CoupledGroup, units: Units) -> BoolArray:
     given = torch.as_tensor(units)
-    if given.dtype == torch.bool and given.shape == (group.units,):
+    if given.dim() > 1:
+        mask = _mask_by_coordinate(group, given.cpu())
+    elif given.dtype == torch.bool and given.shape == (group.units,):
         mask = given.cpu().numpy()
     else:
         indices = given.to(torch.int64).flatten().tolist()
@@ -127,11 +159,37 @@ def _mask(group: CoupledGroup, units: Units) -> BoolArray:
         mask[indices] = True
     if group.locked and not mask.all():
         raise EditError(f"{group.name} is locked: {group.locked}")
-    if mask.sum() < group.min_units:
-        raise EditError(
-            f"{group.name}: {int(mask.sum())} of {group.units} units kept, at least {group.min_units} must stay"
-        )
+    count = int(mask.sum(0).max())
+    if count < group.min_units:
+        raise EditError(f"{group.name}: {count} of {group.units} units kept, at least {group.min_units} must stay")
     return mask
+
+
+def _mask_by_coordinate(group: CoupledGroup, given: torch.Tensor) -> BoolArray:
+    """[units, coordinates] bool of units that differ from one coordinate to the next; [units] where they do not."""
+    if group.outer is None or given.dim() != 2 or given.shape[1] != group.coordinates:
+        wanted = f"[kept, {group.coordinates}]" if group.outer is not None else "[kept]"
+        raise EditError(
+            f"{group.name}: the edit gives units of shape {list(given.shape)}, and {wanted} was expected"
+            + ("" if group.outer is not None else ": its units stay or go everywhere")
+        )
+    if given.dtype == torch.bool and len(given) == group.units:
+        mask = given
+    else:
+        given = given.to(torch.int64)
+        if bool(((given < 0) | (given >= group.units)).any()):
+            raise EditError(f"{group.name} has units 0..{group.units - 1}, but the edit names others")
+        mask = group.mask(given)
+        if int(mask.sum()) != given.numel():
+            raise EditError(f"{group.name}: the edit names a unit twice at one coordinate")
+    counts = mask.sum(0)
+    if bool((counts != counts[0]).any()):
+        raise EditError(
+            f"{group.name}: {int(counts.min())} to {int(counts.max())} units would stay for each unit of "
+            f"{group.within}, and they must be equally many"
+        )
+    alike = bool((mask == mask[:, :1]).all())
+    return (mask[:, 0] if alike else mask).numpy()
 
 
 # ---------------------------------------------------------------------- the new graph module

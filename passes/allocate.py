@@ -19,7 +19,7 @@ from secateur.passes.base import Context, Cost, Pass, PassResult, PlannedEdit
 from secateur.passes.journal import Journal
 from secateur.passes.options import OptionError
 from secateur.passes.prune_width import WHOLE, Family, Fraction, Multiple
-from secateur.passes.width_shares import top_units
+from secateur.passes.width_shares import select_units, unit_values
 
 Damage = Literal["scores", "error", "kl"]
 Count = Annotated[int, Field(ge=0)]
@@ -101,6 +101,8 @@ class Allocate(Pass):
     def call(self, program: Program, context: Context) -> PassResult:
         groups, journal = self.free_groups(program), Journal(context.resume)
         sizes = {group.name: self._sizes(group) for group in groups}
+        for name, found in sizes.items():
+            select_units(program, name, found[-1])  # refused before any work
         costs = {g.name: [cost_of(self.budget, program, g)(kept) for kept in sizes[g.name]] for g in groups}
         costs = _kept_once(journal, "costs", costs)
         limit = (1 - self.ratio) * sum(cost[0] for cost in costs.values())
@@ -120,7 +122,7 @@ class Allocate(Pass):
             options = {"generations": self.generations, "children": self.children}
             mixture, figures["evolution"] = evolve(mixture, menu, limit, fresh, context, journal, **options)
         counts = {name: menu[name][index].kept for name, index in mixture.items()}
-        cut = {n: top_units(program.scores[n], kept) for n, kept in counts.items() if kept < sizes[n][0]}
+        cut = {n: select_units(program, n, kept) for n, kept in counts.items() if kept < sizes[n][0]}
         smaller = keep(program, cut) if cut else program
         figures |= {"kept": counts, "cost": sum(menu[name][index].cost for name, index in mixture.items())}
         return PassResult(smaller, bool(cut), figures)
@@ -173,7 +175,7 @@ class Allocate(Pass):
 
 
 def _dropped(scores: torch.Tensor, kept: int) -> float:
-    return float(scores.double().sort(descending=True).values[kept:].sum())
+    return float(unit_values(scores).double().sort(descending=True).values[kept:].sum())
 
 
 def _first(context: Context, tokens: int) -> list[Any]:

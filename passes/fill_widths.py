@@ -74,7 +74,9 @@ def _wider(program: Program) -> dict[str, Tensor]:
 
 
 def _more(kept: Tensor, units: int, wanted: int) -> Tensor:
-    """The kept units and the first others, ``wanted`` in all, ascending."""
+    """The kept units and the first others, ``wanted`` in all, ascending; at each coordinate where they differ."""
+    if kept.dim() > 1:
+        return torch.stack([_more(column, units, wanted) for column in kept.T], 1)
     gone = torch.ones(units, dtype=torch.bool)
     gone[kept] = False
     return torch.cat([kept, gone.nonzero()[: wanted - len(kept), 0]]).sort().values

@@ -27,7 +27,8 @@ def fold_pairs(scores: Tensor, kept: int) -> list[tuple[int, int]]:
 
 def fold_heads(program: Program, counts: Mapping[str, int]) -> Program:
     """The program with W_i <- W_i + (W_i - W_j) in the producing rows of each head i that takes in a head j: queries,
-    and keys and values where every query head has its own.
+    and keys and values where every query head has its own.  Query heads that are ranked under each key/value head take
+    in those of their own one.
 
     Args: counts: heads that will stay, by group; groups of other families, and those that stay whole, are left alone.
     Raises: EditError: fewer than half of the heads will stay, or a unit is several query heads.
@@ -38,12 +39,15 @@ def fold_heads(program: Program, counts: Mapping[str, int]) -> Program:
         if group.family not in FOLDED or kept >= group.units:
             continue
         _check(group, kept)
-        pairs = fold_pairs(program.scores[group.name], kept)
+        scores = program.scores[group.name]
+        by_column = scores[:, None] if scores.dim() == 1 else scores
+        folds = [(*pair, at) for at, column in enumerate(by_column.T) for pair in fold_pairs(column, kept)]
         for member in (member for member in distinct_members(group) if member.role == "produces"):
             old = named[member.parameter].detach()
             new = values.setdefault(member.parameter, old.clone())
-            for stays, goes in pairs:
-                at, of = (member.positions[unit].to(old.device) for unit in (stays, goes))
+            cells = member.positions[:, None] if scores.dim() == 1 else member.cells
+            for stays, goes, column in folds:
+                at, of = (cells[unit, column].to(old.device) for unit in (stays, goes))
                 new.index_copy_(member.dim, at, 2 * old.index_select(member.dim, at) - old.index_select(member.dim, of))
     return with_parameters(program, values) if values else program
 

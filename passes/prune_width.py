@@ -17,7 +17,7 @@ from secateur.passes.base import Context, Pass, PassResult, PlannedEdit, log
 from secateur.passes.fold_heads import fold_heads
 from secateur.passes.importance.base import Normalization
 from secateur.passes.options import OptionError, did_you_mean
-from secateur.passes.width_shares import check_amount, global_counts, kept_count, top_units, unit_cost
+from secateur.passes.width_shares import check_amount, global_counts, kept_count, select_units, unit_cost
 
 
 def _check_family(name: str) -> str:
@@ -126,7 +126,7 @@ class PruneWidth(Pass):
             raise EditError(f"{missing[0]} has no scores: the metric of score{{...}} cannot see it; choose another")
         counts = self._counts(edits, program)
         cut: dict[CoupledGroup | str, Sequence[int] | Tensor] = {
-            edit.group: top_units(program.scores[edit.group], counts[edit.group])
+            edit.group: select_units(program, edit.group, counts[edit.group])
             for edit in edits
             if counts[edit.group] < edit.units
         }

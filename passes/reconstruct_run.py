@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.graph import Chain, Program, Stage, analyse, coupled_groups
-from secateur.graph.atoms import Atom, BoolArray, Keep
+from secateur.graph import Chain, CoupledGroup, Program, Stage, analyse, coupled_groups
+from secateur.graph.atoms import BoolArray
 from secateur.graph.parts import Part, parts
+from secateur.graph.rewrite import keeping_of
 from secateur.passes.data import Sample
 from secateur.passes.lower_layers import Layer, linear_layers
 from secateur.passes.reconstruct_part import Fitted, Task, Values
@@ -103,11 +103,11 @@ class Walk:
     def _positions(self, node: str) -> Tensor | None:
         """The channels of a dense value that are left, or None where none went."""
         assert self._program.cut is not None
-        kept, masks = self._program.cut.kept, dict[Atom, BoolArray]()
+        kept, masks = self._program.cut.kept, dict[CoupledGroup, BoolArray]()
         for group in coupled_groups(self._dense_program):
             if group.name in kept:
-                masks[group.leaf] = np.isin(np.arange(group.units), kept[group.name].numpy())
-        keeping, values = Keep(masks), analyse(self._dense_program).values
+                masks[group] = group.mask(kept[group.name]).numpy()
+        keeping, values = keeping_of(masks), analyse(self._dense_program).values
         axes: Any = next(axes for other, axes in values.items() if other.name == node)
         return torch.from_numpy(keeping.positions(axes[-1])) if keeping.touches(axes[-1]) else None
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from secateur.graph import CoupledGroup, Cut, Program, coupled_groups
+from secateur.graph import Cut, Program, coupled_groups
 from secateur.passes.importance.observe import arguments, op_name
 
 Target = Literal["own", "stream"]
@@ -96,14 +96,8 @@ def kept_positions(cut: Cut) -> dict[tuple[str, int], Tensor]:
         for member in group.members:
             key = (member.parameter, member.dim)
             mask = masks.setdefault(key, torch.ones(shapes[member.parameter][member.dim], dtype=torch.bool))
-            mask[member.positions[_dropped(group, cut)].flatten()] = False
+            mask[member.positions_of(~group.mask(cut.kept[group.name]))] = False
     return {key: mask.nonzero()[:, 0] for key, mask in masks.items()}
-
-
-def _dropped(group: CoupledGroup, cut: Cut) -> Tensor:
-    mask = torch.ones(group.units, dtype=torch.bool)
-    mask[cut.kept[group.name]] = False
-    return mask
 
 
 # ---------------------------------------------------------------------- from a weight to the op that uses it

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, InstanceOf
+from torch import Tensor
 
-from secateur.graph import Program, coupled_groups
+from secateur.graph import CoupledGroup, Program, coupled_groups
 from secateur.graph.errors import PipelineError
 from secateur.passes.base import Context, Cost, Pass, PassResult
 from secateur.passes.importance import IMPORTANCES, Importance, Taylor, aggregate, normalize
@@ -22,8 +24,12 @@ class Score(Pass):
     """Score the units of all groups that may be pruned.  Numerics: exact (the model is not touched).
 
     metric: the estimator, with its own options: fisher, taylor{form=second}, ... (`secateur passes` lists all).
-    aggregate: how the scores of a unit's members become one: sum, mean, max, prod or last.
+    aggregate: how the scores of a unit's members become one: sum, mean, max, prod (as the geometric mean, which
+        ranks like the product and does not vanish over many members) or last.
     normalize: scale of each group's scores: none, sum, mean, max or standard.
+    query_heads: what is ranked where several query heads share a key/value head: group (each key/value head ranks its
+        own) or position (the same place under all key/value heads goes or stays; perplexity gives this alone).
+    Source: ranking inside each group: Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, as its authors' code does.
     """
 
     name: ClassVar[str] = "score"
@@ -33,6 +39,7 @@ class Score(Pass):
     metric: Metric = field(default_factory=Taylor)
     aggregate: Aggregation = "sum"
     normalize: Normalization = "none"
+    query_heads: Literal["group", "position"] = "group"
 
     @property
     def needs_data(self) -> bool:
@@ -48,8 +55,10 @@ class Score(Pass):
 
     def call(self, program: Program, context: Context) -> PassResult:
         groups = [group for group in coupled_groups(program) if group.locked is None]
-        members = self.metric.members(program, groups, context)
-        scores = {name: normalize(aggregate(found, self.aggregate), self.normalize) for name, found in members.items()}
+        by_cell = self.metric.by_cell and self.query_heads == "group"
+        asked = [group.as_cells() for group in groups] if by_cell else groups
+        members, by_name = self.metric.members(program, asked, context), {group.name: group for group in groups}
+        scores = {name: self._unit_scores(by_name[name], found) for name, found in members.items()}
         for name, score in scores.items():
             if not bool(torch.isfinite(score).all()):
                 raise PipelineError(f"{self.metric.name} gives scores of {name} that are not finite")
@@ -60,3 +69,11 @@ class Score(Pass):
         if context.data is not None and self.needs_data:
             figures |= {"sequences": len(context.data), "tokens": sum(s.tokens for s in context.data)}
         return PassResult(program.replace(scores=scores), modified=False, figures=figures)
+
+    def _unit_scores(self, group: CoupledGroup, found: Sequence[Tensor]) -> Tensor:
+        """The scores of a group's members as [units], or [units, coordinates] where cells were scored."""
+        try:
+            scores = normalize(aggregate(found, self.aggregate), self.normalize)
+        except ValueError as error:
+            raise PipelineError(f"score: {self.metric.name} on {group.name}: {error}") from error
+        return scores if len(scores) == group.units else scores.reshape(group.units, group.coordinates)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from secateur.graph import CoupledGroup, Program, blocks, drop, keep
+from secateur.graph import Program, blocks, drop, keep
 from secateur.graph.errors import EditError, PipelineError, SecateurError
 from secateur.passes.base import Context, Cost, Pass, PassResult, PlannedEdit
 from secateur.passes.data import CalibrationError, Sample
@@ -21,7 +21,7 @@ from secateur.passes.quality import kl_to, reference
 from secateur.passes.repair import Repair, held_back
 from secateur.passes.search_latency import LatencyTable
 from secateur.passes.search_space import LAYERS, Budget, Candidate, Shape, ShapeCosts, searched_groups, shapes_within
-from secateur.passes.width_shares import top_units
+from secateur.passes.width_shares import select_units
 
 Bound = Literal["low", "high", "multiple"]
 Choice = tuple[Annotated[int, Field(ge=1)], ...] | dict[Bound, Annotated[int, Field(ge=1)]]
@@ -237,14 +237,9 @@ class _Run:
         edit: dict[str, torch.Tensor] = {}
         for family in self.options.varied:
             for group in searched_groups(self.program, family) if family != LAYERS else ():
-                edit[group.name] = top_units(self._scores(group), shape[family])
+                edit[group.name] = select_units(self.program, group.name, shape[family])
         count = len(blocks(self.program))
         return _cut(self.program, edit, self.gone[: count - shape.get(LAYERS, count)])
-
-    def _scores(self, group: CoupledGroup) -> torch.Tensor:
-        if group.name not in self.program.scores:
-            raise EditError(f"{group.name} has no scores: the metric of score{{...}} cannot see it; choose another")
-        return self.program.scores[group.name]
 
     def _order(self) -> list[str]:
         """The blocks in the order in which they go."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.graph import CoupledGroup
+from secateur.graph import CoupledGroup, Program
 from secateur.graph.errors import EditError
 from secateur.passes.importance.base import Normalization, distinct_members, normalize
 
@@ -52,9 +52,46 @@ def kept_count(name: str, units: int, amount: float | int, multiple: int) -> int
 
 
 def top_units(scores: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` highest scores [units], ascending; the lower index wins a tie."""
-    order = torch.sort(scores, descending=True, stable=True).indices
-    return order[:count].sort().values
+    """Indices of the ``count`` highest scores, ascending; the lower index wins a tie.
+
+    Args: scores: [units]; or [units, coordinates], each column a ranking of its own.
+    Returns: [count], or [count, coordinates].
+    """
+    order = torch.sort(scores, dim=0, descending=True, stable=True).indices
+    return order[:count].sort(0).values
+
+
+def select_units(program: Program, group: str, count: int) -> Tensor:
+    """The ``count`` units of a group with the highest scores of a Program, as ``top_units`` gives them.
+
+    Raises: EditError: the group has no scores, or some units should go and all have the same score.
+    """
+    if group not in program.scores:
+        raise EditError(f"{group} has no scores: the metric of score{{...}} cannot see it; choose another")
+    scores = program.scores[group]
+    if 0 < count < len(scores) and bool((scores == scores.flatten()[0]).all()):
+        raise EditError(
+            f"{_metric(program)} gives all {scores.numel()} scores of {group} the same value "
+            f"({float(scores.flatten()[0]):g}), which says nothing about the {count} of {len(scores)} units to keep: "
+            "choose another metric, aggregate or normalize"
+        )
+    return top_units(scores, count)
+
+
+def _metric(program: Program) -> str:
+    """The metric of the scores that a Program has, in words."""
+    steps = [step for step in program.history if step.name == "score"]
+    metric = steps[-1].options.get("metric") if steps else None
+    if metric is None:
+        return "the metric"
+    name = next(iter(metric)) if isinstance(metric, Mapping) else metric
+    return f"score{{metric={name}}}"
+
+
+def unit_values(scores: Tensor) -> Tensor:
+    """[units] scores as they are; of [units, coordinates], what a unit brings that goes at every coordinate: the sum
+    over the rankings of their best, second best, ..."""
+    return scores if scores.dim() == 1 else scores.sort(0, descending=True).values.sum(1)
 
 
 def global_counts(
@@ -74,7 +111,7 @@ def global_counts(
     names = sorted(scores)
     multiples = [multiple if isinstance(multiple, int) else multiple[name] for name in names]
     price = [1 if costs is None else costs[name] for name in names]
-    ordered = [normalize(scores[name], how).sort(descending=True, stable=True).values for name in names]
+    ordered = [normalize(unit_values(scores[name]), how).sort(descending=True, stable=True).values for name in names]
     floors = [min(least, len(values)) for least, values in zip(multiples, ordered, strict=True)]
     rest = torch.cat([values[floor:] for values, floor in zip(ordered, floors, strict=True)])
     owner = torch.cat([torch.full((len(v) - f,), i) for i, (v, f) in enumerate(zip(ordered, floors, strict=True))])

@@ -23,7 +23,7 @@ from secateur.passes.journal import Journal
 from secateur.passes.quality import KL, Kept, logits, reference
 from secateur.passes.repair_run import Lockstep
 from secateur.passes.repair_sites import weight_uses
-from secateur.passes.width_shares import top_units
+from secateur.passes.width_shares import select_units
 
 RIDGE = 0.01  # of each input's energy
 FLOOR = 1e-5  # of the mean energy
@@ -32,7 +32,7 @@ FLOOR = 1e-5  # of the mean energy
 @dataclass(frozen=True, eq=False)
 class Consumer:
     """A matrix that consumes a group.  x: node that it multiplies.   chain: from its get_attr to the op that reads it.
-    columns: [units, k] positions along ``dim``."""
+    columns: [units, coordinates, k] positions along ``dim``."""
 
     parameter: str
     dim: int
@@ -40,13 +40,20 @@ class Consumer:
     x: fx.Node
     chain: tuple[fx.Node, ...]
 
+    def columns_of(self, kept: Tensor) -> Tensor:
+        """The positions of kept units, [n] for all coordinates or [n, coordinates] for each, flat."""
+        if kept.dim() == 1:
+            return self.columns[kept].flatten()
+        return self.columns[kept, torch.arange(kept.shape[1])].flatten()
+
 
 @dataclass(frozen=True, eq=False)
 class Level:
     """A group at one size.
 
-    kept: units, ascending.   columns: by parameter, the values of the columns that stay, in their order.   error: of
-    what the consumers give, relative to its energy; 0 for the whole group.
+    kept: units, ascending, [n] or [n, coordinates].   columns: by parameter, the values of the columns that stay, in
+    the order of ``Consumer.columns_of``.   error: of what the consumers give, relative to its energy; 0 for the whole
+    group.
     """
 
     kept: Tensor
@@ -67,9 +74,7 @@ def consumers_of(program: Program, group: CoupledGroup) -> list[Consumer]:
         chains = uses[member.parameter]
         if len(places) != 1 or len(chains) != 1 or program.gm.get_parameter(member.parameter).dim() != 2:
             raise EditError(f"allocate: {member.parameter}, which consumes {group.name}, is no matrix of one op")
-        found[member.parameter] = Consumer(
-            member.parameter, member.dim, member.positions, places[0][0], chains[0].chain
-        )
+        found[member.parameter] = Consumer(member.parameter, member.dim, member.cells, places[0][0], chains[0].chain)
     if not found:
         raise EditError(f"allocate: no weight consumes {group.name}")
     return list(found.values())
@@ -78,7 +83,7 @@ def consumers_of(program: Program, group: CoupledGroup) -> list[Consumer]:
 def place(weight: Tensor, consumer: Consumer, kept: Tensor, columns: Tensor) -> Tensor:
     """The consumer's whole weight with these columns where units stay and zeros elsewhere."""
     value = torch.zeros_like(weight)
-    value.index_copy_(consumer.dim, consumer.columns[kept].flatten().to(weight.device), columns.to(weight))
+    value.index_copy_(consumer.dim, consumer.columns_of(kept).to(weight.device), columns.to(weight))
     return value
 
 
@@ -121,13 +126,13 @@ class Supernet:
         return found
 
     def _level(self, name: str, size: int, grams: Mapping[str, Tensor]) -> Level:
-        kept = top_units(self.program.scores[name], size)
+        kept = select_units(self.program, name, size)
         if size == len(self.program.scores[name]):
             return Level(kept, {}, 0.0)
         columns, left, energy = dict[str, Tensor](), 0.0, 0.0
         for consumer in self.consumers[name]:
             weight = self.parameters[consumer.parameter].movedim(consumer.dim, -1).double()
-            fitted, error, total = _refit(weight, grams[consumer.parameter], consumer.columns[kept].flatten())
+            fitted, error, total = _refit(weight, grams[consumer.parameter], consumer.columns_of(kept))
             columns[consumer.parameter] = fitted.to(self.parameters[consumer.parameter].dtype).movedim(-1, consumer.dim)
             left, energy = left + error, energy + total
         return Level(kept, columns, left / energy if energy > 0 else 0.0)

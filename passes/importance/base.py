@@ -27,9 +27,12 @@ class Importance(Options):
 
     needs: what it takes beside the weights: nothing, gradients (forward and backward over the calibration data) or
         activations (forward alone).
+    by_cell: whether the groups that ``members`` is given may stand for units at single coordinates
+        (``CoupledGroup.as_cells``), which can be scored and not edited.
     """
 
     needs: ClassVar[Needs]
+    by_cell: ClassVar[bool] = True
 
     @property
     def cost(self) -> Cost:
@@ -49,7 +52,7 @@ AGGREGATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda x: x.sum(0),
     "mean": lambda x: x.mean(0),
     "max": lambda x: x.amax(0),
-    "prod": lambda x: x.prod(0),
+    "prod": lambda x: geometric_mean(x),
     "last": lambda x: x[-1],
 }
 NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -65,11 +68,26 @@ def _nonzero(x: Tensor) -> Tensor:
     return torch.where(x == 0, torch.ones_like(x), x)
 
 
+def geometric_mean(scores: Tensor) -> Tensor:
+    """The product over the first dim as its root of that many factors, by logs.
+
+    It ranks as the product does, and stays within the range of the factors however many they are.
+    Args: scores: [factors, units] float64, none below zero.
+    """
+    return scores.log().mean(0).exp()
+
+
 def aggregate(scores: Sequence[Tensor], how: Aggregation) -> Tensor:
     """Member scores, each [units], as unit scores [units] float32.
 
+    prod gives the geometric mean, see ``geometric_mean``; a single member keeps its scores whatever their sign.
+    Raises: ValueError: a product of scores of which some are below zero.
     Source: Ma et al. 2023 (LLM-Pruner), arXiv:2305.11627, section 3.2: sum, prod, max, last-only.
     """
+    if how == "prod" and len(scores) == 1:
+        return scores[0].float()
+    if how == "prod" and any(bool((score < 0).any()) for score in scores):
+        raise ValueError("some scores are below zero, and their product ranks nothing: use aggregate=sum")
     stacked = torch.stack([s.double() for s in scores])
     return AGGREGATIONS[how](stacked).float()
 

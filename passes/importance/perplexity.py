@@ -37,6 +37,7 @@ class Perplexity(Importance):
 
     name: ClassVar[str] = "perplexity"
     needs: ClassVar[Needs] = "activations"
+    by_cell: ClassVar[bool] = False  # a unit is cut out everywhere, so that the graph keeps its shape
 
     measure: Literal["loss", "kl"] = "loss"
     families: tuple[str, ...] = ("kv_heads", "query_heads", "experts")

@@ -68,7 +68,7 @@ def test_several_families_at_once_compute_what_the_full_graph_does_without_the_u
 ) -> None:
     pruning = PruneWidth(mlp=0.25, kv_heads=1, query_heads=1, hidden=0.25)
     smaller = pruning(scored)
-    edit = {e.group: scored.scores[e.group].topk(e.kept).indices.sort().values for e in pruning.plan(scored)}
+    edit = {e.group: scored.scores[e.group].topk(e.kept, dim=0).indices.sort(0).values for e in pruning.plan(scored)}
     expected = masked_call(scored, edit, input_ids=ids).logits
     torch.testing.assert_close(smaller(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
     shapes = {name: list(p.shape) for name, p in smaller.named_parameters()}

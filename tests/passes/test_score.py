@@ -8,10 +8,10 @@ from torch import Tensor
 from zoo.models import tiny_model
 
 from secateur.graph import CoupledGroup, Program, capture, coupled_groups
-from secateur.graph.errors import PipelineError
-from secateur.passes import Context, Pipeline, Score, samples
+from secateur.graph.errors import EditError, PipelineError
+from secateur.passes import Allocate, Context, Pipeline, PruneWidth, Score, samples
 from secateur.passes.importance import Activation, Importance, Magnitude, Random, Taylor
-from secateur.passes.importance.base import NORMALIZATIONS
+from secateur.passes.importance.base import NORMALIZATIONS, aggregate
 
 
 @pytest.mark.parametrize("metric", [Random(), Magnitude(), Taylor(), Activation()], ids=lambda m: m.name)
@@ -58,3 +58,30 @@ def test_every_choice_can_be_written_in_a_pipeline() -> None:
     for how in NORMALIZATIONS:
         (score,) = Pipeline.parse(f"score{{normalize={how}}}").passes
         assert score == Score(normalize=how)  # type: ignore[arg-type]
+
+
+class Flat(Random):
+    """The same for every unit."""
+
+    def members(self, program: Program, groups: list[CoupledGroup], context: Context) -> dict[str, list[Tensor]]:  # type: ignore[override]
+        return {group.name: [torch.ones(group.units)] for group in groups}
+
+
+def test_a_product_over_the_residual_stream_chooses_by_its_factors(llama: Program, ids: Tensor) -> None:
+    data = Context(data=samples([ids], llama))
+    scored = Score(Activation(), aggregate="prod")(llama, data)
+    (name,) = (group.name for group in coupled_groups(llama) if group.family == "hidden")
+    members = Activation().members(llama, [g for g in coupled_groups(llama) if g.name == name], data)[name]
+    expected = torch.stack([score.double() for score in members]).log().sum(0)
+    assert torch.equal(scored.scores[name].argsort(), expected.argsort())
+    tiny = [1e-9 * score for score in members] * 40  # a deep model of small activations
+    assert torch.equal(aggregate(tiny, "prod").argsort(), expected.argsort())
+
+
+def test_equal_scores_of_any_metric_are_refused_where_units_are_chosen(llama: Program) -> None:
+    flat = Score(Flat())(llama)
+    with pytest.raises(EditError, match=r"gives all 96 scores of mlp@model\.layers\.0\.mlp the same value"):
+        PruneWidth(mlp=0.5)(flat)
+    assert PruneWidth(mlp=96)(flat).cut is None
+    with pytest.raises(EditError, match="the same value"):
+        Allocate(damage="scores")(flat)

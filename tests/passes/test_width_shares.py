@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from secateur.graph import Program, Step
 from secateur.graph.errors import EditError
-from secateur.passes.width_shares import global_counts, kept_count, top_units
+from secateur.passes.width_shares import global_counts, kept_count, select_units, top_units
 
 
 @pytest.mark.parametrize(
@@ -100,3 +102,16 @@ def test_global_counts_stay_in_range_and_near_the_budget(
     assert abs(sum(counts.values()) - wanted) <= multiple / 2 * len(sizes)
     if multiple == 1:
         assert sum(counts.values()) == wanted
+
+
+@pytest.mark.parametrize("scores", [torch.zeros(5), torch.full((4, 3), 2.5)])
+def test_equal_scores_choose_nothing(llama: Program, scores: Tensor) -> None:
+    step = Step("score", {"metric": {"dull": {}}})
+    program = llama.replace(scores={"group": scores}, history=(step,))
+    with pytest.raises(EditError, match=r"score\{metric=dull\} gives all \d+ scores of group the same value"):
+        select_units(program, "group", 2)
+    assert len(select_units(program, "group", len(scores))) == len(scores)
+    ties = torch.tensor([1.0, 1.0, 0.0])
+    assert select_units(llama.replace(scores={"group": ties}), "group", 1).tolist() == [0]
+    with pytest.raises(EditError, match="has no scores"):
+        select_units(llama, "group", 1)

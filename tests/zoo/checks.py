@@ -71,18 +71,19 @@ def other_inputs(program: Program, seed: int = 1) -> dict[str, Any]:
     return inputs
 
 
-def random_edit(groups: list[CoupledGroup], seed: int = 0, drop: float = 0.3) -> dict[CoupledGroup, list[int]]:
-    """Keep a random part of the units of each group, at least what must stay."""
+def random_edit(groups: list[CoupledGroup], seed: int = 0, drop: float = 0.3) -> dict[CoupledGroup, Tensor]:
+    """Keep a random part of the units of each group, at least what must stay; for each outer unit another part."""
     generator = torch.Generator().manual_seed(seed)
     edit = {}
     for group in groups:
         keep = max(group.min_units, group.units - max(1, int(group.units * drop)))
-        edit[group] = sorted(torch.randperm(group.units, generator=generator)[:keep].tolist())
+        columns = [torch.randperm(group.units, generator=generator)[:keep] for _ in range(group.coordinates)]
+        edit[group] = torch.stack(columns, 1) if group.outer is not None else columns[0]
     return edit
 
 
 @torch.no_grad()
-def compare(program: Program, edit: dict[CoupledGroup, list[int]], inputs: dict[str, Any]) -> tuple[float, Tensor]:
+def compare(program: Program, edit: dict[CoupledGroup, Tensor], inputs: dict[str, Any]) -> tuple[float, Tensor]:
     """Relative difference of the pruned Program and the masked one, and the masked output."""
     pruned = logits(graph.keep(program, edit)(**inputs))
     masked = logits(graph.masked_call(program, edit, **inputs))

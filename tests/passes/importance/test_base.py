@@ -19,13 +19,27 @@ SCORES = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 0.5, 2.0])]
         ("sum", [5, 2.5, 5]),
         ("mean", [2.5, 1.25, 2.5]),
         ("max", [4, 2, 3]),
-        ("prod", [4, 1, 6]),
+        ("prod", [2, 1, 6**0.5]),
         ("last", [4, 0.5, 2]),
     ],
 )
 def test_aggregations(how: Any, expected: list[float]) -> None:
-    assert aggregate(SCORES, how).tolist() == expected
+    torch.testing.assert_close(aggregate(SCORES, how), torch.tensor(expected, dtype=torch.float32))
     assert set(AGGREGATIONS) == {"sum", "mean", "max", "prod", "last"}
+
+
+def test_a_product_over_many_members_ranks_and_does_not_vanish() -> None:
+    scores = [torch.tensor([2e-9, 1e-9, 3e-9]) for _ in range(300)]
+    scores[-1] = torch.tensor([2e-9, 1e-9, 0.0])
+    assert aggregate(scores, "prod").argsort().tolist() == [2, 1, 0]
+    large = [torch.tensor([2e9, 1e9]) for _ in range(300)]
+    torch.testing.assert_close(aggregate(large, "prod"), torch.tensor([2e9, 1e9]))
+
+
+def test_a_product_of_negative_scores_is_refused() -> None:
+    with pytest.raises(ValueError, match="below zero"):
+        aggregate([torch.tensor([1.0, -1.0]), torch.tensor([1.0, -2.0])], "prod")
+    assert aggregate([torch.tensor([1.0, -1.0])], "prod").tolist() == [1, -1]
 
 
 @pytest.mark.parametrize(
