@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from secateur.graph import Program, Step
+from secateur.graph.reading import shown
 from secateur.passes.base import Context, Cost, Pass, PassResult
-from secateur.passes.lower_cost import BITS, DENSE, INT4, INT8, SPARSE, Machine, machine_named, weight_bytes
+from secateur.passes.lower_cost import BITS, DENSE, INT4, INT8, KINDS, SPARSE, Machine, machine_named, weight_bytes
 from secateur.passes.lower_layers import Layer, linear_layers, not_24, on_meta, sharing_input, weights
 from secateur.passes.quantize_grid import Grid, find_grid
 
@@ -81,9 +82,23 @@ class Lowering:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Lowering:
         """The plan that ``to_json`` wrote."""
-        rows = tuple(LayerPlan(**{**row, "shape": tuple(row["shape"])}) for row in value["layers"])
-        names = ("dtype", "machine", "source", "batch", "left_alone")
-        return cls(layers=rows, **{name: value[name] for name in names}, chosen=value.get("chosen", True))
+        names = ("dtype", "machine", "source", "batch", "left_alone", "layers")
+        fields = {name: value[name] for name in names} | {"chosen": value.get("chosen", True)}
+        try:
+            plan: Lowering = TypeAdapter(cls).validate_python(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{place}: {first['msg']}, found {shown(first['input'])}") from None
+        known = {row.layer for row in plan.layers}
+        if plan.dtype not in DTYPES:
+            raise ValueError(f"dtype is {shown(plan.dtype)}, one of {', '.join(DTYPES)} was expected")
+        for row in plan.layers:
+            if row.kind not in KINDS:
+                raise ValueError(f"{shown(row.layer)} has the unknown form {shown(row.kind)}")
+            if min(row.shape) < 1 or (row.shares and row.shares not in known):
+                raise ValueError(f"{shown(row.layer)} has a shape, or shares an input, that cannot be")
+        return plan
 
 
 @dataclass(frozen=True)

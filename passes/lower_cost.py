@@ -19,8 +19,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from secateur.graph.errors import PipelineError
+from secateur.graph.reading import reason_of
 from secateur.passes.options import did_you_mean
 
 DENSE, SPARSE, INT8, INT4 = "dense", "2:4", "int8", "int4"
@@ -116,9 +118,10 @@ def machine_named(name: str) -> Machine:
         )
     try:
         fields = json.loads(Path(name).read_text("utf-8"))
-        return Machine(**{**fields, "timings": tuple(Timing(**row) for row in fields.get("timings", ()))})
-    except (OSError, json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise PipelineError(f"{name} does not describe a machine: {error}") from error
+        machine: Machine = TypeAdapter(Machine).validate_python(fields)
+        return machine
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise PipelineError(f"{name} does not describe a machine: {reason_of(error)}") from error
 
 
 @functools.cache
@@ -180,7 +183,7 @@ def read_timings() -> tuple[Timing, ...]:
         kept = json.loads(timings_file().read_text("utf-8"))
         rows = kept["timings"] if kept["fingerprint"] == fingerprint() else ()
         return tuple(Timing(**row) for row in rows)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ()
 
 

@@ -13,8 +13,11 @@ from typing import Any, ClassVar, Generic, TypeVar, cast, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from secateur.graph.errors import PipelineError
+from secateur.graph.reading import reason_of, shown
 from secateur.passes.plugins import PluginError, installed, load_installed
 from secateur.passes.text import Spec, format_specs
+
+LONGEST_NAME, LONGEST_REASON = 60, 400
 
 
 class OptionError(PipelineError):
@@ -28,7 +31,7 @@ class OptionError(PipelineError):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A tail for an error message: the nearest known name, or all of them."""
     names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word[:LONGEST_NAME], names, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
 
 
@@ -86,7 +89,9 @@ def check_option(cls: type[Options], option: str, value: Any) -> Any:
     if not _same_kind(value, checked):
         kind = type(checked).__name__
         found = f"expected {kind}, found {type(value).__name__}"
-        raise OptionError(f"{cls.name}: {option}={value!r}: {found}", option=option)
+        raise OptionError(f"{cls.name}: {option}={shown(value)}: {found}", option=option)
+    if _beyond_64_bits(checked):
+        raise OptionError(f"{cls.name}: {option}={shown(value)}: the number is too large", option=option)
     return checked
 
 
@@ -97,12 +102,21 @@ def _option_error(cls: type[Options], option: str, value: Any, error: Validation
     if isinstance(cause, OptionError):
         return OptionError(f"{cls.name}: {option}: {cause}", cause.at, option)
     text = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    text = text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "..."
     if first["type"] == "literal_error" and isinstance(found, str):
         known = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        text = f"{found!r} is unknown; {did_you_mean(found, known)}"
-    elif found is not value and repr(found) not in text:
-        text = f"{found!r}: {text}"
-    return OptionError(f"{cls.name}: {option}={value!r}: {text}", option=option)
+        text = f"{shown(found)} is unknown; {did_you_mean(found, known)}"
+    elif found is not value and shown(found) not in text:
+        text = f"{shown(found)}: {text}"
+    return OptionError(f"{cls.name}: {option}={shown(value)}: {text}", option=option)
+
+
+def _beyond_64_bits(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_beyond_64_bits, value))
+    if isinstance(value, dict):
+        return any(map(_beyond_64_bits, value.values()))
+    return isinstance(value, int) and abs(value) >= 2**63
 
 
 def _same_kind(given: Any, checked: Any) -> bool:
@@ -156,8 +170,11 @@ def spec_from_json(value: Any, what: str) -> Spec:
     if isinstance(value, dict) and len(value) == 1:
         ((name, options),) = value.items()
         if isinstance(name, str) and isinstance(options, dict | None):
+            for option in options or ():
+                if not isinstance(option, str):
+                    raise OptionError(f"{shown(name)}: {shown(option)} is no name of an option")
             return Spec(name, options or {})
-    raise OptionError(f"expected the name of {what}, or {{name: {{option: value}}}}, found {value!r}")
+    raise OptionError(f"expected the name of {what}, or {{name: {{option: value}}}}, found {shown(value)}")
 
 
 O_co = TypeVar("O_co", bound=Options, covariant=True)
@@ -209,10 +226,10 @@ class Table(Generic[O_co]):
         cls = self.named(spec.name)
         if cls is None:
             hint = did_you_mean(spec.name, self.names())
-            raise OptionError(f"{spec.name!r} is not the name of {self.what}; {hint}", spec.at)
+            raise OptionError(f"{shown(spec.name)} is not the name of {self.what}; {hint}", spec.at)
         for option in spec.options:
             if option not in option_types(cls):
-                message = f"{cls.name} has no option {option!r}; {did_you_mean(option, option_types(cls))}"
+                message = f"{cls.name} has no option {shown(option)}; {did_you_mean(option, option_types(cls))}"
                 raise OptionError(message, spec.option_at.get(option))
         return self._construct(cls, spec)
 
@@ -223,8 +240,8 @@ class Table(Generic[O_co]):
         except OptionError as error:
             at = spec.option_at.get(error.option or "", spec.at)
             raise OptionError(str(error), at if error.at is None else error.at) from None
-        except TypeError as error:
-            raise OptionError(f"{cls.name}: {error}", spec.at) from None
+        except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+            raise OptionError(f"{cls.name}: {reason_of(error)}", spec.at) from None
 
 
 def options_table(cls: type[Options]) -> list[tuple[str, str, str]]:

@@ -80,7 +80,7 @@ def _holds_model(folder: Path) -> bool:
         return True
     try:
         return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 

@@ -19,8 +19,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from secateur.graph.errors import PipelineError
+from secateur.graph.reading import MAX_DEPTH, reading, reason_of, shown
 from secateur.passes.options import did_you_mean
 
+MAX_BYTES = 1 << 20
+MAX_NODES = 100_000
+"""Values of a recipe, aliases written out: a few lines of anchors can stand for billions."""
+MAX_SEED = 2**32 - 1
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
@@ -39,7 +44,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     passes: list[Any] = Field(min_length=1)
     data: DataSpec | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     about: str | None = None
     source: str | None = None
 
@@ -48,10 +53,14 @@ class _Loader(yaml.SafeLoader):
     """The safe loader; reads 2e6 as a number, 2:4 as text, and refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
-        if twice is not None:
-            raise PipelineError(f"recipe: {twice!r} is given twice{_where(node.start_mark)}")
+        seen = set[Any]()
+        for entry, _ in node.value:
+            key = self.construct_object(entry, deep=True)
+            if not isinstance(key, str | int | float | bool | None):
+                raise PipelineError(f"recipe: {shown(key)} is no name{_where(entry.start_mark)}")
+            if key in seen:
+                raise PipelineError(f"recipe: {shown(key)} is given twice{_where(node.start_mark)}")
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -76,16 +85,60 @@ def load_recipe(recipe: str | Path) -> Recipe:
     Raises: PipelineError: no such file, not YAML, not a map, a key that is unknown or of the wrong type.
     """
     text = recipe if isinstance(recipe, str) and "\n" in recipe else _read(Path(recipe))
+    if len(text) > MAX_BYTES:
+        raise PipelineError(f"recipe: {len(text):,} characters, at most {MAX_BYTES:,} are read")
+    with reading("recipe", PipelineError, "Mend the file"):
+        value = read_yaml(text, _Loader)
+        if not isinstance(value, dict):
+            found = type(value).__name__
+            raise PipelineError(f"recipe: expected a map with the key 'passes', found {found}")
+        try:
+            return Recipe.model_validate(value)
+        except ValidationError as error:
+            raise PipelineError(f"recipe: {_first(error)}") from None
+
+
+def read_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """The value of a YAML document whose anchors stand for no more values than a person would write.
+
+    Args:
+        text: the document.
+        loader: a safe loader.
+    Raises:
+        PipelineError: not YAML, nested too deep, an anchor inside itself, or too many values.
+    """
+    reader = loader(text)
     try:
-        value = yaml.load(text, _Loader)  # a SafeLoader
+        node = reader.get_single_node()
+        if node is None:
+            return None
+        values = _count_values(node, {}, 0)
+        if values > MAX_NODES:
+            raise PipelineError(f"recipe: its anchors stand for {shown(values)} values, at most {MAX_NODES:,} are read")
+        return reader.construct_document(node)
     except yaml.YAMLError as error:
-        raise PipelineError(f"recipe: not YAML{_where(getattr(error, 'problem_mark', None))}: {error}") from None
-    if not isinstance(value, dict):
-        raise PipelineError(f"recipe: expected a map with the key 'passes', found {type(value).__name__}")
-    try:
-        return Recipe.model_validate(value)
-    except ValidationError as error:
-        raise PipelineError(f"recipe: {_first(error)}") from None
+        place = _where(getattr(error, "problem_mark", None))
+        why = getattr(error, "problem", None) or reason_of(error)
+        raise PipelineError(f"recipe: not YAML{place}: {shown(why)[1:-1]}") from None
+    except RecursionError:
+        raise PipelineError(f"recipe: nested deeper than {MAX_DEPTH}") from None
+    finally:
+        reader.dispose()
+
+
+def _count_values(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """How many values a node stands for with its aliases written out."""
+    if depth > MAX_DEPTH:
+        raise PipelineError(f"recipe: nested deeper than {MAX_DEPTH}{_where(node.start_mark)}")
+    if id(node) in known:
+        return known[id(node)]
+    total = 1
+    if isinstance(node, yaml.CollectionNode):
+        for entry in node.value:
+            parts = entry if isinstance(entry, tuple) else (entry,)
+            total += sum(_count_values(part, known, depth + 1) for part in parts)
+    known[id(node)] = total
+    return total
 
 
 def dump_recipe(passes: list[Any], data: DataSpec | None, seed: int) -> str:
@@ -101,10 +154,13 @@ def dump_recipe(passes: list[Any], data: DataSpec | None, seed: int) -> str:
 
 def _read(path: Path) -> str:
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise PipelineError(f"recipe {path}: {path.stat().st_size:,} bytes, at most {MAX_BYTES:,} are read")
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         hint = "" if path.suffix else "; `secateur recipes` lists those that have a name"
-        raise PipelineError(f"recipe {path}: cannot be read: {error}{hint}") from None
+        name = shown(str(path))[1:-1]
+        raise PipelineError(f"recipe {name}: cannot be read: {reason_of(error)}{hint}") from None
 
 
 def _first(error: ValidationError) -> str:
@@ -112,8 +168,8 @@ def _first(error: ValidationError) -> str:
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         model = DataSpec if first["loc"][0] == "data" else Recipe
-        return f"unknown key {place!r}; {did_you_mean(str(first['loc'][-1]), model.model_fields)}"
-    return f"{place}: {first['msg']}, found {first['input']!r}"
+        return f"unknown key {shown(place)}; {did_you_mean(str(first['loc'][-1]), model.model_fields)}"
+    return f"{place}: {first['msg']}, found {shown(first['input'])}"
 
 
 def _where(mark: Any) -> str:

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.graph.errors import PipelineError
+from secateur.graph.reading import MAX_DEPTH, MAX_NUMBER_DIGITS, reason_of, shown
 
 TOKEN = re.compile(
     r"""\s*(?:(?P<string>"(?:[^"\\]|\\.)*")|(?P<word>[^\s"{}\[\],=]+)|(?P<mark>[{}\[\],=])|(?P<end>$))""", re.VERBOSE
 )
+LINE_CHARACTERS = 160
 WORDS: dict[str, Any] = {"true": True, "false": False, "null": None}
 
 
@@ -43,8 +45,8 @@ def located(message: str, text: str, at: int | None) -> str:
     """The message, its position, and the line of the text with a caret under that position."""
     if at is None:
         return message
-    start = text.rfind("\n", 0, at) + 1
-    line = text[start:].split("\n", 1)[0]
+    start = max(text.rfind("\n", 0, at) + 1, at - LINE_CHARACTERS // 2)
+    line = text[start : start + LINE_CHARACTERS].split("\n", 1)[0]
     return f"{message} (at character {at + 1})\n  {line}\n  {' ' * (at - start)}^"
 
 
@@ -69,6 +71,8 @@ def read_word(word: str) -> Any:
     """The value a bare word stands for: a number, true, false, null, or the word itself."""
     if word in WORDS:
         return WORDS[word]
+    if len(word) > MAX_NUMBER_DIGITS:
+        return word
     for number in (int, float):
         try:
             return number(word) if re.match(r"[-+.\d]", word) and "_" not in word else word
@@ -96,13 +100,14 @@ class _Reader:
 
     def __init__(self, text: str) -> None:
         self.text, self.tokens, self.place = text, tokenize(text), 0
+        self.depth = 0
 
     @property
     def token(self) -> Token:
         return self.tokens[self.place]
 
     def fail(self, expected: str) -> PipelineError:
-        found = "the end of the text" if self.token.kind == "end" else repr(self.token.text)
+        found = "the end of the text" if self.token.kind == "end" else shown(self.token.text)
         return PipelineError(located(f"expected {expected}, found {found}", self.text, self.token.at))
 
     def is_mark(self, mark: str) -> bool:
@@ -123,14 +128,18 @@ class _Reader:
     def several(self, one: Callable[[], Any], close: str, what: str) -> list[Any]:
         """Items between commas up to the closing mark; a comma may stand after the last."""
         found: list[Any] = []
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise self.fail(f"at most {MAX_DEPTH} levels")
         while not self.take_mark(close):
             if found and not self.take_mark(","):
                 raise self.fail("',' or " + (repr(close) if close != "end" else "the end"))
             if found and self.take_mark(close):
-                return found
+                break
             if self.token.kind == "mark" and what == "a pass name":
                 raise self.fail(what)
             found.append(one())
+        self.depth -= 1
         return found
 
     def spec(self) -> Spec:
@@ -141,16 +150,24 @@ class _Reader:
         spec = Spec(name.text, at=name.at)
         for key, value, at in self.several(self.option, "}", "an option"):
             if key in spec.options:
-                raise PipelineError(located(f"option {key!r} is given twice", self.text, at))
+                raise PipelineError(located(f"option {shown(key)} is given twice", self.text, at))
             spec.options[key], spec.option_at[key] = value, at
         return spec
 
     def option(self) -> tuple[str, Any, int]:
         token = self.take("an option name", "word", "string")
         if not self.take_mark("="):
-            raise self.fail(f"'=' after {token.text}")
-        key = json.loads(token.text) if token.kind == "string" else token.text
+            raise self.fail(f"'=' after {shown(token.text)[1:-1]}")
+        key = self.unquoted(token) if token.kind == "string" else token.text
         return key, self.value(), token.at
+
+    def unquoted(self, token: Token) -> str:
+        """The text that a quoted string stands for."""
+        try:
+            return str(json.loads(token.text, strict=False))
+        except ValueError as error:
+            message = f"the quoted string is not one of JSON: {reason_of(error)}"
+            raise PipelineError(located(message, self.text, token.at)) from None
 
     def value(self) -> Any:
         if self.take_mark("["):
@@ -160,7 +177,7 @@ class _Reader:
             return self.options_of(Token("word", "", self.token.at)).options
         token = self.take("a value", "word", "string")
         if token.kind == "string":
-            return json.loads(token.text, strict=False)
+            return self.unquoted(token)
         return self.options_of(token) if self.take_mark("{") else read_word(token.text)
 
 

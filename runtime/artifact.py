@@ -21,7 +21,8 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from secateur.graph.errors import ArtifactError
+from secateur.graph.errors import ArtifactError, SecateurError
+from secateur.graph.reading import parse_json, reason_of, shown
 from secateur.runtime.disk import (
     ASIDE,
     exchange,
@@ -121,20 +122,25 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises: ArtifactError: no manifest (unfinished or not an artifact), not JSON, or of an unknown version."""
     file = Path(path) / MANIFEST
     try:
-        data = json.loads(file.read_text("utf-8"))
+        data = parse_json(file.read_bytes(), file, ArtifactError)
         if (data["format"], data["version"]) != (FORMAT, VERSION):
             raise ArtifactError(
                 f"{file}: format {data['format']} version {data['version']}, expected {FORMAT} version {VERSION}: "
                 "open it with the version of secateur that wrote it"
             )
         files = {_safe_name(file, name): FileRecord(r["bytes"], r["sha256"]) for name, r in data["files"].items()}
-        return Manifest(files, tuple(data["history"]), data["figures"], data["versions"])
+        read = Manifest(files, tuple(data["history"]), data["figures"], data["versions"])
+        if fault := _wrong_type(read):
+            raise ArtifactError(f"{file} is damaged ({fault}): save the artifact again")
+        return read
     except (FileNotFoundError, NotADirectoryError):
         raise ArtifactError(
             f"{path} has no {MANIFEST}: it is not a finished secateur artifact; save it again"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{file} is damaged ({error!r}): save the artifact again") from error
+    except SecateurError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{file} is damaged ({reason_of(error)}): save the artifact again") from error
 
 
 def verify_artifact(path: str | Path, *, hashes: bool = True) -> Manifest:
@@ -239,10 +245,26 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _wrong_type(read: Manifest) -> str:
+    """What of a manifest is of another type than it should be, "" if nothing."""
+    for name, record in read.files.items():
+        if type(record.bytes) is not int or not isinstance(record.sha256, str):
+            return f"size or hash of {shown(name)}"
+    for step in read.history:
+        figures = step.get("figures", {}) if isinstance(step, dict) else None
+        if not isinstance(figures, dict) or not isinstance(step.get("name"), str):
+            return "history"
+    if not isinstance(read.figures, dict):
+        return "figures"
+    return "" if isinstance(read.versions, dict) else "versions"
+
+
 def _safe_name(manifest: Path, name: str) -> str:
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts:
-        raise ArtifactError(f"{manifest} lists {name!r}, which lies outside the artifact: do not trust this folder")
+    if parts.is_absolute() or ".." in parts.parts or "\0" in name:
+        raise ArtifactError(
+            f"{manifest} lists {shown(name)}, which lies outside the artifact: do not trust this folder"
+        )
     return name
 
 

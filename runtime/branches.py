@@ -23,8 +23,11 @@ from transformers import PreTrainedModel
 
 from secateur.graph.errors import ArtifactError
 from secateur.graph.program import Program
+from secateur.graph.reading import reading
 from secateur.kernels.sparse24 import PackedLinear, StackedPart
 from secateur.passes.boost import boosts, unboosted
+from secateur.runtime.checkpoint import read_header
+from secateur.runtime.finite import check_finite
 from secateur.runtime.lowering import lowered, runs_packed
 from secateur.runtime.source import open_model
 
@@ -106,10 +109,13 @@ def load_branched(
     base = folder / BASE
     model = lowered(base) if runs_packed(base, packed) else open_model(base, dtype=dtype, weights=weights)
     stored: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(folder / WEIGHTS).items():
-        path, kind = key.removeprefix(PREFIX).removesuffix(".weight").rsplit(".", 1)
-        stored.setdefault(path, {})[kind] = value.to(model.device, model.dtype)
-    attach(model, {p: (nn.Parameter(v["lora_A"]), nn.Parameter(v["lora_B"])) for p, v in stored.items()})
+    read_header(folder / WEIGHTS)
+    with reading(folder / WEIGHTS, ArtifactError, "Save the model again"):
+        for key, value in load_file(folder / WEIGHTS).items():
+            path, kind = key.removeprefix(PREFIX).removesuffix(".weight").rsplit(".", 1)
+            check_finite([(key, value)], folder / WEIGHTS, ArtifactError)
+            stored.setdefault(path, {})[kind] = value.to(model.device, model.dtype)
+        attach(model, {p: (nn.Parameter(v["lora_A"]), nn.Parameter(v["lora_B"])) for p, v in stored.items()})
     model.eval()
     return model
 

@@ -6,7 +6,6 @@ Source: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from secateur.graph.errors import SourceError
+from secateur.graph.reading import lfs_pointer, parse_json, read_json_object, reason_of, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -81,16 +81,22 @@ def read_header(file: Path) -> dict[str, TensorRecord]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
+        if lfs_pointer(prefix + stream.read(64)):
+            raise SourceError(
+                f"{file} is a git-lfs pointer and not the weights: run `git lfs pull` where it was cloned, or "
+                "fetch the model with `hf download`"
+            )
+        stream.seek(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             raise SourceError(f"{file} is truncated or corrupted: header of {length} bytes in {size} bytes. {MEND}")
         header = stream.read(length)
     try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
-        entries.pop("__metadata__", None)
+        entries = _entries(header)
         spans = sorted((_span(name, entry), name) for name, entry in entries.items())
     except (UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise SourceError(f"{file} is corrupted: its header does not parse ({error}). {MEND}") from error
+        why = reason_of(error.__cause__ if isinstance(error, SourceError) and error.__cause__ else error)
+        raise SourceError(f"{file} is corrupted: its header does not parse ({why}). {MEND}") from error
     _check_spans(file, spans, size - 8 - length)
     start = 8 + length
     return {
@@ -119,29 +125,30 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises: SourceError: unreadable, not JSON, or not an object."""
-    try:
-        data = json.loads(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SourceError(f"{file} cannot be read as JSON ({error}). {MEND}") from error
-    if not isinstance(data, dict):
-        raise SourceError(f"{file} holds a JSON {type(data).__name__} instead of an object. {MEND}")
-    return data
+    return read_json_object(file)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name appears twice")
-    return found
+def _entries(header: bytes) -> dict[str, Any]:
+    """The tensors of a header, which must be an object; its metadata, a map of texts, is left out."""
+    entries = parse_json(header, "the header")
+    if not isinstance(entries, dict):
+        raise ValueError(f"a JSON {type(entries).__name__} instead of an object")
+    metadata = entries.pop("__metadata__", None)
+    texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if metadata is not None and not texts:
+        raise ValueError(f"__metadata__ is {shown(metadata)}, expected a map of texts")
+    return entries
 
 
 def _span(name: str, entry: dict[str, Any]) -> tuple[int, int]:
     begin, end = entry["data_offsets"]
     shape = entry["shape"]
     if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
-        raise ValueError(f"{name} has a shape or an offset that is no count")
+        raise ValueError(f"{shown(name)} has a shape or an offset that is no count")
     if end - begin != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
-        raise ValueError(f"{name} of shape {shape} and dtype {entry['dtype']} does not fill bytes {begin} to {end}")
+        raise ValueError(
+            f"{shown(name)} of shape {shown(shape)} and dtype {entry['dtype']} does not fill bytes {begin} to {end}"
+        )
     return begin, end
 
 

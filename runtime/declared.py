@@ -10,6 +10,7 @@ from torch import nn
 
 from secateur.graph import Program, Sparse, parse_pattern
 from secateur.graph.errors import ArtifactError, PatternError
+from secateur.graph.reading import reason_of
 from secateur.graph.sparse import NONE, SparseWeights
 from secateur.runtime.artifact import MANIFEST, read_manifest
 
@@ -49,4 +50,5 @@ def declared(folder: Path) -> SparseWeights:
     try:
         return from_json(read_manifest(folder).figures.get(FIGURE, {}))
     except (PatternError, AttributeError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{folder / MANIFEST} is damaged ({error!r}): save the artifact again") from error
+        why = reason_of(error)
+        raise ArtifactError(f"{folder / MANIFEST} is damaged ({why}): save the artifact again") from error

@@ -23,6 +23,7 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from secateur.graph.errors import SecateurError
+from secateur.graph.reading import reason_of, shown
 from secateur.runtime.artifact import MANIFEST
 from secateur.runtime.branches import checkpoint_in, open_with_branches
 from secateur.runtime.huggingface import load
@@ -99,18 +100,19 @@ def open_engine(
     dtype: str | None = None,
     packed: bool | None = None,
     compiled: bool | None = None,
+    trust_code: bool = False,
 ) -> Engine:
     """The engine for a folder: a package, an artifact of ours, or any checkpoint (or Hugging Face id).
 
     Args:  device: cpu or cuda; None is cuda where there is one.   dtype: of a stock model; None is the stored one.
         packed: run on packed weights; None does where ``lower`` chose so.   compiled: compile the decode step of a
-        stock model; None does so on CUDA only.
+        stock model; None does so on CUDA only.   trust_code: run a package's machine code from elsewhere.
     Raises: GenerateError: a dtype for packed weights, which have theirs.   What ``load`` and ``open_model`` raise.
     """
     folder = Path(path).expanduser()
     if is_package(folder):
-        return PackagedEngine(load_package(folder))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return PackagedEngine(load_package(folder, trust_code=trust_code))
+    device = device_named(device)
     checkpoint = checkpoint_in(folder)
     on_packed = runs_packed(checkpoint, packed)
     if on_packed and dtype is not None:
@@ -124,6 +126,23 @@ def open_engine(
     if device.startswith("cuda"):
         rearrange_for_gpu(moved)
     return StockEngine(moved, device == "cuda" if compiled is None else compiled, tuple(running(moved, plan)))
+
+
+def device_named(name: str | None) -> str:
+    """A device that is there: the one asked for, or cuda where there is one.
+
+    Args:
+        name: as torch names it, or None.
+    Raises:
+        GenerateError: no such device, or this machine has none.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=torch.device(name))
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        raise GenerateError(f"--device {shown(name)[1:-1]} cannot be used here: {reason_of(error)}") from error
+    return name
 
 
 def has_manifest(folder: Path) -> bool:
@@ -182,6 +201,7 @@ class StockEngine:
         on_token: OnToken | None = None,
     ) -> Generated:
         _check(ids_BT, max_new_tokens)
+        _check_rows(ids_BT, self.model.get_input_embeddings())
         clock = _Clock(on_token)
         torch.manual_seed(seed)
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "use_cache": True, **self._sampling(temperature)}
@@ -281,6 +301,15 @@ def _check(ids_BT: Tensor, max_new_tokens: int) -> None:
         raise GenerateError(
             f"expected prompts [batch, tokens] with a token at least and one new token or more, found "
             f"{list(ids_BT.shape)} and {max_new_tokens}"
+        )
+
+
+def _check_rows(ids_BT: Tensor, embedding: Any) -> None:
+    rows = getattr(embedding, "num_embeddings", None)
+    if isinstance(rows, int) and int(ids_BT.max()) >= rows:
+        raise GenerateError(
+            f"the prompt has the token {int(ids_BT.max())}, and the model has rows for {rows:,}: the tokenizer in its "
+            "folder is another model's"
         )
 
 

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.graph.errors import ArtifactError
+from secateur.graph.errors import ArtifactError, SecateurError
 from secateur.graph.program import Program
+from secateur.graph.reading import read_json_object, reason_of
 from secateur.kernels.sparse24 import formats
 from secateur.kernels.sparse24.backends import backend_report
 from secateur.kernels.sparse24.module import NAMES, PackedLinear
@@ -28,6 +29,7 @@ from secateur.kernels.sparse24.ops import op_of
 from secateur.passes.lower import DTYPES, LayerPlan, Lowering, bits_of, packed_as_pruned, planned
 from secateur.passes.lower_cost import DENSE
 from secateur.passes.quantize_grid import Grid, find_grid, grid_of
+from secateur.runtime.finite import check_finite
 from secateur.runtime.lowered import BESIDE, PackedLayer, packed_modules, stacked
 from secateur.runtime.source import open_model
 
@@ -161,9 +163,14 @@ def stored_layers(folder: Path, plan: Lowering) -> Iterator[tuple[LayerPlan, Pac
         with safe_open(folder / WEIGHTS, "pt") as held:
             names = set(held.keys())
             for row in plan.packed:
-                yield row, _checked(row, {n: held.get_tensor(n) for n in _tensor_names(row) if n in names})
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ArtifactError(f"{folder} is damaged ({error}): save the model again") from error
+                layer = _checked(row, {n: held.get_tensor(n) for n in _tensor_names(row) if n in names})
+                named = ((f"{layer.name}.{part}", tensor) for part, tensor in layer.tensors.items())
+                check_finite(named, folder, ArtifactError)
+                yield row, layer
+    except ArtifactError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"{folder} is damaged ({reason_of(error)}): save the model again") from error
 
 
 def read_plan(folder: Path) -> Lowering:
@@ -173,12 +180,14 @@ def read_plan(folder: Path) -> Lowering:
     """
     file = folder / PLAN
     try:
-        value = json.loads(file.read_text("utf-8"))
+        value = read_json_object(file, ArtifactError)
         if value["version"] != VERSION:
             raise ArtifactError(f"{file} has version {value['version']}, expected {VERSION}: save the model again")
         return Lowering.from_json(value)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{file} is damaged ({error}): save the model again") from error
+    except SecateurError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{file} is damaged ({reason_of(error)}): save the model again") from error
 
 
 def _tensor_names(row: LayerPlan) -> list[str]:

@@ -7,8 +7,9 @@ A package is an artifact folder with
 - ``package.json``: shapes of the cache, longest sequence, dtype, end tokens, and what it was compiled for;
 - tokenizer files.
 
-Loading a package runs its machine code: open those that you made or trust, as with any program.  The manifest says
-whether a file was changed since.
+Loading a package runs its machine code.  One that was compiled by this user on this machine carries a signature of
+the user's key (runtime/trust.py) and is opened; any other needs ``trust_code=True``, as one trusts a program.  The
+manifest says whether a file was changed since.
 
 Dims: B sequences, T tokens of a step, S longest sequence, H key/value heads, D head size, V vocabulary.
 """
@@ -20,7 +21,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,22 +29,27 @@ from typing import Any
 
 import torch
 import torch._inductor
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.graph.errors import ArtifactError, SecateurError
+from secateur.graph.reading import read_json_object, reason_of, shown
 from secateur.kernels.sparse24 import PackedLinear
+from secateur.passes.lower import DTYPES
 from secateur.runtime.artifact import check_target, read_manifest, verify_artifact, writing
 from secateur.runtime.lowered import packed_modules
 from secateur.runtime.raising import TOLERANCE
 from secateur.runtime.step import Step, cache_shapes, empty_cache
+from secateur.runtime.trust import is_signed, sign
 
 log = logging.getLogger(__name__)
 
 FILE, WEIGHTS = "package.json", "weights.safetensors"
 STEPS = ("prefill", "decode")
 VERSION = 1
+SIGNATURE = "signature"
 OPS = "secateur.kernels.sparse24.ops"
 
 
@@ -74,12 +80,16 @@ class PackageFacts:
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> PackageFacts:
-        value = json.loads(text)
+    def from_json(cls, value: Mapping[str, Any]) -> PackageFacts:
         if value["version"] != VERSION:
-            raise PackageError(f"{FILE} has version {value['version']}, expected {VERSION}: package the model again")
-        cache = tuple((tuple(keys), tuple(values)) for keys, values in value.pop("cache"))
-        return cls(cache=cache, end=tuple(value.pop("end")), **value)
+            found = shown(value["version"])
+            raise PackageError(f"{FILE} has version {found}, expected {VERSION}: package the model again")
+        facts: PackageFacts = TypeAdapter(cls).validate_python(value)
+        if facts.dtype not in DTYPES or facts.device not in ("cpu", "cuda"):
+            raise ValueError(f"dtype {shown(facts.dtype)} on {shown(facts.device)} is no way to run")
+        if min(facts.length, facts.batch, facts.vocabulary) < 1:
+            raise ValueError("a length, batch or vocabulary below one")
+        return facts
 
 
 def write_package(
@@ -115,7 +125,10 @@ def write_package(
             tell(f"{name} compiled in {time.perf_counter() - started:.0f} s")
         save_file(_unshared(weights), draft.folder / WEIGHTS)
         (draft.folder / FILE).write_text(facts.to_json(), "utf-8")
-        draft.figures = {"difference": _proof(model, Packaged(draft.folder, facts))}
+        draft.figures = {
+            "difference": _proof(model, Packaged(draft.folder, facts)),
+            SIGNATURE: sign(_signed_files(draft.folder)),
+        }
         tell(f"compiled steps and model differ by {draft.figures['difference']:.2g}")
         if source is not None:
             copy_inert(source, draft.folder)
@@ -123,28 +136,70 @@ def write_package(
 
 
 def is_package(path: Path) -> bool:
-    """Whether a folder is an ahead-of-time package."""
-    return (path / FILE).is_file()
+    """Whether a folder is an ahead-of-time package: a model folder may hold a ``package.json`` of other tools."""
+    return (path / FILE).is_file() and any((path / f"{name}.pt2").is_file() for name in STEPS)
 
 
-def load_package(path: str | Path, *, verify: bool = True) -> Packaged:
+def made_here(path: Path) -> bool:
+    """Whether the machine code of a package was compiled by this user on this machine, and is unchanged.
+
+    Args:
+        path: a folder with a manifest.
+    Raises:
+        ArtifactError: the manifest is damaged.
+    """
+    files = _signed_files(path)
+    sound = all(file.is_file() and not file.is_symlink() for file in files)
+    return sound and is_signed(files, read_manifest(path).figures.get(SIGNATURE))
+
+
+def _signed_files(folder: Path) -> list[Path]:
+    return [folder / FILE, *(folder / f"{name}.pt2" for name in STEPS)]
+
+
+def load_package(path: str | Path, *, verify: bool = True, trust_code: bool = False) -> Packaged:
     """The compiled steps of a package.
 
-    Args:  verify: re-hash every file first.
-    Raises: ArtifactError: changed since it was made.   PackageError: it was compiled for another machine or torch.
+    Args:
+        path: its folder.
+        verify: re-hash every file first.
+        trust_code: run machine code that was not compiled by this user on this machine.
+    Raises:
+        ArtifactError: changed since it was made.
+        PackageError: it is machine code from elsewhere, or was compiled for another machine or torch.
     """
     folder = Path(path).expanduser()
     read_manifest(folder)
     verify_artifact(folder, hashes=verify)
-    try:
-        facts = PackageFacts.from_json((folder / FILE).read_text("utf-8"))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{folder / FILE} is damaged ({error}): package the model again") from error
+    if not trust_code and not made_here(folder):
+        raise PackageError(
+            f"{folder} holds machine code that was not compiled by you on this machine, and opening it runs that code: "
+            "package the model yourself, or say --trust-code (trust_code=True) if you trust whoever made it"
+        )
+    facts = read_facts(folder)
     if facts.compiled_for != compiled_for(facts.device):
         raise PackageError(
             f"{folder} was compiled for {facts.compiled_for}, this is {compiled_for(facts.device)}: package it again"
         )
     return Packaged(folder, facts)
+
+
+def read_facts(folder: Path) -> PackageFacts:
+    """What a package says of itself; its machine code is not touched.
+
+    Args:
+        folder: of the package.
+    Raises:
+        ArtifactError: damaged.
+        PackageError: of another version.
+    """
+    try:
+        return PackageFacts.from_json(read_json_object(folder / FILE, ArtifactError))
+    except SecateurError:
+        raise
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        why = reason_of(error)
+        raise ArtifactError(f"{folder / FILE} is damaged ({why}): package the model again") from error
 
 
 class Packaged:

@@ -19,6 +19,7 @@ from typing import Any
 
 from secateur.graph import Program, SecateurError
 from secateur.graph.errors import ArtifactError
+from secateur.graph.reading import read_json_object
 from secateur.passes import Pipeline, Sample
 from secateur.passes.journal import UNFINISHED, Journal
 from secateur.runtime.disk import explain, flush_tree, try_lock, write_synced
@@ -185,8 +186,8 @@ def _remove(path: Path) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text("utf-8")))
-    except (OSError, TypeError, ValueError) as error:
+        return read_json_object(file, ResumeError)
+    except ResumeError as error:
         raise ResumeError(f"{file} is damaged ({error}): start afresh with restart (--restart)") from error
 
 

@@ -16,8 +16,12 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.graph.errors import SourceError
+from secateur.graph.reading import printable, reading, shown
+from secateur.passes.opening import use_opener
+from secateur.runtime.allowed import allowed_config, read_generation
 from secateur.runtime.checkpoint import TensorRecord, read_checkpoint, read_json
 from secateur.runtime.classes import BUILD_FAILURES, build_on_meta, innermost, model_class, quiet
+from secateur.runtime.finite import check_finite
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +29,11 @@ CONFIG = "config.json"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_PATTERNS = ["*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt"]
 REFUSED_FIELDS: Mapping[str, str] = {
-    "quantization_config": "its weights are quantized: save a float copy with the tool that quantized it",
+    "quantization_config": "its weights are quantized",
     "per_layer_config": "its layers differ, which the stock class does not honour",
 }
+DEQUANTIZED_ON_LOADING: Mapping[str, str] = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+"""Formats that transformers reads as floats, with the class that asks for it."""
 SHOWN = 4
 
 
@@ -53,7 +59,8 @@ def open_model(
     if (folder / "adapter_config.json").is_file():
         raise SourceError(f"{folder} holds a PEFT adapter: merge it into its model first (merge_and_unload), and save")
     check_weights(cls, config, read_checkpoint(folder), folder, allow_unexpected=allow_unexpected)
-    with quiet():
+    settings = read_generation(folder)
+    with reading(f"{folder}: the model", SourceError, "Fetch or save the model again"), quiet():
         loaded: Any = cls.from_pretrained(
             folder,
             config=config,
@@ -65,6 +72,8 @@ def open_model(
         )
     model: PreTrainedModel = loaded[0]
     _check_info(loaded[1], folder, allow_unexpected)
+    check_finite(model.named_parameters(), folder)
+    _set_generation(model, settings)
     model.eval()
     return model
 
@@ -88,19 +97,22 @@ def stock_class(data: Mapping[str, Any], file: Path) -> tuple[PretrainedConfig, 
         raise SourceError(_unknown_type(file, kind, "auto_map" in data))
     for name, reason in REFUSED_FIELDS.items():
         if data.get(name):
-            raise SourceError(f"{file} has {name}: {reason}")
-    if kernels := _hub_kernels(data):
-        raise SourceError(f"{file} names code to be fetched from the hub ({', '.join(kernels)}): drop those fields")
+            how = float_copy(data[name]) if name == "quantization_config" else ""
+            raise SourceError(f"{file} has {name}: {reason}{how}")
+    data = allowed_config(data, file)
+    architectures = data.get("architectures")
+    if not isinstance(architectures, list | None) or not all(isinstance(n, str) for n in architectures or ()):
+        raise SourceError(f"{file}: architectures is {shown(architectures)}, expected a list of class names")
     if data.get("transformers_weights"):
         raise SourceError(f"{file} names another weights file (transformers_weights): rename that file, drop the field")
     try:
         with quiet():
             config = CONFIG_MAPPING[kind].from_dict(dict(data))
-        return config, model_class(config, data.get("architectures"))
+        return config, model_class(config, architectures)
     except SourceError as error:
         raise SourceError(f"{file}: {error}") from None
     except BUILD_FAILURES as error:
-        raise SourceError(f"{file} is refused by {CONFIG_MAPPING[kind].__name__}: {error}") from error
+        raise SourceError(f"{file} is refused by {CONFIG_MAPPING[kind].__name__}: {_why(error)}") from error
 
 
 def check_weights(
@@ -188,9 +200,14 @@ def _from_config(
     if dtype != "auto":
         config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     model = _built(cls, config, folder)
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+    _set_generation(model, read_generation(folder))
     return model
+
+
+def _set_generation(model: PreTrainedModel, settings: Mapping[str, Any] | None) -> None:
+    if settings is not None and model.can_generate():
+        with quiet():
+            model.generation_config = GenerationConfig.from_dict(dict(settings))
 
 
 def _built(cls: type[PreTrainedModel], config: PretrainedConfig, where: Path) -> PreTrainedModel:
@@ -207,11 +224,28 @@ def _missing_package(cls: type[PreTrainedModel], error: ImportError) -> SourceEr
     return SourceError(f"{cls.__name__} needs a package that is not installed here: {innermost(error)}")
 
 
-def _hub_kernels(data: Mapping[str, Any]) -> list[str]:
-    """Implementations that a configuration, or one nested in it, wants from a hub repository."""
-    nested = [found for value in data.values() if isinstance(value, dict) for found in _hub_kernels(value)]
-    named = {key: value for key, value in data.items() if key.endswith("_implementation") and isinstance(value, str)}
-    return [f"{key}: {value}" for key, value in named.items() if "/" in value] + nested
+def float_copy(quantization: object) -> str:
+    """How weights that were published quantized become numbers again, for a message.
+
+    Args:
+        quantization: the value of quantization_config.
+    """
+    settings = quantization if isinstance(quantization, dict) else {}
+    method = settings.get("quant_method") or ("bitsandbytes" if settings.get("load_in_4bit") else None)
+    known = isinstance(method, str)
+    name = f" ({shown(method)[1:-1]})" if known else ""
+    if known and str(method).split("_")[0] in DEQUANTIZED_ON_LOADING:
+        return (
+            f"{name}. Most such models were published as floats, too: use that one. Or write a float copy, where "
+            f"there is memory for it: AutoModelForCausalLM.from_pretrained(folder, dtype='bfloat16', "
+            f"quantization_config={DEQUANTIZED_ON_LOADING[str(method).split('_')[0]]}(dequantize=True))"
+            ".save_pretrained(new_folder)"
+        )
+    return (
+        f"{name}, which pruning cannot read. Use the model that it was made from, which is usually published beside "
+        "it in 16 bits; or load it with transformers, call model.dequantize() where its format has it, and save a "
+        "float copy"
+    )
 
 
 def _unknown_type(file: Path, kind: object, remote: bool) -> str:
@@ -226,7 +260,15 @@ def _unknown_type(file: Path, kind: object, remote: bool) -> str:
     )
 
 
+def _why(error: BaseException) -> str:
+    text = printable(str(error)) or type(error).__name__
+    return text if len(text) <= 600 else text[:600] + "..."
+
+
 def _few(names: Iterable[str]) -> str:
     listed = sorted(names)
     more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
     return "; ".join(listed[:SHOWN]) + more
+
+
+use_opener(open_model)

@@ -13,6 +13,7 @@ import typer
 from secateur.passes.lower import DTYPES
 from secateur.passes.lower_cost import keep_timings, read_timings, stream_bandwidth, weight_bytes
 from secateur.runtime.branches import checkpoint_in
+from secateur.runtime.checkpoint import read_json
 from secateur.runtime.lowering import has_packed
 from secateur.tools import opening
 from secateur.tools.bench_kernels import FORMS, KernelRow, bench_kernels, timings_of
@@ -123,7 +124,7 @@ def machine_facts(where: torch.device, bandwidth: float, rounds: int, prompt: in
 
 def prompt_for(folders: dict[str, Path], batch: int, tokens: int, where: torch.device) -> torch.Tensor:
     """[batch, tokens] ids that every model has."""
-    configs = [json.loads((checkpoint_in(folder) / "config.json").read_text("utf-8")) for folder in folders.values()]
+    configs = [read_json(checkpoint_in(folder) / "config.json") for folder in folders.values()]
     below = min(config.get("vocab_size", 256) for config in configs)
     return torch.randint(0, below, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(where)
 

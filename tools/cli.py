@@ -1,7 +1,11 @@
-"""The command line.  Exit codes: 0 done, 1 the job failed, 2 the request was wrong and nothing was begun."""
+"""The command line.
+
+Exit codes: 0 done, 1 the job failed, 2 the request was wrong and nothing was begun, 70 a fault of secateur itself.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +25,7 @@ from secateur.tools.generate_command import generate_command, package_command
 from secateur.tools.inspect import groups_of_block, inspect
 from secateur.tools.opening import Debug, Json, ModelArgument, Verbose
 from secateur.tools.report import draw_groups, inspection_tables, pass_tables, recipe_tables
-from secateur.tools.report.console import Voice, before_work, report_error
+from secateur.tools.report.console import Voice, before_work, report_error, report_internal
 from secateur.tools.verify_command import verify_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -42,13 +46,15 @@ def main() -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in given
+    debug = "--debug" in given or os.environ.get("SECATEUR_DEBUG", "") not in ("", "0")
     try:
         app(args=given, prog_name="secateur")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except (SecateurError, OSError, MemoryError) as error:
         return report_error(error, as_json="--json" in given, debug=debug)
+    except Exception as error:
+        return report_internal(error, as_json="--json" in given, debug=debug)
     return 0
 
 

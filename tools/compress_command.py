@@ -15,6 +15,7 @@ import typer
 
 from secateur.graph import Program
 from secateur.passes import DataSpec, Hooks, Pass, Pipeline, samples
+from secateur.passes.opening import open_tokenizer
 from secateur.passes.training.plan import TrainingPass
 from secateur.runtime import StockMisfit, check_target, plan_config, raise_model, save, working
 from secateur.tools import opening
@@ -205,13 +206,8 @@ def refuse(reasons: list[str]) -> None:
 
 def read_windows(program: Program, spec: DataSpec, seed: int) -> tuple[TokenWindows, dict[str, Any]]:
     """Calibration windows in the tokens of the model, and what the manifest will say of them."""
-    from transformers import AutoTokenizer
-
     documents = read_documents([spec.file or ""])
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(program.source.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise BadInput(f"{program.source.folder} has no tokenizer that opens: {error}") from error
+    tokenizer = open_tokenizer(program.source.folder, BadInput)
     windows = calibration_windows(documents, tokenizer, tokens=spec.tokens, window=spec.window, seed=seed)
     used = shuffled(documents, seed)[: windows.documents]
     return windows, {**windows.describe(), "documents": document_digests(used)}

@@ -10,9 +10,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from secateur.passes.opening import open_tokenizer
 from secateur.runtime import read_manifest
 from secateur.runtime.artifact import MANIFEST
 from secateur.runtime.branches import checkpoint_in, open_with_branches
+from secateur.runtime.engine import device_named
 from secateur.tools.advice import same_text
 from secateur.tools.corpus import read_documents, token_stream
 from secateur.tools.evaluate_tasks import TaskScore, read_tasks, run_tasks
@@ -50,14 +52,15 @@ def evaluate_command(
 ) -> None:
     """Perplexity, distance from a reference model, and tasks, with intervals: one table for several models."""
     log_to_stderr(verbose)
-    voice, where = Voice(as_json), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    voice = Voice(as_json)
     with before_work():
+        where = torch.device(device_named(device))
         check_request(text, tasks, dtype, picture)
         names = named(models, reference)
         found_tasks = read_tasks(tasks) if tasks else []
         documents = read_documents(text) if text else []
         opened = {n: open_one(m, voice, where, dtype, weights=not dry_run) for n, m in names.items()}
-        tokenizers = {n: open_tokenizer(names[n], model) for n, model in opened.items()}
+        tokenizers = {n: tokenizer_beside(names[n], model) for n, model in opened.items()}
         what = shared_text(documents, tokenizers, tokens, window, stride, bos) if documents else None
         spans = what.spans() if what is not None else []
     for name, path in names.items():
@@ -116,15 +119,10 @@ def open_one(model: str, voice: Voice, where: torch.device, dtype: str, *, weigh
     return opened.eval()
 
 
-def open_tokenizer(model: str, opened: Any) -> Any:
+def tokenizer_beside(model: str, opened: Any) -> Any:
     """The tokenizer beside a model."""
-    from transformers import AutoTokenizer
-
     folder = str(checkpoint_in(Path(model))) if Path(model).is_dir() else str(getattr(opened, "name_or_path", model))
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise BadInput(f"{folder} has no tokenizer that opens: {error}") from error
+    return open_tokenizer(folder, BadInput)
 
 
 def shared_text(

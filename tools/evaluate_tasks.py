@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from secateur.graph.errors import SecateurError
+from secateur.graph.reading import reason_of
+from secateur.passes.recipe import read_yaml
 from secateur.tools.evaluate import EvaluationError
 from secateur.tools.evaluate_text import Bootstrap, Interval
 
@@ -73,11 +75,12 @@ def read_tasks(paths: Sequence[Path]) -> list[JSON]:
 
 def _read(file: Path) -> JSON:
     try:
-        task = yaml.safe_load(file.read_text(encoding="utf-8"))
+        task = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"the task file {file} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise EvaluationError(f"{file} is no plain YAML (code such as !function is never run): {error}") from error
+    except (SecateurError, ValueError, TypeError, LookupError) as error:
+        why = reason_of(error)
+        raise EvaluationError(f"{file} is no plain YAML (code such as !function is never run): {why}") from error
     if not isinstance(task, dict) or not isinstance(task.get("task"), str):
         raise EvaluationError(f"{file}: expected a map with 'task: NAME'")
     _check(task, file)

@@ -11,12 +11,14 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from secateur.graph.reading import reason_of
 from secateur.passes.lower import DTYPES
+from secateur.passes.opening import open_tokenizer
 from secateur.runtime.artifact import check_target
 from secateur.runtime.branches import checkpoint_in
 from secateur.runtime.engine import Engine, Generated, StockEngine, open_engine
 from secateur.runtime.lowering import as_json as layers_json
-from secateur.runtime.package import write_package
+from secateur.runtime.package import is_package, write_package
 from secateur.tools import opening
 from secateur.tools.opening import Debug, Json, Verbose
 from secateur.tools.report.console import BadInput, before_work
@@ -42,6 +44,9 @@ def generate_command(
     compiled: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Compile the decode step (default: on CUDA only).")
     ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run a package's machine code though it was not compiled here by you.")
+    ] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Tell what each layer runs on.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Open the model and tell what would run.")] = False,
     as_json: Json = False,
@@ -56,7 +61,14 @@ def generate_command(
         ids = prompt_ids(tokenizer, text, chat)
         with voice.waiting(f"opening {model}"):
             packed = False if dense else None
-            engine = open_engine(model, device=device, dtype=check_dtype(dtype), packed=packed, compiled=compiled)
+            engine = open_engine(
+                model,
+                device=device,
+                dtype=check_dtype(dtype),
+                packed=packed,
+                compiled=compiled,
+                trust_code=trust_code,
+            )
     told = describe(engine)
     voice.note(f"{told['engine']}, weights {size(told['weight_bytes'])}")
     if dry_run:
@@ -94,10 +106,11 @@ def package_command(
     voice = opening.start(as_json, verbose)
     with before_work():
         check_target(output, force=force)
+        if is_package(Path(model).expanduser()):
+            raise BadInput(f"{model} is a package already")
         with voice.waiting(f"opening {model}"):
             engine = open_engine(model, dtype=check_dtype(dtype), packed=False if dense else None, compiled=False)
-        if not isinstance(engine, StockEngine):
-            raise BadInput(f"{model} is a package already")
+        assert isinstance(engine, StockEngine)
     told = {**describe(engine), "length": length, "batch": batch, "output": str(output)}
     voice.note(f"packaging {told['engine']}: two compilations, a minute or more each for a large graph")
     if dry_run:
@@ -138,16 +151,9 @@ def read_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
     Raises: BadInput: there is none that opens.
     """
-    from transformers import AutoTokenizer
-
     here = Path(model).expanduser()
     name = str(checkpoint_in(here)) if here.is_dir() else model
-    try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, local_files_only=here.is_dir(), trust_remote_code=False
-        )
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise BadInput(f"{model} has no tokenizer that opens: {str(error).splitlines()[0]}") from error
+    found: PreTrainedTokenizerBase = open_tokenizer(name, BadInput)
     return found
 
 
@@ -160,8 +166,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> Ten
         try:
             turns = [{"role": "user", "content": text}]
             text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-        except ValueError as error:
-            raise BadInput(f"the model has no chat template: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # a template is a program in a sandbox, and raises what it likes
+            raise BadInput(f"the model has no chat template that works: {reason_of(error)}") from error
     ids: Any = tokenizer(text, add_special_tokens=not chat)["input_ids"]
     if not ids:
         raise BadInput("the prompt is empty: give --prompt with some text")

@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -100,7 +101,30 @@ def build(source: Path = SOURCE, namespace: str = NAMESPACE) -> Path:
     library = folder / "kernels.so"
     if not library.is_file():
         _compile(compiler, options, text, folder)
+    if fault := not_private(library):
+        raise Unavailable(f"{fault}: delete {folder}, or name another folder in SECATEUR_KERNEL_CACHE")
     return library
+
+
+def not_private(library: Path) -> str:
+    """Why others could have put a library where it lies, "" if they could not.
+
+    Args:
+        library: and its folder and the cache folder must belong to this user or root, and be writable by no other; no
+            folder above them may be writable by everybody, but for those with the sticky bit.
+    """
+    own = (library, library.parent, library.parent.parent)
+    for path in (*own, *library.parent.parent.absolute().parents):
+        try:
+            facts = path.stat()
+        except OSError as error:
+            return f"{path} cannot be looked at ({error.strerror})"
+        if path in own and facts.st_uid not in (0, os.geteuid()):
+            return f"{path} belongs to another user, who could have put code there"
+        others = facts.st_mode & (0o022 if path in own else 0o002)
+        if others and not (path not in own and facts.st_mode & stat.S_ISVTX):
+            return f"{path} can be written by others, who could have put code there"
+    return ""
 
 
 def load(library: Path, namespace: str = NAMESPACE) -> torch._ops._OpNamespace:
@@ -148,7 +172,7 @@ def _start() -> Backend:
 
 def _compile(compiler: str, options: list[str], text: bytes, folder: Path) -> None:
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     except OSError as error:
         raise Unavailable(f"the cache folder {folder.parent} cannot be written: {error}") from error
@@ -165,6 +189,7 @@ def _compile(compiler: str, options: list[str], text: bytes, folder: Path) -> No
             if result.returncode:
                 raise Unavailable(f"{compiler} failed: {' '.join(result.stderr.split())[-800:]}")
         (draft / "kernels.o").unlink()
+        target.chmod(0o700)
         try:
             draft.rename(folder)
         except OSError:  # another process was faster: its library is as good

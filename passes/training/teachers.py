@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from secateur.graph.errors import PipelineError
 from secateur.passes.base import Progress
 from secateur.passes.data import Sample
 from secateur.passes.journal import Journal
+from secateur.passes.opening import open_model_folder
 from secateur.passes.training.learner import Batch, Lesson
 from secateur.passes.training.network import Network
 from secateur.passes.training.rows import TopRows, top_rows
@@ -111,18 +111,14 @@ def store(
 
 
 def open_teacher(folder: str | Path) -> Any:
-    """The stock model of a folder, in eval mode and its stored dtype; no code of the folder is run.
+    """The stock model of a folder, in eval mode and its stored dtype, with every check of the student's opening.
 
-    Raises: PipelineError: it is no model folder.
+    Args:
+        folder: with config.json and safetensors; no code of it is run.
+    Raises:
+        PipelineError: it is no model folder, or it is not sound.
     """
-    from transformers import AutoModelForCausalLM
-
-    place = Path(folder).expanduser()
-    if not (place / "config.json").is_file():
-        raise PipelineError(f"teacher={place} is no model folder (config.json, safetensors)")
-    return AutoModelForCausalLM.from_pretrained(
-        place, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto"
-    )
+    return open_model_folder(folder, "teacher")
 
 
 def placed(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> nn.Module:

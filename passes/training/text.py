@@ -17,6 +17,7 @@ from torch import Tensor
 from secateur.graph import Program, SecateurError
 from secateur.passes.data import IGNORED, Sample, main_input
 from secateur.passes.journal import digest
+from secateur.passes.opening import open_tokenizer
 
 BREAK = "\n\n\n"  # between the documents of a plain text file
 DOCUMENTS_AT_ONCE = 256
@@ -95,14 +96,9 @@ def _read_ids(file: Path) -> Tensor:
 
 
 def _tokenise(file: Path, program: Program, tokens: int, seed: int) -> Tensor:
-    from transformers import AutoTokenizer
-
     if program.source.folder is None:
         raise TextError(f"{file} is text, and the model came from no folder with a tokenizer: give .safetensors")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(program.source.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise TextError(f"{program.source.folder} has no tokenizer that opens: {error}") from error
+    tokenizer = open_tokenizer(program.source.folder, TextError)
     if tokenizer.eos_token_id is None:
         raise TextError("the tokenizer has no end token (eos_token) to put between documents: set one")
     stream: list[int] = []

@@ -18,7 +18,9 @@ from secateur.runtime.census import PATTERNS, Census
 from secateur.runtime.checkpoint import INDEX, SINGLE, read_json
 from secateur.runtime.classes import BUILD_FAILURES, innermost
 from secateur.runtime.lowering import FOLDER, dense_weight, has_packed, read_plan, stored_layers
+from secateur.runtime.package import is_package, made_here
 from secateur.runtime.source import CONFIG, REFUSED_FIELDS, check_weights
+from secateur.runtime.trust import machine_code
 from secateur.runtime.verify.claims import Claim, Overall, sparsity_configs
 from secateur.runtime.verify.findings import Finding, Level, counted, limited, place
 from secateur.runtime.verify.subject import Subject
@@ -32,7 +34,7 @@ PRUNE_AGAIN = "Prune the weight again and save it with its mask applied, or take
 
 def files(subject: Subject) -> Findings:
     """Pickles and code are named, never opened."""
-    told = list[Finding]()
+    told = list[Finding](_machine_code(subject))
     code = [file.as_posix() for file in subject.files if file.suffix == ".py"]
     weights = [file for file in subject.files if file.suffix == ".safetensors"]
     if subject.pickles:
@@ -50,6 +52,21 @@ def files(subject: Subject) -> Findings:
     yield from told
     if not told:
         yield Finding("ok", f"{len(subject.files)} files, no pickle, no code")
+
+
+def _machine_code(subject: Subject) -> Findings:
+    """Machine code is named as such; it is a fault where opening the folder would run it and nobody vouched for it."""
+    found = machine_code(subject.folder / file for file in subject.files)
+    if not found:
+        return
+    names = ", ".join(file.relative_to(subject.folder).as_posix() for file in found[:3])
+    if not is_package(subject.folder):
+        yield Finding("warning", f"machine code: {names}", "It was not run; no loader of secateur runs it")
+    elif subject.manifest is not None and made_here(subject.folder):
+        yield Finding("ok", f"machine code: {names}; compiled by you on this machine, and unchanged")
+    else:
+        mend = "Package the model yourself, or open it with --trust-code if you trust whoever made it"
+        yield Finding("fault", f"machine code: {names}; not compiled by you on this machine, and not run", mend)
 
 
 def checkpoint(subject: Subject) -> Findings:

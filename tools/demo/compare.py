@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur.passes.base import Progress, no_progress
+from secateur.passes.opening import open_tokenizer
 from secateur.runtime.classes import quiet
 from secateur.tools.corpus import TokenWindows, calibration_windows, token_stream
 from secateur.tools.demo.assets import Text
@@ -87,7 +87,7 @@ def compare(size: Size, original: Path, text: Text, output: Path, progress: Prog
         SecateurError: a step of the work failed, or there is too little text.
     """
     seconds: dict[str, float] = {}
-    tokenizer = AutoTokenizer.from_pretrained(original)
+    tokenizer = open_tokenizer(original)
     windows = calibration_windows(
         text.calibration, tokenizer, tokens=size.calibration_tokens, window=size.calibration_window
     )
@@ -131,7 +131,7 @@ def _measure(
 ) -> list[Measured]:
     """Both checkpoints, opened by the stock class and measured on the same text in turns."""
     with quiet():
-        models = {str(folder): AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders}
+        models = {str(folder): secateur.open_model(folder) for folder in folders}
     stream, _ = token_stream(held_out, tokenizer, tokens=size.evaluation_tokens)
     with _timed(seconds, "measure perplexity"):
         quality = {

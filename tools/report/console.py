@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -15,9 +17,10 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from secateur.graph import SecateurError
+from secateur.graph.reading import printable, reason_of
 
 T = TypeVar("T")
-FAILED, BAD_INPUT = 1, 2
+FAILED, BAD_INPUT, INTERNAL = 1, 2, 70
 
 
 class BadInput(SecateurError):
@@ -80,10 +83,35 @@ def report_error(error: BaseException, *, as_json: bool, debug: bool) -> int:
     if debug:
         err.print_exception()
     notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
-    err.print(f"error: {error}{notes}", markup=False, style="red")
+    err.print(printable(f"error: {error}{notes}"), markup=False, style="red")
     if as_json:
         sys.stdout.write(json.dumps({"error": str(error), "exit_code": code}) + "\n")
     return code
+
+
+def report_internal(error: Exception, *, as_json: bool, debug: bool) -> int:
+    """Say that secateur itself failed, where, and how to report it; returns the exit code.
+
+    Args:
+        error: what no part of the program expected.
+        as_json: one JSON document on stdout as well.
+        debug: with the traceback.
+    """
+    err = Console(stderr=True, highlight=False, soft_wrap=True)
+    if debug:
+        err.print_exception()
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "an unknown place"
+    text = f"internal error: {type(error).__name__}: {reason_of(error)} ({place})"
+    err.print(printable(text), markup=False, style="red")
+    err.print(
+        "This is a fault of secateur: please report it with the command, this line, and what the same command prints "
+        "with --debug. Nothing was written to an output folder that is not whole.",
+        markup=False,
+    )
+    if as_json:
+        sys.stdout.write(json.dumps({"error": text, "exit_code": INTERNAL}) + "\n")
+    return INTERNAL
 
 
 def log_to_stderr(verbose: bool) -> None:
