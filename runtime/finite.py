@@ -43,11 +43,12 @@ def check_finite(
 def _is_finite(tensor: Tensor) -> bool:
     if tensor.is_meta or not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
     if tensor.itemsize == 1:
         return all(bool(piece.float().isfinite().all()) for piece in _pieces(tensor))
-    total = tensor.detach().sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    # NaN and infinity survive a sum; one that only overflowed is looked at again.
-    return bool(total.isfinite()) or all(bool(piece.isfinite().all()) for piece in _pieces(tensor))
+    least, most = torch.aminmax(tensor.detach())  # one pass; NaN goes into both
+    return bool(least.isfinite()) and bool(most.isfinite())
 
 
 def _pieces(tensor: Tensor) -> Iterable[Tensor]:

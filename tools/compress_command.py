@@ -207,6 +207,8 @@ def refuse(reasons: list[str]) -> None:
 def read_windows(program: Program, spec: DataSpec, seed: int) -> tuple[TokenWindows, dict[str, Any]]:
     """Calibration windows in the tokens of the model, and what the manifest will say of them."""
     documents = read_documents([spec.file or ""])
+    if program.source.folder is None:
+        raise BadInput("the model came from no folder, so there is no tokenizer for the text")
     tokenizer = open_tokenizer(program.source.folder, BadInput)
     windows = calibration_windows(documents, tokenizer, tokens=spec.tokens, window=spec.window, seed=seed)
     used = shuffled(documents, seed)[: windows.documents]
