@@ -21,7 +21,7 @@ from secateur.passes.repair_fit import Fit, Products, fit
 from secateur.passes.repair_run import Lockstep, stored
 from secateur.passes.repair_sites import Site, Target, sites
 
-HELD_BACK = 5  # one sequence in so many chooses the damping
+HELD_BACK = 5  # one sequence in so many chooses the damping or judges
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Repair(Pass):
 
     In the order of the graph, on the inputs that the already pruned and repaired model produces, the weight becomes
     W + D, where D minimises |T - X (W + D)^T|^2 + damping |D diag(s)|^2 and s is the root of each input's energy.  One
-    calibration sequence in five chooses the damping and must gain by the fit, or the weight stays as it is.  Weights
+    calibration sequence in five is held back: half of these choose the damping and are then fitted, too; the others
+    judge, and must gain by the final fit, or the weight stays as it is.  Weights
     that several ops share and fused experts are left alone, by name.
 
     target: T: own (what the op gave in the dense model) or stream (what makes the sum that the op's result is added to
@@ -99,21 +100,30 @@ class Repair(Pass):
 
 def _products(
     site: Site, dense: Lockstep, pruned: Lockstep, parameters: dict[str, torch.nn.Parameter], count: int
-) -> tuple[Products, Products]:
-    """The sums for one site: over the sequences to fit on, and over those held back."""
+) -> tuple[Products, Products, Products]:
+    """The sums for one site: over the sequences to fit on, over those that choose the damping, and over those that
+    judge.  Where one sequence alone is held back, its first half chooses and its second judges."""
     dense.advance(site.target)
     pruned.advance(site.node.name)
     device = parameters[site.parameter].device
     shape = (len(site.keep_in), len(site.keep_out), site.bias is not None, device)
-    seen, held = Products(*shape), Products(*shape)
-    back = held_back(count)
+    seen, chooser, judge = Products(*shape), Products(*shape), Products(*shape)
+    back = sorted(held_back(count))
     for sample in range(count):
         x, wanted = pruned.value(sample, site.x.name), dense.value(sample, site.target)
         got = pruned.value(sample, site.node.name)
         others = [_rows(pruned.value(sample, other.name)) for other in site.others]
         residual = _rows(wanted).index_select(-1, site.keep_out.to(device)) - sum(others, start=_rows(got))
-        (held if sample in back else seen).add(_rows(x), residual)
-    return seen, held
+        rows = _rows(x)
+        if sample not in back:
+            seen.add(rows, residual)
+        elif len(back) > 1:
+            (judge if back.index(sample) % 2 else chooser).add(rows, residual)
+        else:
+            half = len(rows) // 2
+            chooser.add(rows[:half], residual[:half])
+            judge.add(rows[half:], residual[half:])
+    return seen, chooser, judge
 
 
 def held_back(count: int) -> set[int]:

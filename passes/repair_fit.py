@@ -76,7 +76,7 @@ class Fit:
     """A correction and what it does to the held-back rows.
 
     delta_NK: to add to the weight (and bias, the last column), or None: nothing makes the held-back rows better.
-    damping: relative to the energy of each input.   before, after: held-back sums of squares.
+    damping: relative to the energy of each input.   before, after: sums of squares on the rows that judged.
     """
 
     delta_NK: Tensor | None
@@ -85,11 +85,13 @@ class Fit:
     after: float
 
 
-def fit(seen: Products, held: Products) -> Fit:
-    """The correction of the damping that serves the held-back rows best, fitted again on all rows.
+def fit(seen: Products, held: Products, judge: Products | None = None) -> Fit:
+    """The correction of the damping that serves the held-back rows best, fitted again on these and the others.
 
     Dampings are tried from strong to weak until the held-back rows lose again or the solution fails.  A correction is
-    given only where the one fitted without the held-back rows makes these strictly better.
+    given only where the one fitted without the held-back rows makes these strictly better, and where the final one
+    does so with the rows that judge.
+    Args: judge: rows that neither choose the damping nor are fitted; None: there are none.
     """
     after, damping = held.energy, 0.0
     for weaker in DAMPINGS:
@@ -100,6 +102,9 @@ def fit(seen: Products, held: Products) -> Fit:
         elif delta is None or damping:
             break
     delta = seen.merged(held).solve(damping) if damping else None
-    if delta is None:
-        return Fit(None, 0.0, held.energy, held.energy)
-    return Fit(delta, damping, held.energy, after)
+    before = held.energy if judge is None else judge.energy
+    if delta is not None and judge is not None:
+        after = judge.error(delta)
+    if delta is None or not after < before:
+        return Fit(None, 0.0, before, before)
+    return Fit(delta, damping, before, after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -53,8 +54,9 @@ class RetrainSparse(Distill):
         the strength decides where that happens.
     ramp: part of the steps in which the pull grows from nothing to full; 0 for a static one (SR-STE).
     refresh: optimizer steps from one choice of masks to the next.
-    score: what entries are chosen by: match (by what the weight's first mask was chosen), magnitude, wanda (times the
-        norm of the input) or ria.
+    score: what entries are chosen by: match (by what the weight's first mask was chosen; where that was sparsegpt,
+        whose score holds for its own order of pruning alone, by wanda, or by magnitude without norms of the inputs),
+        magnitude, wanda (times the norm of the input) or ria.  The figure ``ranked_by`` says what it came to.
     revive: what removed entries start from: removed, their values, made smaller where one would displace a kept one at
         once; or zero.
     moment: what the optimizer's second moment is made of, see SideDecayAdamW.
@@ -110,6 +112,7 @@ class RetrainSparse(Distill):
     def _prepare(self, model: nn.Module, student: Program, stays: bool, text: Text, context: Context) -> Prepared:
         steps, adaptive, cast = pace(self, text.window, self.tokens).steps, self.mode != "fixed", self.mode == "cast"
         sites = put_masks(model, student, way=WAYS[self.mode])
+        ranked_by = _ranked_by(student, Score(self.score), context) if adaptive else {}
         if adaptive and self.revive == "removed":
             _revive(student, Score(self.score))
         plan = Plan(
@@ -129,6 +132,7 @@ class RetrainSparse(Distill):
             take_masks(model, sites)
             _fold(student, scales)
             baked, told = _baked(student, last, adaptive), {"weights_under_masks": len(sites), **_moved(last, masks)}
+            told |= {"ranked_by": ranked_by} if adaptive else {}
             if branches:
                 made = {name: (_sums(a, b, self.boost), b) for name, (a, b) in branches.items()}
                 baked = boosted(baked, made)
@@ -147,6 +151,15 @@ class RetrainSparse(Distill):
                 "leave boost=0"
             )
         return {site.name: add_branch(site, self.boost, self.boost_trained) for site in sites}
+
+
+def _ranked_by(student: Program, score: Score, context: Context) -> dict[str, int]:
+    """By what the entries of how many weights are ranked; told where it is not what chose their first mask."""
+    rows = [(one.metric, score.of(one)) for one in student.sparse.values()]
+    for (metric, row), count in Counter(rows).items():
+        if score.metric == "match" and metric != row:
+            context.log.info("score=match: %d weights that %s made sparse are ranked by %s", count, metric, row)
+    return dict(Counter(row for _, row in rows))
 
 
 def _sums(a: Tensor | None, b: Tensor, width: int) -> Tensor:

@@ -54,7 +54,9 @@ class Sparsify(Pass):
     damage: how hurt is measured: kl (of the model's predictions with that weight alone sparse) or output (the squared
         change of the layer's outputs, relative).
     damping: added to the diagonal of the Gram matrix, in parts of its mean; grows where it cannot be factored.
-    block: inputs whose updates of later ones are gathered into one product.
+    block: inputs whose updates of later ones are gathered into one product.  A share of zeros by sparsegpt is spread
+        evenly over these blocks, and in each over its rows: every row keeps as many.  (The paper ranks the entries of a
+        block over all rows together, so that rows differ; a declared share is a promise for each row.)
     keep_removed: remember what was taken out, so that retraining can bring it back; it is never saved with a model.
     offload: hold activations and new weights in memory-mapped files.  Pages stay resident while memory is free and
         may be dropped where it is not; what must be held is one sequence and one layer.

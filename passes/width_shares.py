@@ -107,8 +107,11 @@ def global_counts(
     scores; counts are then rounded to the nearest multiple, so the sum may miss the budget by half a multiple a group.
     Args: budget: what all that stays may cost together.   multiple: for all groups, or by group.
         costs: of one unit, by group; 1 unless given.
+    Raises: EditError: scores that cannot be brought to the scale asked for.
     """
     names = sorted(scores)
+    for name in names:
+        _check_scale(name, scores[name], how)
     multiples = [multiple if isinstance(multiple, int) else multiple[name] for name in names]
     price = [1 if costs is None else costs[name] for name in names]
     ordered = [normalize(unit_values(scores[name]), how).sort(descending=True, stable=True).values for name in names]
@@ -122,6 +125,16 @@ def global_counts(
         name: min(len(values), max(floor, least * math.floor((floor + extra) / least + 0.5)))
         for name, values, floor, extra, least in zip(names, ordered, floors, won, multiples, strict=True)
     }
+
+
+def _check_scale(name: str, scores: Tensor, how: Normalization) -> None:
+    """Raises: EditError: dividing scores by their sum or mean would turn their order around, or blow it up."""
+    total, size = float(scores.double().sum()), float(scores.double().abs().sum())
+    if how in ("sum", "mean") and size > 0 and total <= 1e-3 * size:
+        raise EditError(
+            f"prune-width: some scores of {name} are below zero and all add up to {total:.3g}, so that normalize={how} "
+            "says nothing: use normalize=none (scores that are standardised already), standard or max"
+        )
 
 
 def unit_cost(group: CoupledGroup, shapes: Mapping[str, Sequence[int]]) -> int:

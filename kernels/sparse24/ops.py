@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from secateur.kernels.sparse24 import cpu, reference
-from secateur.kernels.sparse24.formats import ALIGN, FLOAT_KINDS, QUANTIZED_KINDS
+from secateur.kernels.sparse24.formats import ALIGN, FLOAT_KINDS, GROUP_INT4, QUANTIZED_KINDS
 
 FLOATS = tuple(FLOAT_KINDS.values())
 SCHEMAS = {
@@ -97,12 +97,13 @@ def check_operands(
     rows, wide = values.shape[0], columns_of(values, mask)
     floats = x.dtype if scale is None else None
     expected = {"linear_24_int8": torch.int8, "linear_int8": torch.int8}.get(name, floats or torch.uint8)
+    scaled = (rows,) if name.endswith("int8") else (rows, -(-wide // GROUP_INT4))
     troubles = [
         (x.dtype not in FLOATS, f"x is {x.dtype}: expected float32, float16 or bfloat16"),
         (values.dtype != expected, f"values are {values.dtype}: expected {expected} for x of {x.dtype}"),
         (not wide - ALIGN < x.shape[-1] <= wide, f"x has {x.shape[-1]} columns, the packed weight {wide}"),
         (mask is not None and tuple(mask.shape) != (rows, wide // ALIGN), "mask is not [N, S/8]"),
-        (scale is not None and scale.shape[0] != rows, "scale does not have N rows"),
+        (scale is not None and tuple(scale.shape) != scaled, f"scale is not {list(scaled)}"),
         (bias is not None and (bias.shape != (rows,) or bias.dtype != x.dtype), "bias is not [N] of the dtype of x"),
     ]
     found = [text for wrong, text in troubles if wrong]

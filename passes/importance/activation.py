@@ -36,7 +36,10 @@ class Activation(Importance):
     """Minitron's activation score: |x| aggregated over a sequence, then over sequences.
 
     A unit of several positions (a head) is reduced by L2 over them first; a unit with several distinct consumer inputs
-    (a residual channel: every norm's output) has one score for each, which aggregation adds.
+    (a residual channel: every norm's output, once for router, experts and shared experts together) has one score for
+    each, which aggregation adds.
+    final_norm: whether what the head reads counts (tied to the embeddings or not), too; where nothing else reads a
+        group it does.  The paper adds over the norms inside the layers.
     sequence: over positions: mean of |x|, l2, or var (of x itself, by the number of positions).
     batch: over sequences: l2, mean or var (by their number).
     Source: Muralidharan et al. 2024, arXiv:2407.14679, section 2.2 and table 11 (batch L2, sequence mean is best).
@@ -47,9 +50,11 @@ class Activation(Importance):
 
     batch: OverBatch = "l2"
     sequence: OverSequence = "mean"
+    final_norm: bool = False
 
     def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
-        reading = {group.name: found for group in groups if (found := readers(program, group))}
+        named = {group.name: readers(program, group, self.final_norm) for group in groups}
+        reading = {name: found for name, found in named.items() if found}
         wanted = [reader for found in reading.values() for reader in found]
         totals = {reader: torch.zeros(len(reader.positions), dtype=torch.float64) for reader in wanted}
         squares = {reader: torch.zeros_like(total) for reader, total in totals.items()}

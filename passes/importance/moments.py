@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.graph import CoupledGroup, Member, Program
 from secateur.passes.base import Context
 from secateur.passes.importance.base import MemberScores, distinct_members
-from secateur.passes.importance.observe import Reader, consumers, observe
+from secateur.passes.importance.observe import READS, Reader, consumers, observe
 
 
 @dataclass
@@ -33,10 +33,15 @@ class Moments:
 
 
 def weighted_columns(
-    program: Program, groups: Sequence[CoupledGroup], context: Context, statistic: Callable[[Moments], Tensor]
+    program: Program,
+    groups: Sequence[CoupledGroup],
+    context: Context,
+    statistic: Callable[[Moments], Tensor],
+    over_channels: Callable[[Tensor], Tensor] = lambda channels_Uk: channels_Uk.sum(1),
 ) -> MemberScores:
     """For each consumer of a group: sum over a unit's channels j of ``statistic(x_j) * |W[:, j]|^2``.
 
+    Args: over_channels: what to do instead of the sum, [units, channels of each] to [units].
     Returns: by group name, one tensor [units] float32 for each weight that consumes the group and each of its inputs.
     """
     pairs = {group.name: found for group in groups if (found := pairs_of(program, group))}
@@ -61,17 +66,17 @@ def weighted_columns(
             key = (member.parameter, member.dim)
             norm = norms.setdefault(key, _column_squares(weight, member.dim))
             by_channel = norm * statistic(seen[reader.node, reader.dim]).to(norm.device)
-            units = by_channel[member.positions.to(norm.device)].sum(1)
+            units = over_channels(by_channel[member.positions.to(norm.device)])
             scores.setdefault(name, []).append(units.float().cpu())
     return scores
 
 
 def pairs_of(program: Program, group: CoupledGroup) -> list[tuple[Member, Reader]]:
-    """Each weight that consumes the group, with each activation that it meets."""
+    """Each weight that consumes the group, with each activation that it meets; the head counts, tied or not."""
     return [
         (member, Reader(node, dim, member.positions))
         for member in distinct_members(group)
-        if member.role == "consumes"
+        if member.role in READS
         for node, dim in consumers(program.gm, member.parameter, member.dim)
     ]
 

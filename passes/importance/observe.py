@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from secateur.graph import CoupledGroup, Program
+from secateur.graph import CoupledGroup, Program, analyse
+from secateur.graph.analysis import OUTPUT
 from secateur.passes.base import Context
 
 aten = torch.ops.aten
@@ -53,6 +54,13 @@ CARRIERS: dict[str, Callable[[fx.Node, Dims], Dims]] = {
 }
 
 
+# Ops that hand their first operand's numbers on, or some rows of them, with the channels in the last dim.
+SAME_DIMS = {"aten.to", "aten._to_copy", "aten.contiguous", "aten.clone", "aten.alias", "aten.detach", "aten.dropout"}
+SAME_ROWS = {"aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.squeeze", "aten.unsqueeze"}
+SOME_ROWS = {"aten.index", "aten.index_select", "aten.repeat_interleave"}
+READS = ("consumes", "looks_up")  # a table of embeddings may be the head as well
+
+
 @dataclass(frozen=True, eq=False)
 class Reader:
     """One activation that a group's consumers read.
@@ -65,16 +73,59 @@ class Reader:
     positions: Tensor
 
 
-def readers(program: Program, group: CoupledGroup) -> list[Reader]:
-    """The distinct activations that the consumers of a group read; empty where no weight consumes it."""
+def readers(program: Program, group: CoupledGroup, head: bool = True) -> list[Reader]:
+    """The distinct activations that the consumers of a group read; empty where no weight consumes it.
+
+    What several consumers take from one value, whole or some rows of it (a router, experts), is that value, once.
+    Args: head: whether what the head reads counts where other weights read the group, too.
+    """
     found: dict[tuple[fx.Node, int, bytes], Reader] = {}
+    only_head = dict[tuple[fx.Node, int, bytes], bool]()
     for member in group.members:
-        if member.role != "consumes":
+        if member.role not in READS:
             continue
         for node, dim in consumers(program.gm, member.parameter, member.dim):
+            node, dim = source_of(node, dim)
             key = (node, dim, member.positions.contiguous().numpy().tobytes())
             found.setdefault(key, Reader(node, dim, member.positions))
+            only_head[key] = only_head.get(key, True) and is_head(program, member.parameter)
+    if not head and not all(only_head.values()):
+        return [reader for key, reader in found.items() if not only_head[key]]
     return list(found.values())
+
+
+def is_head(program: Program, parameter: str) -> bool:
+    """Whether a weight makes what the model returns, or the scores of a vocabulary."""
+    leaves = [leaf for axis in analyse(program).tensors[parameter][0] for leaf in axis.leaves()]
+    return any("vocabulary" in leaf.marks or OUTPUT in leaf.locks for leaf in leaves)
+
+
+def source_of(node: fx.Node, dim: int) -> tuple[fx.Node, int]:
+    """The value that a node holds in another form, or of which it holds some rows, and its dim of channels."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        before, name, rank = node.args[0], op_name(node), node.meta["val"].dim()
+        last = dim % rank == rank - 1
+        if name in SAME_ROWS | SOME_ROWS:
+            widths = [one.meta["val"].shape[-1] for one in (before, node) if one.meta["val"].dim()]
+            whole = len(widths) == 2 and isinstance(widths[0], int) and widths[0] == widths[1]
+            if not (last and whole and _leaves_channels(node, before)):
+                break
+            dim = -1
+        elif name not in SAME_DIMS:
+            break
+        node = before
+    return node, dim
+
+
+def _leaves_channels(node: fx.Node, before: fx.Node) -> bool:
+    """Whether an op that picks or repeats entries picks whole rows: its dim is not the last."""
+    if op_name(node) not in SOME_ROWS:
+        return True
+    rank = before.meta["val"].dim()
+    if op_name(node) == "aten.index":
+        return rank > 1 and len(_list(node.args[1])) < rank
+    dim = arguments(node)[1 if op_name(node) == "aten.index_select" else 2]
+    return isinstance(dim, int) and dim % rank != rank - 1
 
 
 def consumers(gm: fx.GraphModule, parameter: str, dim: int) -> list[tuple[fx.Node, int]]:

@@ -75,8 +75,10 @@ class Learner(nn.Module):
         if not self.pairs:
             return StepLosses(found.total, found.kl, found.ce, torch.zeros_like(found.kl))
         apart = self._apart(output, lesson, counted)
-        # Minitron's dynamic weight: the two losses count the same, whatever their scales.
-        share = found.kl / apart.detach().clamp_min(1e-8)
+        # Minitron's dynamic weight: the two losses count the same, whatever their scales; the KL as it stands in the
+        # total, with its weight and the square of its temperature.
+        logits = self.weights.kl * self.weights.temperature**2 * found.kl
+        share = logits / apart.detach().clamp_min(1e-8)
         return StepLosses(found.total + share * apart, found.kl, found.ce, apart.detach())
 
     def _apart(self, output: Output, lesson: Lesson, counted: Tensor | None) -> Tensor:

@@ -63,7 +63,8 @@ def _shrinking(scores_NK: Tensor, mask_NK: Tensor, one: Sparse) -> Tensor:
 class Score:
     """Ranks the entries of a sparse weight.
 
-    metric: a row of METRICS, or ``match``: that by which the weight's mask was chosen.
+    metric: a row of METRICS, or ``match``: that by which the weight's mask was chosen; wanda (magnitude without norms)
+        where that has no row, as SparseGPT.
     """
 
     def __init__(self, metric: str) -> None:

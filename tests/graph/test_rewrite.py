@@ -53,3 +53,9 @@ def test_a_wrong_shape_and_an_unknown_name_are_refused(llama: Program) -> None:
         with_parameters(llama, {WEIGHT: torch.zeros(3)})
     with pytest.raises(EditError, match="no such parameter"):
         with_parameters(llama, {"nothing": torch.zeros(3)})
+
+
+def test_a_unit_named_twice_is_refused(llama: Program) -> None:
+    for units in ([0, 1, 1], [3, 3], torch.tensor([5, 2, 5])):
+        with pytest.raises(EditError, match="names a unit twice"):
+            keep(llama, {MLP: units})

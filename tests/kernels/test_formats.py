@@ -97,6 +97,7 @@ BAD: list[tuple[str, Callable[[], object]]] = [
     (r"lie in -8..7, got 0..8", lambda: pack(torch.tensor([[0, 8]], dtype=torch.int8), "int4", torch.ones(1, 1))),
     (r"expected \[3, 2\], got", lambda: pack(torch.zeros(3, 136, dtype=torch.int8), "int4", torch.ones(3, 1))),
     (r"scale\[1\] is inf", lambda: pack(torch.zeros(2, 8, dtype=torch.int8), "int8", torch.tensor([1, float("inf")]))),
+    (r"scale\[0, 0\] is inf", lambda: pack(torch.zeros(1, 8, dtype=torch.int8), "int4", torch.full((1, 1), 3.4e38))),
     (r"expected \[3\], got \[2\]", lambda: formats.pack_dense(torch.zeros(3, 8, dtype=torch.int8), torch.ones(2))),
 ]  # fmt: skip
 

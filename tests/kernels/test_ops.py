@@ -139,6 +139,7 @@ def test_casting_a_quantised_layer_keeps_its_scale() -> None:
     ("change", "message"),
     [
         ({"x": torch.randn(2, 90)}, "x has 90 columns, the packed weight 104"),
+        ({"x": torch.randn(2, 105)}, "x has 105 columns, the packed weight 104"),
         ({"x": torch.randn(2, 100).half()}, "values are torch.float32"),
         ({"x": torch.randn(2, 100).double()}, "x is torch.float64"),
         ({"bias": torch.ones(23)}, "bias is not"),
@@ -153,6 +154,26 @@ def test_operands_that_disagree_are_refused_while_tracing_too(change: dict[str, 
     fake = {name: None if t is None else t.to("meta") for name, t in given.items() if name != "scale"}
     with pytest.raises(ValueError, match=message):
         torch.ops.secateur.linear_24(*fake.values())
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_scales_of_another_shape_are_refused_while_tracing_too(kind: str, sparse: bool) -> None:
+    dense, packed = arguments(kind, sparse)
+    *values, scale = packed
+    name, x = op_of(kind, sparse), torch.randn(2, dense.shape[1])
+    mask = values[1] if sparse else None
+    ops.check_operands(x, values[0], mask, scale, None, name)
+    wrong = [scale[:-1], scale.repeat(2, *[1] * (scale.ndim - 1)), scale[..., None]]
+    wrong += [scale.repeat(1, 2), scale[:, :0]] if kind == "int4" else []
+    for one in wrong:
+        with pytest.raises(ValueError, match="scale is not"):
+            ops.check_operands(x, values[0], mask, one, None, name)
+        with pytest.raises(ValueError, match="scale is not"):
+            getattr(torch.ops.secateur, name)(*(t.to("meta") for t in (x, *values, one)))
+    for columns in (dense.shape[1] - 8, dense.shape[1] + 8):
+        with pytest.raises(ValueError, match=f"x has {columns} columns"):
+            ops.check_operands(torch.randn(2, columns), values[0], mask, scale, None, name)
 
 
 def test_only_quantised_dense_weights_have_an_op() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.passes.masked_fit import DAMPING, descent, fit_masked
+from secateur.passes.masked_fit import DAMPING, EVERY, STEPS, descent, fit_masked
 from secateur.passes.repair_fit import FLOOR, Products
 
 
@@ -45,6 +45,37 @@ def test_the_rows_held_back_say_when_to_stop() -> None:
     assert found.steps % 4 == 0 and found.after < 0.7 * found.before == 0.7 * held.energy
     part = next(delta for step, delta in enumerate(descent(seen, mask_NK), 1) if step == found.steps)
     assert held.error(part.double()) == found.after
+
+
+def test_the_steps_are_taken_again_on_all_rows() -> None:
+    x_TK, r_TN, mask_NK = problem(60)
+    seen, held = products(x_TK[:48], r_TN[:48]), products(x_TK[48:], r_TN[48:])
+    found = fit_masked(seen, held, mask_NK)
+    assert found.delta_NK is not None
+    after = [next(d for step, d in enumerate(descent(p, mask_NK), 1) if step == found.steps) for p in (seen, held)]
+    whole = next(d for step, d in enumerate(descent(products(x_TK, r_TN), mask_NK), 1) if step == found.steps)
+    torch.testing.assert_close(found.delta_NK, whole)
+    assert all(float((found.delta_NK - part).abs().max()) > 1e-3 for part in after)
+
+
+def test_as_many_steps_as_serve_the_rows_held_back() -> None:
+    """Few noisy rows: the rows to fit on would take every step, those held back lose after some."""
+    stopped = 0
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        x_TK = torch.randn(40, 12, generator=generator) * torch.logspace(-1, 1, 12)
+        weight_NK = 0.3 * torch.randn(5, 12, generator=generator) / torch.logspace(-1, 1, 12)
+        r_TN = x_TK @ weight_NK.T + torch.randn(40, 5, generator=generator)
+        mask_NK = torch.ones(5, 12, dtype=torch.bool)
+        seen, held = products(x_TK[:14], r_TN[:14]), products(x_TK[14:], r_TN[14:])
+        found = fit_masked(seen, held, mask_NK)
+        steps = [d for _, d in zip(range(found.steps + EVERY), descent(seen, mask_NK), strict=False)]
+        errors = [held.energy, *(held.error(steps[at].double()) for at in range(EVERY - 1, len(steps), EVERY))]
+        assert errors[-2] == found.after and errors[:-1] == sorted(errors[:-1], reverse=True)
+        if found.steps < STEPS:
+            assert errors[-1] >= errors[-2]
+            stopped += 1
+    assert stopped > 3
 
 
 def test_residuals_that_the_inputs_do_not_explain_change_nothing() -> None:

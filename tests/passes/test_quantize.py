@@ -151,3 +151,12 @@ def test_the_head_and_the_table_of_embeddings_are_told_apart(program_of: ByKind)
 def test_nothing_is_done_without_weights_or_data(llama: Program) -> None:
     with pytest.raises(SecateurError, match="calibration data"):
         Quantize(method="gptq")(llama)
+
+
+def test_the_output_error_is_a_ratio_of_norms() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, weight = (torch.randn(rows, 6, generator=generator) for rows in (50, 4))
+    changed = weight + 0.1 * torch.randn(4, 6, generator=generator)
+    wanted = float((x @ (changed - weight).T).norm() / (x @ weight.T).norm())
+    assert output_error(weight, changed, (x.T @ x).double()) == pytest.approx(wanted, rel=1e-4)
+    assert output_error(weight, 1.5 * weight, (x.T @ x).double()) == pytest.approx(0.5, rel=1e-4)

@@ -17,7 +17,7 @@ from secateur.passes import CalibrationError, Context, Pipeline, Repair, samples
 from secateur.passes.journal import Journal
 from secateur.passes.lower_layers import linear_layers
 from secateur.passes.repair import held_back
-from secateur.passes.repair_fit import Products, fit
+from secateur.passes.repair_fit import Fit, Products, fit
 from secateur.passes.repair_run import Lockstep, mapped
 from secateur.passes.repair_sites import kept_positions, sites
 
@@ -73,7 +73,7 @@ def reference(dense: Residual, kept: list[int], ids: Tensor, target: str) -> lis
         aim = x_dense + wanted - x if target == "stream" else wanted
         r = aim - (h @ weight.T + bias)
         parts = []
-        for rows in (rest, back):
+        for rows in (rest, back[::2], back[1::2]):  # to fit on, to choose the damping, to judge
             made = Products(len(kept), 6, True, torch.device("cpu"))
             made.add(h[rows].flatten(0, 1), r[rows].flatten(0, 1))
             parts.append(made)
@@ -326,3 +326,33 @@ def test_what_went_with_its_block_is_passed_over(llama: Program, ids: Tensor) ->
     text = "prune-depth{layers=[0]},score{metric=random},prune-width{hidden=48,mlp=0.25},repair"
     refitted = Pipeline.parse(text).run(llama, ids).history[-1].figures["consumers"]
     assert refitted and not any(name.startswith("model.layers.0.") for name in refitted)
+
+
+def test_sequences_that_chose_the_damping_do_not_judge(residual: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[tuple[Products, ...]]()
+
+    def remembered(*parts: Products) -> Fit:
+        seen.append(parts)
+        return fit(*parts)
+
+    monkeypatch.setattr("secateur.passes.repair.fit", remembered)
+    pruned = keep(residual, dict.fromkeys(neurons(residual), range(5)))
+    for count, rows in ((20, (16 * 24, 2 * 24, 2 * 24)), (4, (3 * 24, 12, 12))):
+        seen.clear()
+        repaired(pruned, [tokens(count)])
+        assert all(tuple(part.rows for part in parts) == rows for parts in seen) and len(seen) == 2
+
+
+def test_a_fit_that_the_judges_lose_by_is_not_taken(residual: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned = keep(residual, dict.fromkeys(neurons(residual), range(5)))
+
+    def lost(chosen: Products, chooser: Products, judge: Products) -> Fit:
+        judge.cross_NK = -judge.cross_NK
+        return fit(chosen, chooser, judge)
+
+    monkeypatch.setattr("secateur.passes.repair.fit", lost)
+    after = repaired(pruned, [tokens()])
+    assert after.history[-1].figures["consumers"]["down.0.weight"] == {"error": 1.0, "damping": None}
+    assert all(
+        torch.equal(p, q) for (_, p), (_, q) in zip(after.named_parameters(), pruned.named_parameters(), strict=True)
+    )

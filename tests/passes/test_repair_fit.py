@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from secateur.passes.repair_fit import Products, fit
+from secateur.passes.repair_fit import DAMPINGS, Products, fit
 
 
 def rows(count: int, inputs: int, seed: int) -> Tensor:
@@ -105,3 +107,31 @@ def test_repeated_inputs_need_the_damping_and_get_it() -> None:
     made = fit(products(x[:30], r[:30]), products(x[30:], r[30:]))
     assert made.delta_NK is not None and bool(made.delta_NK.isfinite().all())
     assert made.after < 1e-3 * made.before
+
+
+def test_the_damping_is_the_best_for_the_held_back_rows_before_they_lose() -> None:
+    gains = 0
+    for seed in range(30):
+        x, weight = rows(60, 10, seed), 0.2 * rows(2, 10, seed + 100)
+        r = x @ weight.T + rows(60, 2, seed + 200)
+        seen, held = products(x[:15], r[:15]), products(x[15:], r[15:])
+        made = fit(seen, held)
+        errors = [math.inf if (d := seen.solve(damping)) is None else held.error(d) for damping in DAMPINGS]
+        best = errors.index(min(errors)) if min(errors) < held.energy else None
+        assert (made.delta_NK is None) == (best is None)
+        if best is not None:
+            assert (made.damping, made.after) == (DAMPINGS[best], errors[best])
+            gains += best < len(DAMPINGS) - 1
+    assert gains > 10, "somewhere a weaker damping was worse, and was not taken"
+
+
+def test_rows_that_chose_nothing_judge_the_final_fit() -> None:
+    x, weight = rows(90, 5, 0), rows(3, 5, 1)
+    r = x @ weight.T
+    seen, held = products(x[:30], r[:30]), products(x[30:60], r[30:60])
+    made = fit(seen, held, products(x[60:], r[60:]))
+    assert made.delta_NK is not None and made.after < 1e-3 * made.before
+    torch.testing.assert_close(made.delta_NK, seen.merged(held).solve(made.damping))
+    judge = products(x[60:], -r[60:])
+    worse = fit(seen, held, judge)
+    assert worse.delta_NK is None and worse.after == worse.before == judge.energy

@@ -17,7 +17,7 @@ from secateur.passes.data import samples
 from secateur.passes.options import OptionError
 from secateur.passes.quality import kl
 from secateur.passes.repair import held_back
-from secateur.passes.search import Search
+from secateur.passes.search import Candidate, Search, _Run
 
 IDS = torch.randint(3, 120, (6, 12), generator=torch.Generator().manual_seed(2))
 SPACE: dict[str, Any] = {"layers": (2, 3, 4), "mlp": (48, 64, 96), "at_most": 0.8, "at_least": 0.6}
@@ -123,3 +123,18 @@ def test_the_finalists_are_distilled(scored: Program) -> None:
     again = [row for row in rows if "kl_distilled" in row]
     assert len(again) == 2
     assert chosen.history[-1].figures["chosen"] == min(again, key=lambda row: row["kl_distilled"])["shape"]
+
+
+def test_patience_counts_from_the_last_that_was_better(scored: Program, context: Context) -> None:
+    found = [5.0, 4.0, 4.5, 4.2, 3.0, 3.5, 3.0, 2.0]
+    shapes = [Candidate({"mlp": at}, 1.0) for at in range(len(found))]
+
+    def compared(patience: int) -> list[float]:
+        run = _Run(Search(mlp=(48,), repair=False, top=8, patience=patience), scored, context, context.data or ())
+        run._row = lambda one: {"shape": dict(one.shape), "kl": found[one.shape["mlp"]]}  # type: ignore[method-assign]
+        return [row["kl"] for row in run.compared(shapes)]
+
+    assert compared(0) == found
+    assert compared(1) == found[:3]
+    assert compared(2) == found[:4]
+    assert compared(3) == found

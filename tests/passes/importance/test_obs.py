@@ -104,3 +104,11 @@ def test_batches_and_padding_change_nothing(llama: Program, ids: Tensor) -> None
 def test_it_is_named_in_a_pipeline() -> None:
     (score,) = Pipeline.parse("score{metric=obs{progressive=false,at_once=4,damping=0.1}}").passes
     assert score == Score(Obs(progressive=False, at_once=4, damping=0.1))
+
+
+def test_the_damping_is_in_units_of_the_mean_diagonal() -> None:
+    x, _ = problem(40, 5, 2)
+    for scale in (1e-6, 1.0, 1e6):
+        gram = scale * x.T @ x
+        expected = torch.linalg.inv(gram + 0.03 * gram.diagonal().mean() * torch.eye(5, dtype=gram.dtype))
+        torch.testing.assert_close(damped_inverse(gram, 0.03), expected, rtol=1e-6, atol=0)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph import Program, coupled_groups
-from secateur.passes import Context, Score, samples
+from secateur.graph.errors import EditError
+from secateur.passes import Context, PruneWidth, Score, samples
 from secateur.passes.importance import Flap, Importance, Wanda
 
 ByKind = Callable[[str], Program]
@@ -82,3 +83,35 @@ def test_batching_changes_nothing(kind: str, metric: Importance, ids: Tensor, pr
     whole, parts = scores(metric, program, [ids]), scores(metric, program, list(ids.split([2, 2, 1])))
     assert any(name.startswith("mlp") for name in whole)
     assert all(whole[name].equal(parts[name]) for name in whole)
+
+
+def test_heads_and_neurons_rank_together_as_published(llama: Program, ids: Tensor) -> None:
+    """The authors' rule: channels standardised in each matrix, heads as means, one ranking by parameters."""
+    model: Any = llama.source.model
+    by_unit, cost = dict[tuple[str, int], float](), dict[str, int]()
+    for at, layer in enumerate(model.model.layers):
+        for family, path, module, units in (
+            ("kv_heads", "self_attn", layer.self_attn.o_proj, 2),
+            ("mlp", "mlp", layer.mlp.down_proj, 96),
+        ):
+            spread = input_of(model, module, ids).var(0, correction=0) * module.weight.detach().square().sum(0)
+            scaled = (spread - spread.mean()) / spread.std()
+            name = f"{family}@model.layers.{at}.{path}"
+            values = scaled.unflatten(0, (units, -1)).mean(1).tolist()
+            by_unit |= {(name, unit): value for unit, value in enumerate(values)}
+            weights = (2 + 2 * 2) * 16 * 64 if family == "kv_heads" else 3 * 64  # of q, o and k, v; of gate, up, down
+            cost[name] = weights
+    budget, kept = 0.7 * sum(cost[name] for name, _ in by_unit), dict.fromkeys(cost, 0)
+    for (name, _), _ in sorted(by_unit.items(), key=lambda item: -item[1]):
+        budget -= cost[name]
+        if budget < 0:
+            break
+        kept[name] += 1
+    scored = Score(Flap(joint=True))(llama, Context(data=samples([ids], llama)))
+    options: dict[str, Any] = {"families": ("kv_heads", "mlp"), "uniform": False, "ranking": "global"}
+    smaller = PruneWidth(ratio=0.3, normalize="none", **options)(scored)
+    left = {group.name: group.units for group in coupled_groups(smaller) if group.name in kept}
+    assert min(kept.values()) >= 1 and len({*kept.values()}) > 2
+    assert sum(abs(left.get(name, 1) - count) for name, count in kept.items()) <= 2  # the budget's last unit
+    with pytest.raises(EditError, match="normalize=mean says nothing"):
+        PruneWidth(ratio=0.3, **options)(scored)
