@@ -50,10 +50,10 @@ slow: $(READY) assets
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) -m "slow and not gpu"
 
 demo: $(READY)
-	$(BIN)/secateur demo
+	$(BIN)/secateur demo --overwrite
 
 demo-short: $(READY)
-	$(BIN)/secateur demo --short
+	$(BIN)/secateur demo --short --overwrite
 
 dist: $(READY)
 	$(BIN)/python -m build

@@ -65,7 +65,7 @@ def prepare(out: Path, pipeline: str, voice: Voice) -> None:
         passes = secateur.Pipeline.parse(pipeline)
         secateur.plan_config(passes.preview(program))  # a shape that no stock class holds is refused before the work
         small = passes.run(program, data=windows, progress=voice.progress)
-        save(small, out / "pruned", force=True)
+        save(small, out / "pruned", overwrite=True)
 
 
 def _count(documents: list[str], tokenizer: Any) -> int:
@@ -128,7 +128,7 @@ def run_cell(name: str, one: TrainingPass, seed: int, out: Path, held: Any, end:
         "seconds_of_this_run": time.perf_counter() - begun,
         "peak_bytes": peak_memory_bytes(),
     }
-    save(trained, work / "model", force=True)
+    save(trained, work / "model", overwrite=True)
     _write(work / "result.json", json.dumps(found, indent=1) + "\n")
     for kept in (work / "kept").rglob("*.safetensors"):
         kept.unlink()

@@ -32,7 +32,7 @@ PIPELINE = (
 def command(options: argparse.Namespace, target: Path) -> list[str]:
     base = [sys.executable, "-P", "-m", "secateur", "compress", str(options.model), "-p", options.pipeline]
     sizes = ["--tokens", str(options.tokens), "--window", str(options.window)]
-    return [*base, "--data", str(options.out / "calibration.jsonl"), *sizes, "-o", str(target), "--force"]
+    return [*base, "--data", str(options.out / "calibration.jsonl"), *sizes, "-o", str(target), "--overwrite"]
 
 
 def run(arguments: list[str], log: Path, lives: float | None) -> tuple[int, float]:

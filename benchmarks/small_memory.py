@@ -95,7 +95,7 @@ def main() -> None:
         "gradients of every weight, block by block: score{metric={taylor={by_block=true}}}, 4 x 256 tokens": [
             *("-P", "-c", SCORE, str(model))
         ],
-        f"opened, {SPARSIFY} on {TOKENS:,} tokens, verified, saved": ["-P", "-m", "secateur", *compress, "--force"],
+        f"opened, {SPARSIFY} on {TOKENS:,} tokens, verified, saved": ["-P", "-m", "secateur", *compress, "--overwrite"],
     }
     found: dict[str, Any] = {"weights_bytes": size, "limit_bytes": options.limit, "jobs": {}}
     os.environ["TMPDIR"] = str(options.work)  # what is held in files must not lie in memory

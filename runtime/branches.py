@@ -153,14 +153,14 @@ def write_branches(branches: Mapping[str, tuple[Tensor, Tensor]], folder: Path) 
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
 
-def save_branched(program: Program, path: Path, *, force: bool, check: bool, packed: bool, figures: Any) -> Any:
+def save_branched(program: Program, path: Path, *, overwrite: bool, check: bool, packed: bool, figures: Any) -> Any:
     """``save`` for a program with branches; see the head of this file.  What was written is opened and compared."""
     from secateur.runtime import huggingface, raising
     from secateur.runtime.artifact import read_manifest, writing
 
     started, plain = time.perf_counter(), unboosted(program)
     needed = program.num_bytes + 2 * huggingface.SPARE_BYTES
-    with writing(path, needed_bytes=needed, force=force) as draft:
+    with writing(path, needed_bytes=needed, overwrite=overwrite, inputs=[program.source.folder]) as draft:
         report = huggingface.save(plain, draft.folder / BASE, check=check, packed=packed)
         raised = raising.raise_with_plan(plain)
         write_branches(branches_of(program, raised.model), draft.folder)

@@ -15,7 +15,8 @@ from secateur.passes.data import Batch
 from secateur.runtime.artifact import check_target
 from secateur.runtime.huggingface import SaveReport, save
 from secateur.runtime.raising import raise_model
-from secateur.runtime.resume import working
+from secateur.runtime.resume import RUN, is_at_work, working
+from secateur.runtime.target import inputs_of
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def compress(
     *,
     progress: Progress | None = None,
     seed: int | None = None,
-    force: bool = False,
+    overwrite: bool = False,
     check: bool = True,
     packed: bool = True,
     restart: bool = False,
@@ -38,17 +39,20 @@ def compress(
     same call is made again, and ends with the same weights, bit for bit.
 
     Args:  pipeline: or its text.   output: folder to be made; ``<output>.work`` beside it keeps the run's state.
-        data, progress, seed: as ``Pipeline.run``.   force, check, packed: as ``save``.
+        data, progress, seed: as ``Pipeline.run``.   overwrite, check, packed: as ``save``.
         restart: forget what an earlier run kept.   tell: gets a line where the run goes on from something kept.
     Raises: PipelineError, CalibrationError: cannot run as asked.   ResumeError: the kept run was begun with something
         else, or another process is at work there.   StockMisfit, ArtifactError: as ``save``."""
     pipeline = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
-    check_target(output, force=force)
+    inputs = [program.source.folder, *inputs_of(pipeline)]
+    check_target(output, overwrite=overwrite or is_at_work(output), inputs=inputs)
     if reasons := pipeline.requires(program):
         raise PipelineError("; ".join(reasons))
     seed = pipeline.seed if seed is None else seed
     batches = data if data is None or isinstance(data, Tensor | Mapping) else list(data)
     read = samples(batches, program) if batches is not None and pipeline.needs_data else None
     with working(output, program, pipeline, read, seed, restart=restart, tell=tell) as work:
+        overwrite = overwrite or work.made(output)
+        check_target(output, overwrite=overwrite, inputs=inputs)
         smaller = pipeline.run(program, batches, progress, seed=seed, raise_model=raise_model, checkpoints=work)
-        return save(smaller, output, force=force, check=check, packed=packed)
+        return save(smaller, output, overwrite=overwrite, check=check, packed=packed, figures={RUN: work.run})

@@ -85,7 +85,7 @@ def save(
     program: Program,
     path: str | Path,
     *,
-    force: bool = False,
+    overwrite: bool = False,
     check: bool = True,
     packed: bool = True,
     figures: Mapping[str, Any] | None = None,
@@ -98,23 +98,28 @@ def save(
     A program with sparse weights, or one that was lowered, has its packed weights beside the stock ones.  What was
     written is read again: every group of every sparse weight is counted, and packed and stock weights are compared.
     Branches beside sparse weights have no place in a stock checkpoint: see runtime/branches.py for what is written.
-    Args:  force: replace a folder that is not an artifact.   check: False skips the fresh process.
+    Args:  overwrite: replace an earlier result; what no result brought is never removed, nor is the source written to.
+        check: False skips the fresh process.
         packed: False leaves the packed weights out.
         figures: JSON values to stand in the manifest beside those of the proof.
     Raises: StockMisfit: no stock class holds the program.   ArtifactError: cannot be written, or the proof failed;
         nothing is left behind."""
     started = time.perf_counter()
     path = Path(path).expanduser()
-    check_target(path, force=force)
+    source = _source_folder(program)
+    check_target(path, overwrite=overwrite, inputs=[source])
     if is_on_meta(program):
         raise ArtifactError("the program is on the meta device and has no weights: capture the model with its weights")
     if boosts(program):
-        found: SaveReport = save_branched(program, path, force=force, check=check, packed=packed, figures=figures)
+        found: SaveReport = save_branched(
+            program, path, overwrite=overwrite, check=check, packed=packed, figures=figures
+        )
         return found
     raised = raise_with_plan(program)
     assert raised.difference is not None
-    with writing(path, needed_bytes=program.num_bytes + SPARE_BYTES, force=force) as draft:
-        _write_model(raised.model, draft.folder, _source_folder(program))
+    needed = program.num_bytes + SPARE_BYTES
+    with writing(path, needed_bytes=needed, overwrite=overwrite, inputs=[source]) as draft:
+        _write_model(raised.model, draft.folder, source)
         proved = prove_reload(program, raised, draft.folder) if check else {}
         side = write_packed(program, raised.model, draft.folder) if packed else {}
         _check_stored(from_json(declaration(program, raised.model)), draft.folder)
@@ -148,7 +153,7 @@ def load(path: str | Path, *, verify: bool | None = None, packed: bool | None = 
     return lowered(folder) if runs_packed(folder, packed) else open_model(folder)
 
 
-def save_weights(program: Program, path: str | Path, *, force: bool = False) -> None:
+def save_weights(program: Program, path: str | Path, *, overwrite: bool = False) -> None:
     """Save any program's parameters and buffers as safetensors under their source names, with a table of shapes: for
     plain modules, which no stock class holds.  No code is stored; the module is built by its own code.
 
@@ -156,7 +161,8 @@ def save_weights(program: Program, path: str | Path, *, force: bool = False) -> 
     if is_on_meta(program):
         raise ArtifactError("the program is on the meta device and has no weights: capture the model with its weights")
     state = {n: t.detach().contiguous() for n, t in (*program.named_parameters(), *program.gm.named_buffers())}
-    with writing(path, needed_bytes=program.num_bytes + SPARE_BYTES, force=force) as draft:
+    needed = program.num_bytes + SPARE_BYTES
+    with writing(path, needed_bytes=needed, overwrite=overwrite, inputs=[program.source.folder]) as draft:
         save_file(state, draft.folder / "weights.safetensors")
         table = {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in state.items()}
         (draft.folder / "shapes.json").write_text(json.dumps(table, indent=1) + "\n", "utf-8")

@@ -99,24 +99,25 @@ def write_package(
     length: int = 2048,
     batch: int = 1,
     source: Path | None = None,
-    force: bool = False,
+    overwrite: bool = False,
     tell: Callable[[str], None] = log.info,
 ) -> PackageFacts:
     """Compile the prefill and decode steps of a model, lowered or not, and prove that they give what it gives.
 
     Args:  length: longest sequence, prompt and new tokens together.   batch: sequences at once.   source: folder whose
-        tokenizer files go along.   force: replace a folder that is no artifact.   tell: gets a line for each phase.
+        tokenizer files go along.   overwrite: replace an earlier result.   tell: gets a line for each phase.
     Raises: PackageError: the model keeps another cache than plain keys and values, does not export, or the compiled
         steps give something else; nothing is left behind.
     """
     from secateur.runtime.huggingface import copy_inert
 
-    check_target(path, force=force)
+    inputs = [source, getattr(model, "name_or_path", None)]
+    check_target(path, overwrite=overwrite, inputs=inputs)
     model.eval()
     step = Step(model)
     facts = _facts(model, length, batch)
     weights: dict[str, Tensor] = {}
-    with writing(path, force=force) as draft, torch.no_grad():
+    with writing(path, overwrite=overwrite, inputs=inputs) as draft, torch.no_grad():
         for name in STEPS:
             started = time.perf_counter()
             exported = _exported(step, facts, name)

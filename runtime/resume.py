@@ -7,9 +7,11 @@ fingerprint is refused, and so is a second process.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from secateur.graph.errors import ArtifactError
 from secateur.graph.reading import read_json_object
 from secateur.passes import Pipeline, Sample
 from secateur.passes.journal import UNFINISHED, Journal
+from secateur.runtime.artifact import read_manifest
 from secateur.runtime.disk import explain, flush_tree, try_lock, write_synced
 from secateur.runtime.resume_fingerprint import code_digest, differences, digests, fingerprint
 from secateur.runtime.resume_state import rebuilt, state_of
@@ -30,6 +33,10 @@ log = logging.getLogger(__name__)
 
 SUFFIX = ".work"
 FINGERPRINT = "fingerprint.json"
+OURS = re.compile(rf"{re.escape(FINGERPRINT)}({re.escape(UNFINISHED)})?|\d{{3,}}-.+")
+"""Names in a work folder that runs use; nothing else in it is ever removed."""
+RUN = "run"
+"""Figure in the manifest of a result: what the run was begun with, as a digest."""
 SHOWN = 8
 
 
@@ -40,10 +47,19 @@ class ResumeError(ArtifactError):
 class Work:
     """What a run keeps in its work folder; a pipeline's ``Checkpoints``."""
 
-    def __init__(self, folder: Path, source: Mapping[str, str], tell: Callable[[str], None] = log.info) -> None:
-        """source: ``digests`` of the captured source."""
-        self.path = folder
+    def __init__(
+        self, folder: Path, source: Mapping[str, str], tell: Callable[[str], None] = log.info, run: str = ""
+    ) -> None:
+        """source: ``digests`` of the captured source.   run: digest of what the run was begun with."""
+        self.path, self.run = folder, run
         self._journal, self._source, self._tell = Journal(folder), source, tell
+
+    def made(self, output: str | Path) -> bool:
+        """Whether a result is of this very run, which was then killed before its work folder was removed."""
+        try:
+            return bool(self.run) and read_manifest(output).figures.get(RUN) == self.run
+        except (ArtifactError, AttributeError):
+            return False
 
     def restore(self, program: Program) -> tuple[int, Program]:
         for entry in reversed(self._journal.names()):
@@ -82,6 +98,17 @@ class Work:
                 _remove(path)
 
 
+def work_folder(output: str | Path) -> Path:
+    """Where the run of an output keeps its state: beside it, links resolved."""
+    place = Path(output).expanduser().absolute().resolve()
+    return place.with_name(place.name + SUFFIX)
+
+
+def is_at_work(output: str | Path) -> bool:
+    """Whether a run of an output has begun and not ended."""
+    return work_folder(output).is_dir()
+
+
 @contextmanager
 def working(
     output: str | Path,
@@ -99,20 +126,19 @@ def working(
     Args:  data, seed: what the passes will get.   restart: forget what an earlier run kept.
         tell: gets a line where the run goes on from something kept, and where something is kept for a next one.
     Raises: ResumeError: another process works there; the folder was begun with something else, or is not ours."""
-    output = Path(output).expanduser().absolute()
-    folder = output.with_name(output.name + SUFFIX)
+    folder = work_folder(output)
     source = digests(program)
     begun_with = fingerprint(program, source, pipeline, data, seed)
     lock, finished = _locked(folder), False
     try:
         _begin(folder, begun_with, restart, tell)
         try:
-            yield Work(folder, source, tell)
+            yield Work(folder, source, tell, _digest(begun_with))
             finished = True
         finally:
             if finished or not _kept(folder):
                 _empty(folder)
-                folder.rmdir()
+                _remove_if_empty(folder, tell)
             else:
                 tell(f"what was finished is kept in {folder}: the same command goes on from there")
     finally:
@@ -174,7 +200,19 @@ def _kept(folder: Path) -> bool:
 def _empty(folder: Path) -> None:
     """Remove what a run kept, what it was begun with last, so that a kill in between leaves a sound work folder."""
     for path in sorted(folder.iterdir(), key=lambda p: p.name == FINGERPRINT):
-        _remove(path)
+        if OURS.fullmatch(path.name):
+            _remove(path)
+
+
+def _remove_if_empty(folder: Path, tell: Callable[[str], None]) -> None:
+    if names := sorted(path.name for path in folder.iterdir()):
+        tell(f"{folder} stays: it holds files that the run did not make ({names[0]})")
+    else:
+        folder.rmdir()
+
+
+def _digest(begun_with: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(begun_with, sort_keys=True).encode()).hexdigest()
 
 
 def _remove(path: Path) -> None:

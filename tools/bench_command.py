@@ -15,16 +15,18 @@ from secateur.passes.lower_cost import keep_timings, read_timings, stream_bandwi
 from secateur.runtime.branches import checkpoint_in
 from secateur.runtime.checkpoint import read_json
 from secateur.runtime.lowering import has_packed
+from secateur.runtime.target import check_files, new_file
 from secateur.tools import opening
 from secateur.tools.bench_kernels import FORMS, KernelRow, bench_kernels, timings_of
 from secateur.tools.bench_model import Candidate, ModelRow, bench_model, candidates
 from secateur.tools.bench_variants import RECIPES, make_variants
 from secateur.tools.machine import describe_machine
-from secateur.tools.opening import Debug, Json, Verbose
+from secateur.tools.opening import Debug, Json, Overwrite, Verbose
 from secateur.tools.report.bench import bench_tables, draw_bench, markdown, to_json
 from secateur.tools.report.console import BadInput, Voice, before_work
 from secateur.tools.report.units import duration
 
+FILES = ("speed.json", "speed.md", "speed.png")
 DEFAULT_SHAPES = "4096x4096,11008x4096"
 WORK = Path(".cache/secateur/bench")
 COMPILE_SECONDS, VARIANT_SECONDS = 150, 60
@@ -50,6 +52,7 @@ def bench_command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of speed.json, speed.md, speed.png.")
     ] = None,
+    overwrite: Overwrite = False,
     keep: Annotated[bool, typer.Option("--keep", help="Let the pass lower use these times on this machine.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be timed, and how long.")] = False,
@@ -65,6 +68,8 @@ def bench_command(
         wanted, dtypes = read_names(variants, RECIPES, "--variants"), read_names(dtype, DTYPES, "--dtype")
         folders = check_models(models or [], wanted)
         read_names(packed_dtype, DTYPES, "--packed-dtype")
+        if output is not None and not dry_run:
+            check_files([output / name for name in FILES], overwrite=overwrite, inputs=models or [])
     if dry_run:
         voice.result(*dry(folders, wanted, sizes, batches, dtypes, compiled, rounds, new_tokens, where))
         return
@@ -84,19 +89,27 @@ def bench_command(
         found = bench_model(chosen, prompt, bandwidth, **options, progress=voice.progress, tell=voice.note)
     if keep:
         voice.note(f"kept for the pass lower: {keep_timings(merged(kernels))}")
-    report(voice, facts, kernels, found, output)
+    report(voice, facts, kernels, found, output, overwrite=overwrite)
 
 
 def report(
-    voice: Voice, facts: dict[str, Any], kernels: list[KernelRow], models: list[ModelRow], output: Path | None
+    voice: Voice,
+    facts: dict[str, Any],
+    kernels: list[KernelRow],
+    models: list[ModelRow],
+    output: Path | None,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Tables, or JSON, and the files."""
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "speed.json").write_text(json.dumps(to_json(facts, kernels, models), indent=1) + "\n", "utf-8")
-        (output / "speed.md").write_text(markdown(facts, kernels, models), "utf-8")
-        draw_bench(kernels, models, output / "speed.png")
-        voice.note(f"written: {output / 'speed.json'}, speed.md, speed.png")
+        texts = (json.dumps(to_json(facts, kernels, models), indent=1) + "\n", markdown(facts, kernels, models))
+        for name, text in zip(FILES, texts, strict=False):
+            with new_file(output / name, overwrite=overwrite) as part:
+                part.write_text(text, "utf-8")
+        with new_file(output / FILES[2], overwrite=overwrite) as part:
+            draw_bench(kernels, models, part)
+        voice.note(f"written: {output / FILES[0]}, {FILES[1]}, {FILES[2]}")
     voice.result(to_json(facts, kernels, models), bench_tables(kernels, models))
     red = [f"{row.form} {row.shape} B{row.batch}: {row.fault}" for row in kernels if row.fault]
     for line in red + [f"{row.name}: {row.fault}" for row in models if row.fault]:

@@ -16,6 +16,7 @@ from secateur.graph import SecateurError
 from secateur.passes import IMPORTANCES, PASSES, recipes
 from secateur.passes.options import options_table
 from secateur.passes.registry import add_plugin
+from secateur.runtime.target import check_files, new_file
 from secateur.tools import opening
 from secateur.tools.bench_command import bench_command
 from secateur.tools.compress_command import compress_command
@@ -23,7 +24,7 @@ from secateur.tools.demo.command import demo_command
 from secateur.tools.evaluate_command import evaluate_command
 from secateur.tools.generate_command import generate_command, package_command
 from secateur.tools.inspect import groups_of_block, inspect
-from secateur.tools.opening import Debug, Json, ModelArgument, Verbose
+from secateur.tools.opening import Debug, Json, ModelArgument, Overwrite, Verbose
 from secateur.tools.report import draw_groups, inspection_tables, pass_tables, recipe_tables
 from secateur.tools.report.console import Voice, before_work, report_error, report_internal
 from secateur.tools.verify_command import verify_command
@@ -73,18 +74,23 @@ def inspect_command(
     model: ModelArgument,
     as_json: Json = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the coupled groups of one block: .png or .svg.")] = None,
+    overwrite: Overwrite = False,
     block: Annotated[int, typer.Option(help="Which block to draw; negative from the end.")] = 0,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Parameters, bytes, FLOPs, and the coupled groups by family: what may be pruned, what is locked, and why."""
     voice = opening.start(as_json, verbose)
+    if picture is not None:
+        with before_work():
+            check_files([picture], overwrite=overwrite, inputs=[model])
     program = opening.open_program(model, voice, weights=False)
     found = inspect(program)
     if picture is not None:
         with before_work():
             path, groups = groups_of_block(program, block)
-            draw_groups(groups, path, picture)
+            with new_file(picture, overwrite=overwrite) as part:
+                draw_groups(groups, path, part)
         voice.note(f"picture written: {picture}")
     voice.result(found.to_json(), inspection_tables(found))
 

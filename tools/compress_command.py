@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,11 +19,13 @@ from secateur.passes import DataSpec, Hooks, Pass, Pipeline, samples
 from secateur.passes.opening import open_tokenizer
 from secateur.passes.training.plan import TrainingPass
 from secateur.runtime import StockMisfit, check_target, plan_config, raise_model, save, working
+from secateur.runtime.resume import RUN, is_at_work
+from secateur.runtime.target import inputs_of
 from secateur.tools import opening
 from secateur.tools.advice import document_digests
 from secateur.tools.corpus import TokenWindows, calibration_windows, read_documents, shuffled
 from secateur.tools.footprint import footprint
-from secateur.tools.opening import Debug, Json, ModelArgument, Verbose
+from secateur.tools.opening import Debug, Force, Json, ModelArgument, Overwrite, Verbose
 from secateur.tools.plan import Plan, make_plan
 from secateur.tools.report import plan_tables, run_tables
 from secateur.tools.report.console import BadInput, Voice, before_work
@@ -61,7 +64,8 @@ def compress_command(
     packed: Annotated[
         bool, typer.Option(help="Keep packed 2:4 weights beside the checkpoint, where there are any.")
     ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is no artifact.")] = False,
+    overwrite: Overwrite = False,
+    force: Force = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what a killed run kept, and begin again.")] = False,
     verbose: Verbose = False,
     debug: Debug = False,
@@ -72,9 +76,11 @@ def compress_command(
     """
     voice = opening.start(as_json, verbose)
     with before_work():
+        opening.refuse_force(force)
         passes = trained_on(read_pipeline(pipeline, recipe), train)
         spec = data_spec(passes.data, recipe, data, tokens, window)
-        check_request(passes, spec, output, dry_run=dry_run, force=force)
+        inputs = [model, spec.file, recipe, *passes.files, *inputs_of(passes)]
+        check_request(passes, spec, output, inputs, dry_run=dry_run, overwrite=overwrite)
     if data is not None and not passes.needs_data:
         voice.note(f"{data} is not used: no pass of this pipeline needs data")
     began = time.perf_counter()
@@ -101,9 +107,12 @@ def compress_command(
             data_read = samples(windows, program) if windows is not None else None
             kept = working(output, program, passes, data_read, passes.seed, restart=restart, tell=voice.note)
             work = held.enter_context(kept)
+            overwrite = overwrite or work.made(output)
+            check_target(output, overwrite=overwrite, inputs=[*inputs, program.source.folder])
         smaller = passes.run(program, windows, voice.progress, raise_model=raise_model, checkpoints=work)
         with voice.waiting("saving, and opening the result in a fresh process"):
-            saved = save(smaller, output, force=force, packed=packed, figures={"calibration": calibration})
+            figures = {"calibration": calibration, RUN: work.run}
+            saved = save(smaller, output, overwrite=overwrite, packed=packed, figures=figures)
     after = footprint(smaller)
     tables = [*run_tables(program, smaller, plan.before, after), *search_tables(smaller)]
     voice.result(result_json(plan, smaller, after, windows, output, saved), tables)
@@ -158,7 +167,15 @@ def data_spec(
     return DataSpec(file=file, tokens=tokens or spec.tokens, window=window or spec.window)
 
 
-def check_request(passes: Pipeline, spec: DataSpec, output: Path | None, *, dry_run: bool, force: bool) -> None:
+def check_request(
+    passes: Pipeline,
+    spec: DataSpec,
+    output: Path | None,
+    inputs: Sequence[str | Path | None],
+    *,
+    dry_run: bool,
+    overwrite: bool,
+) -> None:
     """What can be known to be wrong before the model is opened."""
     if spec.window > spec.tokens:
         raise BadInput(f"--window {spec.window} is longer than --tokens {spec.tokens}: no sequence fits")
@@ -168,7 +185,7 @@ def check_request(passes: Pipeline, spec: DataSpec, output: Path | None, *, dry_
         return
     if output is None:
         raise BadInput("say where the result goes: -o DIR (or --dry-run to only look)")
-    check_target(output, force=force)
+    check_target(output, overwrite=overwrite or is_at_work(output), inputs=inputs)
     check_writable(output)
     if passes.needs_data and spec.file is None:
         raise BadInput(f"{passes.to_text()} needs calibration text: --data FILE (.txt or .jsonl)")
@@ -195,7 +212,7 @@ def check_space(output: Path, plan: Plan) -> None:
 
 def standing(output: Path) -> Path:
     """The nearest folder above an output that exists."""
-    return next(parent for parent in output.expanduser().absolute().parents if parent.exists())
+    return next(parent for parent in output.expanduser().absolute().resolve().parents if parent.exists())
 
 
 def refuse(reasons: list[str]) -> None:

@@ -15,11 +15,13 @@ from secateur.runtime import read_manifest
 from secateur.runtime.artifact import MANIFEST
 from secateur.runtime.branches import checkpoint_in, open_with_branches
 from secateur.runtime.engine import device_named
+from secateur.runtime.target import check_files, new_file
 from secateur.tools.advice import same_text
 from secateur.tools.corpus import read_documents, token_stream
 from secateur.tools.evaluate_tasks import TaskScore, read_tasks, run_tasks
 from secateur.tools.evaluate_text import Text, TextReport, score_text
 from secateur.tools.machine import describe_machine
+from secateur.tools.opening import Overwrite
 from secateur.tools.plan import probe_gflops
 from secateur.tools.report.console import BadInput, Voice, before_work, log_to_stderr
 from secateur.tools.report.evaluation import draw_evaluation, evaluation_tables
@@ -45,6 +47,7 @@ def evaluate_command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
     seed: Annotated[int, typer.Option(help="Of the resampling behind the intervals.")] = 0,
     picture: Annotated[Path | None, typer.Option(help="Draw the text's results: .png or .svg.")] = None,
+    overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be measured, and how long.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell choices and refusals.")] = False,
@@ -56,6 +59,8 @@ def evaluate_command(
     with before_work():
         where = torch.device(device_named(device))
         check_request(text, tasks, dtype, picture)
+        if picture is not None:
+            check_files([picture], overwrite=overwrite, inputs=[*models, reference, *(text or ()), *(tasks or ())])
         names = named(models, reference)
         found_tasks = read_tasks(tasks) if tasks else []
         documents = read_documents(text) if text else []
@@ -81,7 +86,8 @@ def evaluate_command(
             opened, first, found_tasks, reference=against, limit=limit, batch=batch, seed=seed, note=voice.note
         )
     if picture is not None and report is not None:
-        draw_evaluation(report, picture)
+        with new_file(picture, overwrite=overwrite) as part:
+            draw_evaluation(report, part)
         voice.note(f"picture written: {picture}")
     voice.result(to_json(names, sizes, report, scored), evaluation_tables(sizes, report, scored))
 

@@ -20,7 +20,7 @@ from secateur.runtime.engine import Engine, Generated, StockEngine, open_engine
 from secateur.runtime.lowering import as_json as layers_json
 from secateur.runtime.package import is_package, write_package
 from secateur.tools import opening
-from secateur.tools.opening import Debug, Json, Verbose
+from secateur.tools.opening import Debug, Force, Json, Overwrite, Verbose
 from secateur.tools.report.console import BadInput, before_work
 from secateur.tools.report.lowering import layer_tables
 from secateur.tools.report.units import size
@@ -96,7 +96,8 @@ def package_command(
     dense: Annotated[
         bool, typer.Option("--dense", help="Package the stock checkpoint, not the packed weights.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is no artifact.")] = False,
+    overwrite: Overwrite = False,
+    force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Open the model and tell what would be done.")] = False,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -105,7 +106,8 @@ def package_command(
     """Compile prefill and decode steps ahead of time, for this machine; the package needs no model code to run."""
     voice = opening.start(as_json, verbose)
     with before_work():
-        check_target(output, force=force)
+        opening.refuse_force(force)
+        check_target(output, overwrite=overwrite, inputs=[model])
         if is_package(Path(model).expanduser()):
             raise BadInput(f"{model} is a package already")
         with voice.waiting(f"opening {model}"):
@@ -117,7 +119,8 @@ def package_command(
         voice.result(told, tables(engine))
         return
     source = Path(model) if Path(model).is_dir() else None
-    facts = write_package(engine.model, output, length=length, batch=batch, source=source, force=force, tell=voice.note)
+    options: dict[str, Any] = {"length": length, "batch": batch, "source": source, "overwrite": overwrite}
+    facts = write_package(engine.model, output, **options, tell=voice.note)
     voice.result({**told, "compiled_for": facts.compiled_for}, [])
     voice.note(f"written: {output}")
 

@@ -11,12 +11,24 @@ from secateur.graph import Program, capture
 from secateur.runtime import open_model
 from secateur.runtime.biases import with_biases
 from secateur.runtime.declared import declared
-from secateur.tools.report.console import Voice, before_work, log_to_stderr
+from secateur.tools.report.console import BadInput, Voice, before_work, log_to_stderr
 
 ModelArgument = Annotated[str, typer.Argument(help="A model folder (config.json, safetensors) or a Hugging Face id.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell choices and refusals.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result, and nothing else.")]
+Force = Annotated[bool, typer.Option("--force", hidden=True)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def refuse_force(force: bool) -> None:
+    """Refuse the option that once stood for --overwrite, and removed more than that does.
+
+    Raises:
+        BadInput: it was given.
+    """
+    if force:
+        raise BadInput("--force is gone: --overwrite replaces an earlier result, and other files are never removed")
 
 
 def start(as_json: bool, verbose: bool) -> Voice:

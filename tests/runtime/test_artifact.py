@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from secateur.graph.errors import ArtifactError
-from secateur.runtime import artifact, disk
+from secateur.runtime import disk, drafts
 from secateur.runtime.artifact import MANIFEST, read_manifest, verify_artifact, writing
 
 
@@ -43,14 +43,17 @@ def test_written_artifact_is_whole(tmp_path: Path) -> None:
 
 def test_own_artifact_is_replaced(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    write(tmp_path / "out", "new")
+    with pytest.raises(ArtifactError, match=r"an earlier result: .*--overwrite"):
+        write(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "inner" / "a.txt").read_text() == "old"
+    write(tmp_path / "out", "new", overwrite=True)
     assert (tmp_path / "out" / "inner" / "a.txt").read_text() == "new"
     assert verify_artifact(tmp_path / "out") and os.listdir(tmp_path) == ["out"]
 
 
 def test_failed_replacement_keeps_the_old_one(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    with pytest.raises(ZeroDivisionError), writing(tmp_path / "out") as draft:
+    with pytest.raises(ZeroDivisionError), writing(tmp_path / "out", overwrite=True) as draft:
         (draft.folder / "a.txt").write_text("half")
         _ = 1 / 0
     assert (tmp_path / "out" / "inner" / "a.txt").read_text() == "old"
@@ -60,15 +63,15 @@ def test_failed_replacement_keeps_the_old_one(tmp_path: Path) -> None:
 def test_replacement_where_the_file_system_cannot_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "out", "old")
     monkeypatch.setattr(disk.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
-    write(tmp_path / "out", "new")
+    write(tmp_path / "out", "new", overwrite=True)
     assert (tmp_path / "out" / "inner" / "a.txt").read_text() == "new"
     assert os.listdir(tmp_path) == ["out"]
 
 
 def test_artifact_moved_aside_by_a_killed_writer_comes_back(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    (tmp_path / "out").rename(tmp_path / f".out{artifact.DRAFT}x{disk.ASIDE}")
-    artifact.remove_leftovers(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / f".out{drafts.DRAFT}abcd_123{disk.ASIDE}")
+    drafts.remove_leftovers(tmp_path / "out")
     assert verify_artifact(tmp_path / "out") and os.listdir(tmp_path) == ["out"]
 
 
@@ -80,14 +83,13 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path, error: type[BaseExcept
     assert os.listdir(tmp_path) == []
 
 
-def test_foreign_folder_is_refused_unless_forced(tmp_path: Path) -> None:
+def test_foreign_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ArtifactError, match="not a secateur artifact"):
-        write(tmp_path / "out")
+    for overwrite in (False, True):
+        with pytest.raises(ArtifactError, match=r"not a finished result of secateur \(thesis.txt\)"):
+            write(tmp_path / "out", overwrite=overwrite)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
-    write(tmp_path / "out", force=True)
-    assert verify_artifact(tmp_path / "out")
 
 
 def test_empty_folder_is_taken(tmp_path: Path) -> None:
@@ -99,7 +101,7 @@ def test_empty_folder_is_taken(tmp_path: Path) -> None:
 def test_file_at_the_path_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("x")
     with pytest.raises(ArtifactError, match="is a file"):
-        write(tmp_path / "out", force=True)
+        write(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out").read_text() == "x"
 
 
@@ -120,7 +122,7 @@ def test_unwritable_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*_: object, **__: object) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(artifact.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(drafts.tempfile, "mkdtemp", refuse)
     with pytest.raises(ArtifactError, match="permission denied"):
         write(tmp_path / "out")
     assert os.listdir(tmp_path) == []
@@ -175,7 +177,7 @@ def write_slowly(path: Path, ready: Connection) -> None:
 
 def write_again_and_again(path: Path, ready: Connection) -> None:
     for number in itertools.count():
-        with writing(path) as draft:
+        with writing(path, overwrite=True) as draft:
             (draft.folder / "a.txt").write_text(str(number))
         ready.send(number)
 
@@ -194,7 +196,7 @@ def test_killed_writer_leaves_nothing_finished_and_is_cleaned_up(tmp_path: Path)
     writer.kill()
     writer.join()
     left = os.listdir(tmp_path)
-    assert len(left) == 1 and left[0].startswith(f".out{artifact.DRAFT}")
+    assert len(left) == 1 and left[0].startswith(f".out{drafts.DRAFT}")
     with pytest.raises(ArtifactError, match="not a finished"):
         read_manifest(tmp_path / left[0])
     write(tmp_path / "out")
@@ -205,7 +207,7 @@ def test_draft_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:
     writer = start(write_slowly, tmp_path / "out")
     try:
         write(tmp_path / "out")
-        assert any(name.startswith(f".out{artifact.DRAFT}") for name in os.listdir(tmp_path))
+        assert any(name.startswith(f".out{drafts.DRAFT}") for name in os.listdir(tmp_path))
     finally:
         writer.kill()
         writer.join()
@@ -219,7 +221,7 @@ def test_kill_at_any_moment_of_a_replacement(tmp_path: Path) -> None:
         writer.kill()
         writer.join()
         assert verify_artifact(tmp_path / "out").files
-    write(tmp_path / "out")
+    write(tmp_path / "out", overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
 
 

@@ -198,7 +198,7 @@ def test_misfit_is_said_before_anything_is_written(llama: PreTrainedModel, tmp_p
 def test_place_is_looked_at_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: Program) -> None:
     monkeypatch.setattr(huggingface, "raise_with_plan", lambda _: pytest.fail("worked first"))
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ArtifactError, match="not a secateur artifact"):
+    with pytest.raises(ArtifactError, match="not a finished result"):
         save(program, tmp_path)
 
 

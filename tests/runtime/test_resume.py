@@ -18,8 +18,8 @@ from secateur.graph.errors import ArtifactError
 from secateur.passes import Context, Hooks, Pass, PassResult, Pipeline, Sample, samples
 from secateur.passes.journal import Journal
 from secateur.passes.lower_layers import linear_layers
-from secateur.runtime.artifact import try_lock
 from secateur.runtime.compress import compress
+from secateur.runtime.disk import try_lock
 from secateur.runtime.resume import ResumeError, Work, working
 from secateur.runtime.resume_fingerprint import differences, digests, fingerprint, graph_digest
 from secateur.runtime.resume_state import NotTheSame, rebuilt, state_of

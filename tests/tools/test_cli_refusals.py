@@ -112,7 +112,8 @@ def test_no_such_model_exits_2(tmp_path: Path, capsys: Output, command: str) -> 
     extra = ["-p", PRUNE, "-o", str(tmp_path / "out")] if command == "compress" else []
     assert run([command, str(tmp_path / "nothing" / "here"), *extra]) == 2
     assert "no folder" in capsys.readouterr().err
-    assert run([command, str(tmp_path), *extra]) == 2
+    (tmp_path / "empty").mkdir()
+    assert run([command, str(tmp_path / "empty"), *extra]) == 2
     assert "config.json" in capsys.readouterr().err
 
 
@@ -125,7 +126,7 @@ def test_an_output_that_cannot_be_written_exits_2_before_any_work(
     full = tmp_path / "full"
     full.mkdir()
     (full / "notes.txt").write_text("mine")
-    for target, says in ((file, "is a file"), (full, "not a secateur artifact")):
+    for target, says in ((file, "is a file"), (full, "not a finished result")):
         assert run(["compress", str(model_folder), "-p", PRUNE, "-o", str(target)]) == 2
         assert says in capsys.readouterr().err
     assert (full / "notes.txt").read_text() == file.read_text() == "mine"

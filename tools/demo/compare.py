@@ -39,6 +39,7 @@ class Size:
     runs: int = 7
 
 
+MODEL = "model"
 FULL = Size()
 SHORT = Size(calibration_tokens=2_048, evaluation_tokens=4_096, new_tokens=16, runs=3)
 
@@ -74,15 +75,24 @@ class Comparison:
     peak_memory_bytes: int
 
 
-def compare(size: Size, original: Path, text: Text, output: Path, progress: Progress = no_progress) -> Comparison:
+def compare(
+    size: Size,
+    original: Path,
+    text: Text,
+    output: Path,
+    progress: Progress = no_progress,
+    *,
+    overwrite: bool = False,
+) -> Comparison:
     """Compress a checkpoint into ``output / "model"`` and measure both.
 
     Args:
         size: how much to do.
         original: a stock checkpoint folder of a causal language model with a chat template.
         text: documents to calibrate on, and others to evaluate on.
-        output: made when missing; its folder ``model`` is replaced.
+        output: made when missing; its folder ``model`` is made.
         progress: reporter of long work.
+        overwrite: replace an earlier ``model``.
     Raises:
         SecateurError: a step of the work failed, or there is too little text.
     """
@@ -91,9 +101,9 @@ def compare(size: Size, original: Path, text: Text, output: Path, progress: Prog
     windows = calibration_windows(
         text.calibration, tokenizer, tokens=size.calibration_tokens, window=size.calibration_window
     )
-    history, saved = _compress(size, original, output / "model", windows, seconds, progress)
+    history, saved = _compress(size, original, output / MODEL, windows, seconds, progress, overwrite)
     gc.collect()
-    before, after = _measure(size, (original, output / "model"), tokenizer, text.held_out, seconds, progress)
+    before, after = _measure(size, (original, output / MODEL), tokenizer, text.held_out, seconds, progress)
     return Comparison(
         before=before,
         after=after,
@@ -101,14 +111,20 @@ def compare(size: Size, original: Path, text: Text, output: Path, progress: Prog
         calibration=windows.describe(),
         history=history,
         proof=saved,
-        saved_to=str(output / "model"),
+        saved_to=str(output / MODEL),
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
     )
 
 
 def _compress(
-    size: Size, original: Path, target: Path, windows: TokenWindows, seconds: dict[str, float], progress: Progress
+    size: Size,
+    original: Path,
+    target: Path,
+    windows: TokenWindows,
+    seconds: dict[str, float],
+    progress: Progress,
+    overwrite: bool,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Capture, run the pipeline, save; the steps that were applied, and what the saved folder was proved to be."""
     with _timed(seconds, "capture"):
@@ -117,7 +133,7 @@ def _compress(
         smaller = secateur.Pipeline.parse(size.pipeline).run(program, data=windows, progress=progress)
     with _timed(seconds, "save, and reload in a fresh process"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        saved = secateur.save(smaller, target, force=True)
+        saved = secateur.save(smaller, target, overwrite=overwrite)
     return [asdict(step) for step in smaller.history], asdict(saved) | {"path": str(target)}
 
 

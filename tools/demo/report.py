@@ -13,11 +13,13 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from secateur.runtime.target import new_file
 from secateur.tools.demo.compare import ANSWER_TOKENS, QUESTION, Comparison, Measured
 from secateur.tools.evaluate import Speed
 from secateur.tools.machine import describe_machine
 from secateur.tools.report import units
 
+FILES = ("report.json", "report.md", "result.png")
 BEFORE_COLOUR, AFTER_COLOUR = "#b8b2a7", "#3f7d58"
 
 
@@ -136,11 +138,22 @@ def picture(comparison: Comparison, path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def write(comparison: Comparison, output: Path) -> list[Path]:
-    """report.json, report.md and result.png in ``output``; their paths."""
-    output.mkdir(parents=True, exist_ok=True)
-    paths = [output / name for name in ("report.json", "report.md", "result.png")]
-    paths[0].write_text(json.dumps(to_json(comparison), indent=2) + "\n")
-    paths[1].write_text(markdown(comparison))
-    picture(comparison, paths[2])
+def write(comparison: Comparison, output: Path, *, overwrite: bool = False) -> list[Path]:
+    """Write the files of a report.
+
+    Args:
+        comparison: what they tell.
+        output: their folder, made when missing.
+        overwrite: replace files of those names.
+
+    Returns:
+        The paths of the files, as ``FILES`` names them.
+    """
+    paths = [output / name for name in FILES]
+    texts = (json.dumps(to_json(comparison), indent=2) + "\n", markdown(comparison))
+    for path, text in zip(paths, texts, strict=False):
+        with new_file(path, overwrite=overwrite) as part:
+            part.write_text(text)
+    with new_file(paths[2], overwrite=overwrite) as part:
+        picture(comparison, part)
     return paths
