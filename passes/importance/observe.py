@@ -121,7 +121,7 @@ def _leaves_channels(node: fx.Node, before: fx.Node) -> bool:
     """Whether an op that picks or repeats entries picks whole rows: its dim is not the last."""
     if op_name(node) not in SOME_ROWS:
         return True
-    rank = before.meta["val"].dim()
+    rank: int = before.meta["val"].dim()
     if op_name(node) == "aten.index":
         return rank > 1 and len(_list(node.args[1])) < rank
     dim = arguments(node)[1 if op_name(node) == "aten.index_select" else 2]
