@@ -1,10 +1,11 @@
-"""Every causal language model of transformers, tiny and random: captured, grouped, every unlocked group cut
-by 30 % at once, compared with the oracle.  Nothing in secateur knows these names.
+"""Every causal language model of transformers, tiny and random: captured, grouped, every unlocked
+group cut by 30 % at once, compared with the oracle.  Nothing in secateur knows these names.
 
     python -P benchmarks/architectures.py [--only llama,gpt2] [--json FILE]
 
-A line an architecture: pass (difference <= 1e-4 of the largest logit), wrong, refused (secateur says why), or not built
-(this script's one set of tiny sizes does not suit the architecture: the model itself cannot be built or run).
+A line an architecture: pass (difference <= 1e-4 of the largest logit), wrong, refused (secateur
+says why), or not built (this script's one set of tiny sizes does not suit the architecture: the
+model itself cannot be built or run).
 """
 
 from __future__ import annotations
@@ -80,12 +81,15 @@ def row(kind: str) -> dict[str, Any]:
 
 
 def build(kind: str) -> None:
-    """Build it on the meta device first: a configuration that did not shrink would fill the memory."""
+    """Build it on the meta device first: a configuration that did not shrink would fill the
+    memory."""
     with torch.device("meta"):
         model = CLASSES.get(kind, AutoModelForCausalLM).from_config(tiny_config(kind))
     size = sum(p.numel() for p in model.parameters())
     if size > LARGEST:
-        raise ValueError(f"{size / 1e6:.0f} M parameters: the tiny sizes do not reach its nested configuration")
+        raise ValueError(
+            f"{size / 1e6:.0f} M parameters: the tiny sizes do not reach its nested configuration"
+        )
     model = tiny_model(kind)
     if model.main_input_name == "input_ids" and not model.config.is_encoder_decoder:
         model(input_ids=torch.arange(3, 25).reshape(2, 11))

@@ -1,6 +1,7 @@
 """What capture and grouping cost on Llama-3 shapes without weights, and where the CPU seconds go.
 
-python -P benchmarks/capture_scale.py 8b      # or 70b, 405b; one shape a process, so that the peak is its own
+python -P benchmarks/capture_scale.py 8b      # or 70b, 405b; one shape a process, so that the peak
+is its own
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import secateur
 from secateur.graph import analyse
 
-SHAPES = {"8b": (4096, 14336, 32, 32), "70b": (8192, 28672, 80, 64), "405b": (16384, 53248, 126, 128)}
+SHAPES = {
+    "8b": (4096, 14336, 32, 32),
+    "70b": (8192, 28672, 80, 64),
+    "405b": (16384, 53248, 126, 128),
+}
 
 
 def main() -> None:
@@ -45,7 +50,7 @@ def main() -> None:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
 
-    laying = sys.modules["secateur.graph.capture"]
+    laying = sys.modules["secateur.graph.capture.export"]
     inside: dict[str, float] = {}
     for name in ("_export", "_flatten", "extend"):
         setattr(laying, name, _clocked(getattr(laying, name), name, inside))
@@ -62,7 +67,9 @@ def main() -> None:
                 "groups": len(groups),
                 "cpu_seconds": {k: round(v, 2) for k, v in spent.items()},
                 "inside_capture": {k.strip("_"): round(v, 2) for k, v in inside.items()},
-                "capture_and_groups": round(spent["capture"] + spent["axis analysis"] + spent["groups"], 2),
+                "capture_and_groups": round(
+                    spent["capture"] + spent["axis analysis"] + spent["groups"], 2
+                ),
                 "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
             }
         )

@@ -1,7 +1,9 @@
-"""What it costs to leave blocks out: every method of prune-depth on the demo's model, on held-out text.
+"""What it costs to leave blocks out: every method of prune-depth on the demo's model, on held-out
+text.
 
-Run ``python benchmarks/depth.py --out FOLDER`` after ``make assets``.  Finished rows of FOLDER/depth.json are not
-measured again, and greedy goes on after its last finished round, so that a run that was stopped loses little.
+Run ``python benchmarks/depth.py --out FOLDER`` after ``make assets``.  Finished rows of
+FOLDER/depth.json are not measured again, and greedy goes on after its last finished round, so that
+a run that was stopped loses little.
 """
 
 from __future__ import annotations
@@ -19,12 +21,17 @@ from transformers import AutoTokenizer
 
 import secateur
 from secateur.passes.base import Context
-from secateur.passes.data import samples
-from secateur.passes.quality import Kept, kl_to, next_token_losses, reference
-from secateur.tools.corpus import calibration_windows, token_stream
-from secateur.tools.demo.assets import MODEL_FOLDER, default_cache, text
+from secateur.passes.calibration.data import samples
+from secateur.passes.calibration.kl import (
+    CachedLogProbs,
+    kl_to,
+    next_token_losses,
+    predict_reference,
+)
+from secateur.tools.demo.assets import MODEL_FOLDER, default_cache, load_text
+from secateur.tools.evaluate.corpus import calibration_windows, token_stream
 from secateur.tools.machine import describe_machine
-from secateur.tools.report.console import Voice
+from secateur.tools.report.console import CommandConsole
 
 METHODS = {
     "block influence, one pass": "method=influence",
@@ -38,7 +45,7 @@ METHODS = {
 WINDOW, HELD_OUT = 512, 9_216
 
 
-def measure(program: Any, held: Any, dense: tuple[Kept, ...]) -> dict[str, float]:
+def measure(program: Any, held: Any, dense: tuple[CachedLogProbs, ...]) -> dict[str, float]:
     """Perplexity and KL(dense || shallower) of the held-out text."""
     losses = torch.cat([next_token_losses(program, sample) for sample in held])
     found = kl_to(dense, program, held)
@@ -52,7 +59,9 @@ def measure(program: Any, held: Any, dense: tuple[Kept, ...]) -> dict[str, float
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
-    protocol = "\n".join(f"- {key}: {value}" for key, value in {**report["protocol"], **report["machine"]}.items())
+    protocol = "\n".join(
+        f"- {key}: {value}" for key, value in {**report["protocol"], **report["machine"]}.items()
+    )
     table = [
         "| what | pipeline | parameters | perplexity | KL | +- | KL q99 | seconds | on | dropped |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|---|",
@@ -60,8 +69,10 @@ def markdown(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         gone = ", ".join(name.split("layers.")[-1] for name in row["dropped"])
         table.append(
-            f"| {row['what']} | `{row['pipeline']}` | {row['parameters']:,} | {row['perplexity']:.2f} "
-            f"| {row['kl']:.4f} | {row['kl_stderr']:.4f} | {row['kl_q99']:.2f} | {row['seconds']:.0f} "
+            f"| {row['what']} | `{row['pipeline']}` | {row['parameters']:,} | "
+            f"{row['perplexity']:.2f} "
+            f"| {row['kl']:.4f} | {row['kl_stderr']:.4f} | {row['kl_q99']:.2f} | "
+            f"{row['seconds']:.0f} "
             f"| {row.get('processor', report['machine']['processor'])} | {gone} |"
         )
     return f"# What it costs to leave blocks out\n\n{protocol}\n\n" + "\n".join(table) + "\n"
@@ -69,26 +80,33 @@ def markdown(report: dict[str, Any]) -> str:
 
 def write(out: Path, report: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for name, body in {"depth.json": json.dumps(report, indent=1) + "\n", "depth.md": markdown(report)}.items():
+    for name, body in {
+        "depth.json": json.dumps(report, indent=1) + "\n",
+        "depth.md": markdown(report),
+    }.items():
         part = out / f"{name}.part"
         part.write_text(body, encoding="utf-8")
         os.replace(part, out / name)
 
 
 def run(pipelines: dict[str, str], out: Path, tokens: int) -> None:
-    folder, documents = default_cache() / MODEL_FOLDER, text(default_cache())
+    folder, documents = default_cache() / MODEL_FOLDER, load_text(default_cache())
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    calibration = calibration_windows(documents.calibration, tokenizer, tokens=tokens, window=WINDOW)
+    calibration = calibration_windows(
+        documents.calibration, tokenizer, tokens=tokens, window=WINDOW
+    )
     stream, _ = token_stream(documents.held_out, tokenizer, tokens=HELD_OUT)
     dense = secateur.capture(folder)
     held = samples(stream.view(-1, WINDOW), dense)
-    predicted = reference(dense, held)
+    predicted = predict_reference(dense, held)
     protocol = {
         "model": folder.name,
         "dtype": "float32",
         "calibration": calibration.describe(),
-        "held_out": f"{HELD_OUT} tokens of other documents, windows of {WINDOW}, no beginning token",
-        "kl": "KL(dense || shallower), nats, mean over all positions; +-: standard error over windows",
+        "held_out": f"{HELD_OUT} tokens of other documents, windows of {WINDOW}, no "
+        "beginning token",
+        "kl": "KL(dense || shallower), nats, mean over all positions; +-: standard error "
+        "over windows",
         "repair": "none",
     }
     report: dict[str, Any] = {"protocol": protocol, "machine": describe_machine(), "rows": []}
@@ -103,12 +121,17 @@ def run(pipelines: dict[str, str], out: Path, tokens: int) -> None:
         start, smaller = time.perf_counter(), dense
         if pipeline:
             kept = out / "rounds" / pipeline
-            context = Context(data=samples(calibration, dense), resume=kept, progress=Voice().progress)
+            context = Context(
+                data=samples(calibration, dense), resume=kept, progress=CommandConsole().progress
+            )
             (one,) = secateur.Pipeline.parse(pipeline).passes
             smaller = one(dense, context)
         row = {"what": what, "pipeline": pipeline, "seconds": time.perf_counter() - start}
         row |= {"processor": describe_machine()["processor"]}
-        row |= {"parameters": smaller.num_parameters, "dropped": smaller.cut.dropped if smaller.cut else []}
+        row |= {
+            "parameters": smaller.num_parameters,
+            "dropped": smaller.cut.dropped if smaller.cut else [],
+        }
         report["rows"].append({**row, **measure(smaller, held, predicted)})
         write(out, report)
         print(f"{what}: {report['rows'][-1]}", flush=True)
@@ -122,7 +145,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name contains this text")
     args = parser.parse_args()
     chosen = {what: options for what, options in METHODS.items() if args.only in what}
-    run({what: f"prune-depth{{drop={args.drop},{options}}}" for what, options in chosen.items()}, args.out, args.tokens)
+    run(
+        {what: f"prune-depth{{drop={args.drop},{options}}}" for what, options in chosen.items()},
+        args.out,
+        args.tokens,
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What distillation gives back: a fifth of the demo's model removed out of everything, repaired, then trained.
+"""What distillation gives back: a fifth of the demo's model removed out of everything, repaired,
+then trained.
 
-Run ``python benchmarks/distill.py --out FOLDER`` after ``make assets``.  One cell is one (loss, learning rate, seed);
-each goes on from its last kept step when the command is given again, and a finished one is not run again.  Writes
-distill.json, distill.md and distill.png after every cell.  ``--also TEXT.jsonl`` measures all finished cells on a
-text of another kind, too.
+Run ``python benchmarks/distill.py --out FOLDER`` after ``make assets``.  One cell is one (loss,
+learning rate, seed); each goes on from its last kept step when the command is given again, and a
+finished one is not run again.  Writes distill.json, distill.md and distill.png after every cell.
+``--also TEXT.jsonl`` measures all finished cells on a text of another kind, too.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from transformers import AutoTokenizer
 
 import secateur
 from secateur.passes import Context, samples
-from secateur.passes.adapt_lora import AdaptLora
-from secateur.passes.distill import Distill
-from secateur.passes.journal import digest
+from secateur.passes.storage.journal import hash_tensor
+from secateur.passes.training.adapt_lora import AdaptLora
+from secateur.passes.training.distill import Distill
 from secateur.passes.training.plan import TrainingPass
-from secateur.runtime import raise_model, save
-from secateur.tools.corpus import calibration_windows, read_documents, token_stream
-from secateur.tools.demo.assets import MODEL_FOLDER, default_cache, text, training_text
+from secateur.runtime import save, to_transformers
+from secateur.tools.demo.assets import MODEL_FOLDER, default_cache, load_text, training_text
+from secateur.tools.evaluate.corpus import calibration_windows, read_documents, token_stream
 from secateur.tools.machine import describe_machine, peak_memory_bytes
-from secateur.tools.report.console import Voice
+from secateur.tools.report.console import CommandConsole
 from secateur.tools.report.curves import Panel, draw_curves
-from secateur.tools.report.units import spread
+from secateur.tools.report.units import format_spread
 
 PIPELINE = "score{metric=wanda},prune-width{hidden=504,mlp=1312},repair"
 CALIBRATION, WINDOW, HELD_OUT = 10_240, 512, 9_216
@@ -49,21 +50,27 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-def prepare(out: Path, pipeline: str, voice: Voice) -> None:
+def prepare(out: Path, pipeline: str, voice: CommandConsole) -> None:
     """The pruned model and the tokenised training text, once."""
     folder, cache = default_cache() / MODEL_FOLDER, default_cache()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not (out / TEXT).is_file():
         documents = training_text(cache)
-        windows = calibration_windows(documents, tokenizer, tokens=_count(documents, tokenizer), window=WINDOW)
+        windows = calibration_windows(
+            documents, tokenizer, tokens=_count(documents, tokenizer), window=WINDOW
+        )
         out.mkdir(parents=True, exist_ok=True)
         save_file({"input_ids": windows.windows.int()}, out / "train.part")
         os.replace(out / "train.part", out / TEXT)
     if not (out / "pruned" / "secateur.json").is_file():
-        windows = calibration_windows(text(cache).calibration, tokenizer, tokens=CALIBRATION, window=WINDOW)
+        windows = calibration_windows(
+            load_text(cache).calibration, tokenizer, tokens=CALIBRATION, window=WINDOW
+        )
         program = secateur.capture(folder)
         passes = secateur.Pipeline.parse(pipeline)
-        secateur.plan_config(passes.preview(program))  # a shape that no stock class holds is refused before the work
+        secateur.plan_config(
+            passes.preview(program)
+        )  # a shape that no stock class holds is refused before the work
         small = passes.run(program, data=windows, progress=voice.progress)
         save(small, out / "pruned", overwrite=True)
 
@@ -75,14 +82,20 @@ def _count(documents: list[str], tokenizer: Any) -> int:
 
 @torch.no_grad()
 def quality(model: Any, dense: Any, held: torch.Tensor, end: int) -> dict[str, float]:
-    """Perplexity and mean KL(dense || model) on held-out documents, in nats a token; end tokens are no targets."""
+    """Perplexity and mean KL(dense || model) on held-out documents, in nats a token; end tokens are
+    no targets."""
     losses, kls = [], []
     for row in held:
-        logs, wanted = (F.log_softmax(m(input_ids=row[None]).logits[0, :-1].float(), -1) for m in (model, dense))
+        logs, wanted = (
+            F.log_softmax(m(input_ids=row[None]).logits[0, :-1].float(), -1) for m in (model, dense)
+        )
         counted = row[1:] != end
         losses.append(F.nll_loss(logs, row[1:], reduction="none")[counted])
         kls.append((wanted.exp() * (wanted - logs)).sum(-1)[counted])
-    return {"perplexity": math.exp(torch.cat(losses).double().mean()), "kl": float(torch.cat(kls).double().mean())}
+    return {
+        "perplexity": math.exp(torch.cat(losses).double().mean()),
+        "kl": float(torch.cat(kls).double().mean()),
+    }
 
 
 def cell_pass(loss: str, lr: float, options: argparse.Namespace, out: Path) -> TrainingPass:
@@ -104,7 +117,9 @@ def cell_pass(loss: str, lr: float, options: argparse.Namespace, out: Path) -> T
     )
 
 
-def run_cell(name: str, one: TrainingPass, seed: int, out: Path, held: Any, end: int, voice: Voice) -> dict[str, Any]:
+def run_cell(
+    name: str, one: TrainingPass, seed: int, out: Path, held: Any, end: int, voice: CommandConsole
+) -> dict[str, Any]:
     """Train, measure and write one cell; what a killed run kept is used."""
     work, small = out / "cells" / name, secateur.capture(out / "pruned")
     dense = secateur.capture(default_cache() / MODEL_FOLDER)
@@ -114,7 +129,7 @@ def run_cell(name: str, one: TrainingPass, seed: int, out: Path, held: Any, end:
         seed=seed,
         output=work / "curves",
         resume=work / "kept",
-        raise_model=raise_model,
+        raise_model=to_transformers,
     )
     begun = time.perf_counter()
     trained = one(small, context)
@@ -137,24 +152,35 @@ def run_cell(name: str, one: TrainingPass, seed: int, out: Path, held: Any, end:
 
 def _kept_options(one: TrainingPass) -> dict[str, Any]:
     """A pass's options as JSON keeps them, wherever the folders lie."""
-    found: dict[str, Any] = json.loads(json.dumps({**one.to_json(), "data": TEXT, "teacher": MODEL_FOLDER}))
+    found: dict[str, Any] = json.loads(
+        json.dumps({**one.to_json(), "data": TEXT, "teacher": MODEL_FOLDER})
+    )
     return found
 
 
 def measure_also(out: Path, options: argparse.Namespace, tokenizer: Any) -> None:
-    """Quality of the dense, the pruned and every finished model on the other text, each measured once."""
+    """Quality of the dense, the pruned and every finished model on the other text, each measured
+    once."""
     file = out / "also.json"
-    stream, _ = token_stream(read_documents([options.also]), tokenizer, tokens=options.held_out_tokens)
-    head = {"text": options.also.name, "tokens": stream.numel(), "sha256": digest(stream)}
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {**head, "models": {}}
+    stream, _ = token_stream(
+        read_documents([options.also]), tokenizer, tokens=options.held_out_tokens
+    )
+    head = {"text": options.also.name, "tokens": stream.numel(), "sha256": hash_tensor(stream)}
+    found: dict[str, Any] = (
+        json.loads(file.read_text()) if file.is_file() else {**head, "models": {}}
+    )
     if {key: found[key] for key in head} != head:
-        raise SystemExit(f"{file} was measured on another text: remove it, or give --also that text")
+        raise SystemExit(
+            f"{file} was measured on another text: remove it, or give --also that text"
+        )
     dense, held = secateur.capture(default_cache() / MODEL_FOLDER), stream.view(-1, WINDOW)
     folders = {"dense": default_cache() / MODEL_FOLDER, "pruned": out / "pruned"}
     folders |= {one.parent.name: one for one in sorted((out / "cells").glob("*/model"))}
     for name, folder in folders.items():
         if name not in found["models"]:
-            found["models"][name] = quality(secateur.capture(folder), dense, held, tokenizer.eos_token_id)
+            found["models"][name] = quality(
+                secateur.capture(folder), dense, held, tokenizer.eos_token_id
+            )
             _write(file, json.dumps(found, indent=1) + "\n")
             print(name, found["models"][name], flush=True)
 
@@ -169,8 +195,13 @@ def _write(file: Path, body: str) -> None:
 def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> None:
     """All finished cells as JSON, table and picture."""
     also = json.loads((out / "also.json").read_text()) if (out / "also.json").is_file() else {}
-    _write(out / "distill.json", json.dumps({**facts, "cells": cells, "also": also}, indent=1) + "\n")
-    rows = ["| cell | tokens | KL | perplexity | KL, other documents | perplexity, other documents | tokens/s |"]
+    _write(
+        out / "distill.json", json.dumps({**facts, "cells": cells, "also": also}, indent=1) + "\n"
+    )
+    rows = [
+        "| cell | tokens | KL | perplexity | KL, other documents | perplexity, other documents "
+        "| tokens/s |"
+    ]
     rows.append("|---|---:|---:|---:|---:|---:|---:|")
     start, base = cells[0]["figures"]["held_out"][0], facts["before"]
     rows.append(_row("pruned", 0, start, base, ""))
@@ -178,8 +209,18 @@ def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> Non
         figures = cell["figures"]
         last, speed = figures["held_out"][-1], figures["tokens_per_s"]
         rows.append(_row(cell["cell"], figures["tokens"], last, cell["held_out_documents"], speed))
-    protocol = "\n".join(f"- {key}: {value}" for key, value in {**facts["protocol"], **facts["machine"]}.items())
-    page = ["# What distillation gives back", "", protocol, "", *rows, *_summary(cells), *_other_kind(also)]
+    protocol = "\n".join(
+        f"- {key}: {value}" for key, value in {**facts["protocol"], **facts["machine"]}.items()
+    )
+    page = [
+        "# What distillation gives back",
+        "",
+        protocol,
+        "",
+        *rows,
+        *_summary(cells),
+        *_other_kind(also),
+    ]
     _write(out / "distill.md", "\n".join(page) + "\n")
     runs: dict[str, list[Any]] = {}
     for cell in cells:
@@ -198,24 +239,32 @@ def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> Non
 
 
 def _summary(cells: list[dict[str, Any]]) -> list[str]:
-    """Cells that differ in their seed alone, together; and what each loss costs beside the first, seed by seed."""
+    """Cells that differ in their seed alone, together; and what each loss costs beside the first,
+    seed by seed."""
     groups: dict[str, dict[int, list[float]]] = {}
     for cell in cells:
         last, other = cell["figures"]["held_out"][-1], cell["held_out_documents"]
         figures = [last["kl"], last["perplexity"], other["kl"], other["perplexity"]]
         groups.setdefault(cell["cell"].rpartition("-seed")[0], {})[cell["seed"]] = figures
     first, base = next(iter(groups.items()))
-    rows = ["", "Mean over seeds ± half its 95 % interval; below, the difference to the first row, seed by seed:", ""]
-    rows += ["| cells | seeds | KL | perplexity | KL, other documents | perplexity, other documents |"]
+    rows = [
+        "",
+        "Mean over seeds ± half its 95 % interval; below, the difference to the first row, seed "
+        "by seed:",
+        "",
+    ]
+    rows += [
+        "| cells | seeds | KL | perplexity | KL, other documents | perplexity, other documents |"
+    ]
     rows += ["|---|---:|---:|---:|---:|---:|"]
     for name, seeds in groups.items():
-        told = (spread(values, ".4f") for values in zip(*seeds.values(), strict=True))
+        told = (format_spread(values, ".4f") for values in zip(*seeds.values(), strict=True))
         rows.append(f"| {name} | {len(seeds)} | {' | '.join(told)} |")
     for name, seeds in groups.items():
         both = [seed for seed in seeds if seed in base]
         if name != first and both:
             pairs = [[a - b for a, b in zip(seeds[seed], base[seed], strict=True)] for seed in both]
-            told = (spread(values, "+.4f") for values in zip(*pairs, strict=True))
+            told = (format_spread(values, "+.4f") for values in zip(*pairs, strict=True))
             rows.append(f"| {name} minus {first} | {len(both)} | {' | '.join(told)} |")
     return rows
 
@@ -224,31 +273,46 @@ def _other_kind(also: dict[str, Any]) -> list[str]:
     """Models on the text of another kind; those that differ in their seed alone together."""
     if not also:
         return []
-    told = f"On a text of another kind than the one trained on ({also['text']}, {also['tokens']:,} tokens):"
+    told = (
+        f"On a text of another kind than the one trained on ({also['text']}, "
+        f"{also['tokens']:,} tokens):"
+    )
     rows = ["", told, "", "| models | seeds | KL | perplexity |", "|---|---:|---:|---:|"]
     groups: dict[str, list[dict[str, float]]] = {}
     for name, found in also["models"].items():
         groups.setdefault(name.rpartition("-seed")[0] or name, []).append(found)
     for name, found in groups.items():
-        kl, perplexity = (spread([one[key] for one in found], shape) for key, shape in FIGURES)
+        kl, perplexity = (
+            format_spread([one[key] for one in found], shape) for key, shape in FIGURES
+        )
         rows.append(f"| {name} | {len(found)} | {kl} | {perplexity} |")
     return rows
 
 
-def _row(name: str, tokens: int, mine: dict[str, float], other: dict[str, float], speed: Any) -> str:
+def _row(
+    name: str, tokens: int, mine: dict[str, float], other: dict[str, float], speed: Any
+) -> str:
     cells = (f"{found['kl']:.4f} | {found['perplexity']:.2f}" for found in (mine, other))
     return f"| {name} | {tokens:,} | {' | '.join(cells)} | {speed} |"
 
 
-def facts_of(out: Path, options: argparse.Namespace, held: torch.Tensor, end: int) -> dict[str, Any]:
+def facts_of(
+    out: Path, options: argparse.Namespace, held: torch.Tensor, end: int
+) -> dict[str, Any]:
     """Protocol, machine, and what the pruned model is worth before it is trained; measured once."""
     file = out / "before.json"
     if file.is_file():
         kept: dict[str, Any] = json.loads(file.read_text())
         if kept["protocol"]["pipeline"] != options.pipeline:
-            raise SystemExit(f"{out} holds {kept['protocol']['pipeline']}: give another --out for {options.pipeline}")
+            raise SystemExit(
+                f"{out} holds {kept['protocol']['pipeline']}: give another --out for "
+                f"{options.pipeline}"
+            )
         return kept
-    dense, small = secateur.capture(default_cache() / MODEL_FOLDER), secateur.capture(out / "pruned")
+    dense, small = (
+        secateur.capture(default_cache() / MODEL_FOLDER),
+        secateur.capture(out / "pruned"),
+    )
     windows = load_file(out / TEXT)["input_ids"].long()
     found = {
         "protocol": {
@@ -256,8 +320,10 @@ def facts_of(out: Path, options: argparse.Namespace, held: torch.Tensor, end: in
             "pipeline": options.pipeline,
             "parameters": f"{dense.num_parameters:,} -> {small.num_parameters:,}",
             "training_text": f"{windows.numel():,} tokens of Wikipedia leads, windows of {WINDOW}",
-            "held_out_windows": f"the first {options.windows} of the training text, not trained on; end tokens count",
-            "other_documents": f"{held.numel():,} tokens of documents in no other set, windows of {WINDOW}",
+            "held_out_windows": f"the first {options.windows} of the training text, not trained "
+            "on; end tokens count",
+            "other_documents": f"{held.numel():,} tokens of documents in no other set, windows "
+            f"of {WINDOW}",
             "kl": "KL(dense || trained), nats, mean over tokens; on other documents in float32",
             "products in training": options.precision,
         },
@@ -265,7 +331,9 @@ def facts_of(out: Path, options: argparse.Namespace, held: torch.Tensor, end: in
         "before": quality(small, dense, held, end),
         "dense": quality(dense, dense, held, end),
     }
-    found["dense"]["perplexity_held_out_windows"] = quality(dense, dense, windows[: options.windows], -1)["perplexity"]
+    found["dense"]["perplexity_held_out_windows"] = quality(
+        dense, dense, windows[: options.windows], -1
+    )["perplexity"]
     _write(file, json.dumps(found, indent=1) + "\n")
     return found
 
@@ -283,14 +351,18 @@ def main() -> None:
     parser.add_argument("--precision", default="bfloat16", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--evaluations", type=int, default=8)
     parser.add_argument("--save-every", type=int, default=5)
-    parser.add_argument("--windows", type=int, default=16, help="windows of the training text held out")
+    parser.add_argument(
+        "--windows", type=int, default=16, help="windows of the training text held out"
+    )
     parser.add_argument("--held-out-tokens", type=int, default=HELD_OUT)
     parser.add_argument("--also", type=Path, help="text of another kind to measure on, too: .jsonl")
     options = parser.parse_args()
-    out, voice = options.out, Voice(False)
+    out, voice = options.out, CommandConsole(False)
     prepare(out, options.pipeline, voice)
     tokenizer = AutoTokenizer.from_pretrained(default_cache() / MODEL_FOLDER)
-    stream, _ = token_stream(text(default_cache()).held_out, tokenizer, tokens=options.held_out_tokens)
+    stream, _ = token_stream(
+        load_text(default_cache()).held_out, tokenizer, tokens=options.held_out_tokens
+    )
     held, end = stream.view(-1, WINDOW), tokenizer.eos_token_id
     facts, cells = facts_of(out, options, held, end), []
     for seed in options.seeds:
@@ -302,7 +374,9 @@ def main() -> None:
                 if done.is_file():
                     cell = json.loads(done.read_text())
                     if cell["options"] != _kept_options(one):
-                        raise SystemExit(f"{done} was made with other options: give another --out, or remove it")
+                        raise SystemExit(
+                            f"{done} was made with other options: give another --out, or remove it"
+                        )
                 else:
                     cell = run_cell(name, one, seed, out, held, end, voice)
                 cells.append(cell)

@@ -1,8 +1,9 @@
 """The CPU kernels beside torch's own and beside our own dense loops, layer by layer.
 
-Run ``python benchmarks/kernels_cpu.py --out FOLDER`` on a quiet machine.  Writes kernels_cpu.json and kernels_cpu.md.
-All rows of a shape and batch run in turn, one call each, round after round, over enough copies of the weight that none
-is in a cache when its turn comes.  A kernel whose result is not that of the reference is not timed.
+Run ``python benchmarks/kernels_cpu.py --out FOLDER`` on a quiet machine.  Writes kernels_cpu.json
+and kernels_cpu.md. All rows of a shape and batch run in turn, one call each, round after round,
+over enough copies of the weight that none is in a cache when its turn comes.  A kernel whose result
+is not that of the reference is not timed.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def levels_of(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     scale = groups.abs().amax(-1) / (7 if kind == "int4" else 127)
     scale = scale.bfloat16() if kind == "int4" else scale
     levels = (
-        (groups / scale.float()[..., None]).round().clamp(-7 if kind == "int4" else -127, 7 if kind == "int4" else 127)
+        (groups / scale.float()[..., None])
+        .round()
+        .clamp(-7 if kind == "int4" else -127, 7 if kind == "int4" else 127)
     )
     return levels.view_as(weight).to(torch.int8), scale if kind == "int4" else scale[:, 0]
 
@@ -80,7 +83,9 @@ def rows_of(weight: Tensor, cache_bytes: int) -> list[Row]:
 
     def add(name: str, dtype: torch.dtype, run: Callable[..., Tensor], *tensors: Tensor) -> None:
         count = max(2, -(-4 * cache_bytes // sum(t.nbytes for t in tensors)))
-        found.append(Row(name, dtype, run, [tuple(t.clone() for t in tensors) for _ in range(count)]))
+        found.append(
+            Row(name, dtype, run, [tuple(t.clone() for t in tensors) for _ in range(count)])
+        )
 
     narrow = weight.bfloat16()
     add("torch fp32", F32, F.linear, weight)
@@ -140,7 +145,10 @@ def result(row: Row, times: list[float] | None, red: str) -> dict[str, Any]:
 
 def cache_bytes() -> int:
     """The largest cache of the processor; 32 MB where the system does not say."""
-    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    sizes = [
+        p.read_text().strip()
+        for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
     return max((int(s[:-1]) << {"K": 10, "M": 20}[s[-1]] for s in sizes), default=32 << 20)
 
 
@@ -150,32 +158,49 @@ def bars(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         at = {r["row"]: r.get("median_ms") for r in case["rows"]}
         for name, baseline, factor in BARS:
             reached = at[baseline] / at[name] if at.get(name) and at.get(baseline) else None
-            found.append({"shape": case["shape"], "row": name, "over": baseline, "bar": factor, "reached": reached,
-                          "ok": reached is not None and reached >= factor})  # fmt: skip
+            found.append(
+                {
+                    "shape": case["shape"],
+                    "row": name,
+                    "over": baseline,
+                    "bar": factor,
+                    "reached": reached,
+                    "ok": reached is not None and reached >= factor,
+                }
+            )
     return found
 
 
 def markdown(report: dict[str, Any]) -> str:
     machine, lines = report["machine"], ["# 2:4 kernels on a CPU", ""]
-    lines += [f"{machine['processor']}, {machine['torch_threads']} threads, torch {machine['versions']['torch']}; "
-              f"load average before: {report['load_average']:.2f}; kernels: {report['backend']}.", ""]  # fmt: skip
+    lines += [f"{machine['processor']}, {machine['torch_threads']} threads, torch "
+              f"{machine['versions']['torch']}; "
+              f"load average before: {report['load_average']:.2f}; kernels: "
+              f"{report['backend']}.", ""]  # fmt: skip
     lines += ["| shape | row | over | bar | reached |", "|---|---|---|---|---|"]
     for b in report["bars"]:
         reached = "not timed" if b["reached"] is None else f"{b['reached']:.2f} x"
         lines.append(
-            f"| {b['shape']} | {b['row']} | {b['over']} | {b['bar']} x | {reached} {'' if b['ok'] else '(missed)'} |"
+            f"| {b['shape']} | {b['row']} | {b['over']} | {b['bar']} x | {reached} "
+            f"{'' if b['ok'] else '(missed)'} |"
         )
     for case in report["results"]:
         base = next((r.get("median_ms") for r in case["rows"] if r["row"] == "torch bf16"), None)
         lines += ["", f"## {case['shape']}, batch {case['batch']}", ""]
-        lines += ["| row | MB | median ms | quartiles | GB/s | torch bf16 / this |", "|---|---|---|---|---|---|"]
+        lines += [
+            "| row | MB | median ms | quartiles | GB/s | torch bf16 / this |",
+            "|---|---|---|---|---|---|",
+        ]
         for r in case["rows"]:
             if "not_timed" in r:
-                lines.append(f"| {r['row']} | {r['bytes'] / 1e6:.1f} | not timed: {r['not_timed']} | | | |")
+                lines.append(
+                    f"| {r['row']} | {r['bytes'] / 1e6:.1f} | not timed: {r['not_timed']} | | | |"
+                )
                 continue
             low, high = r["quartiles_ms"]
             ratio = f"{base / r['median_ms']:.2f} x" if base else ""
-            lines.append(f"| {r['row']} | {r['bytes'] / 1e6:.1f} | {r['median_ms']:.3f} | {low:.3f}-{high:.3f} | "
+            lines.append(f"| {r['row']} | {r['bytes'] / 1e6:.1f} | {r['median_ms']:.3f} | "
+                         f"{low:.3f}-{high:.3f} | "
                          f"{r['gbps']:.1f} | {ratio} |")  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -190,7 +215,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if not cpu.active():
+    if not cpu.is_active():
         raise SystemExit(f"nothing to measure: {cpu.backend().reason}")
     torch.manual_seed(0)
     report: dict[str, Any] = {"machine": describe_machine(), "load_average": os.getloadavg()[0],
@@ -206,7 +231,8 @@ def main() -> None:
             (args.out / "kernels_cpu.json").write_text(json.dumps(report, indent=1) + "\n")
             (args.out / "kernels_cpu.md").write_text(markdown(report))
             print(
-                f"{shape} batch {batch}: " + ", ".join(f"{r['row']} {r.get('median_ms', 0):.3f}" for r in case["rows"])
+                f"{shape} batch {batch}: "
+                + ", ".join(f"{r['row']} {r.get('median_ms', 0):.3f}" for r in case["rows"])
             )
     print(markdown(report).split("\n## ")[0])
 

@@ -1,8 +1,10 @@
-"""A whole pipeline on the demo's model, killed with SIGKILL at random moments and started again: nothing may be lost.
+"""A whole pipeline on the demo's model, killed with SIGKILL at random moments and started again:
+nothing may be lost.
 
-Run ``python benchmarks/kill_resume.py --out FOLDER`` after ``make assets``.  It runs the pipeline once undisturbed,
-then with kills until there were ``--kills`` of them, in series: each series ends with a run that is left alone, whose
-weights must have the SHA-256 of the undisturbed ones.  Writes kill_resume.json and kill_resume.md, row by row.
+Run ``python benchmarks/kill_resume.py --out FOLDER`` after ``make assets``.  It runs the pipeline
+once undisturbed, then with kills until there were ``--kills`` of them, in series: each series ends
+with a run that is left alone, whose weights must have the SHA-256 of the undisturbed ones.  Writes
+kill_resume.json and kill_resume.md, row by row.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from secateur.tools.demo.assets import MODEL_FOLDER, default_cache, text
+from secateur.tools.demo.assets import MODEL_FOLDER, default_cache, load_text
 from secateur.tools.machine import describe_machine
 
 PIPELINE = (
@@ -30,9 +32,26 @@ PIPELINE = (
 
 
 def command(options: argparse.Namespace, target: Path) -> list[str]:
-    base = [sys.executable, "-P", "-m", "secateur", "compress", str(options.model), "-p", options.pipeline]
+    base = [
+        sys.executable,
+        "-P",
+        "-m",
+        "secateur",
+        "compress",
+        str(options.model),
+        "-p",
+        options.pipeline,
+    ]
     sizes = ["--tokens", str(options.tokens), "--window", str(options.window)]
-    return [*base, "--data", str(options.out / "calibration.jsonl"), *sizes, "-o", str(target), "--overwrite"]
+    return [
+        *base,
+        "--data",
+        str(options.out / "calibration.jsonl"),
+        *sizes,
+        "-o",
+        str(target),
+        "--overwrite",
+    ]
 
 
 def run(arguments: list[str], log: Path, lives: float | None) -> tuple[int, float]:
@@ -62,13 +81,18 @@ def kept(target: Path) -> str:
 
 def went_on(log: Path) -> str:
     told = " ".join(log.read_text(errors="replace").split())
-    return told.split("going on ", 1)[1].split(", as kept")[0] if "going on " in told else "from the beginning"
+    return (
+        told.split("going on ", 1)[1].split(", as kept")[0]
+        if "going on " in told
+        else "from the beginning"
+    )
 
 
 def write(out: Path, report: dict[str, Any]) -> None:
     head = ["| series | lived s | went on | ended | then kept |", "|---:|---:|---|---|---|"]
     rows = [
-        f"| {row['series']} | {row['lived_s']:.1f} | {row['went_on']} | {row['ended']} | {row['kept']} |"
+        f"| {row['series']} | {row['lived_s']:.1f} | {row['went_on']} | {row['ended']} | "
+        f"{row['kept']} |"
         for row in report["rows"]
     ]
     facts = {**report["protocol"], **report["machine"], "result": report["result"]}
@@ -112,7 +136,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             ended = {0: "by itself", -signal.SIGKILL: "killed"}.get(code, f"with code {code}")
             same = code == 0 and weights(target) == expected
             ended += ", equal weights" if same else ", OTHER WEIGHTS" if code == 0 else ""
-            row = {"series": series, "lived_s": lived, "went_on": went_on(out / "killed.log"), "ended": ended}
+            row = {
+                "series": series,
+                "lived_s": lived,
+                "went_on": went_on(out / "killed.log"),
+                "ended": ended,
+            }
             report["rows"].append({**row, "kept": kept(target)})
             print(report["rows"][-1], flush=True)
             write(out, report)
@@ -122,7 +151,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 equal += same
                 break
         shutil.rmtree(target)
-    report["result"] = f"{kills} kills in {series} series; {equal} of {series} ended with equal weights"
+    report["result"] = (
+        f"{kills} kills in {series} series; {equal} of {series} ended with equal weights"
+    )
     write(out, report)
     return report
 
@@ -140,7 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out, options.model = options.out.absolute(), options.model.absolute()
     options.out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"text": document}) for document in text(default_cache()).calibration]
+    lines = [json.dumps({"text": document}) for document in load_text(default_cache()).calibration]
     (options.out / "calibration.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     report = measure(options)
     print(report["result"])

@@ -1,11 +1,13 @@
 """What training under masks gives back to a sparse model, and what the moving of masks adds.
 
-Run ``python benchmarks/retrain.py --out FOLDER`` after ``make assets``.  One cell is one (arm, learning rate, tokens,
-seed); each goes on from its last kept step when the command is given again, and a finished one is not run again.
-Writes retrain.json, retrain.md, retrain.png and masks.png after every cell.
+Run ``python benchmarks/retrain.py --out FOLDER`` after ``make assets``.  One cell is one (arm,
+learning rate, tokens, seed); each goes on from its last kept step when the command is given again,
+and a finished one is not run again. Writes retrain.json, retrain.md, retrain.png and masks.png
+after every cell.
 
-The gap is counted in logarithms of perplexity: 0 is the sparse model before training, 1 the dense model after the best
-of its own trainings on the same tokens (the arm ``dense``; without it, the dense model as it came).
+The gap is counted in logarithms of perplexity: 0 is the sparse model before training, 1 the dense
+model after the best of its own trainings on the same tokens (the arm ``dense``; without it, the
+dense model as it came).
 """
 
 from __future__ import annotations
@@ -27,20 +29,20 @@ from transformers import AutoTokenizer
 import secateur
 from secateur.graph import Program
 from secateur.passes import Context, samples
-from secateur.passes.distill import Distill
-from secateur.passes.journal import Journal
-from secateur.passes.retrain_sparse import RetrainSparse
-from secateur.passes.training.mask_schedule import RECORDS
+from secateur.passes.storage.journal import Journal
+from secateur.passes.training.distill import Distill
+from secateur.passes.training.masks.schedule import RECORDS
 from secateur.passes.training.plan import TrainingPass
-from secateur.runtime import raise_model
-from secateur.runtime.resume_fingerprint import digests
-from secateur.runtime.resume_state import rebuilt, state_of
-from secateur.tools.corpus import calibration_windows, token_stream
-from secateur.tools.demo.assets import MODEL_FOLDER, default_cache, text, training_text
+from secateur.passes.training.retrain_sparse import RetrainSparse
+from secateur.runtime import to_transformers
+from secateur.runtime.resume.fingerprint import hash_parameters
+from secateur.runtime.resume.state import rebuild_program, state_of
+from secateur.tools.demo.assets import MODEL_FOLDER, default_cache, load_text, training_text
+from secateur.tools.evaluate.corpus import calibration_windows, token_stream
 from secateur.tools.machine import describe_machine, peak_memory_bytes
-from secateur.tools.report.console import Voice
+from secateur.tools.report.console import CommandConsole
 from secateur.tools.report.curves import Panel, draw_curves
-from secateur.tools.report.units import spread
+from secateur.tools.report.units import format_spread
 
 START = "sparsify{metric=wanda}"
 TEXT = "train.safetensors"  # the tokenised training text, in the output folder
@@ -58,7 +60,10 @@ ARMS: dict[str, tuple[type[TrainingPass], dict[str, Any]]] = {
     "adaptive-ce": (RetrainSparse, {**MOVING, **CE}),
     "magnitude": (RetrainSparse, {**MOVING, "score": "magnitude", "revive": "zero"}),
     "magnitude-revived": (RetrainSparse, {**MOVING, "score": "magnitude"}),
-    **{f"pull-{by:g}": (RetrainSparse, {**MOVING, "strength": by}) for by in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)},
+    **{
+        f"pull-{by:g}": (RetrainSparse, {**MOVING, "strength": by})
+        for by in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
+    },
     "zero": (RetrainSparse, {**MOVING, "revive": "zero"}),
     "sum": (RetrainSparse, {**MOVING, "moment": "sum"}),
     "cast": (RetrainSparse, {"mode": "cast"}),
@@ -68,7 +73,9 @@ ARMS: dict[str, tuple[type[TrainingPass], dict[str, Any]]] = {
 """Losses without a word are the paper's: 0.67 KL at temperature 2, 0.33 cross entropy."""
 
 
-def prepare(out: Path, options: argparse.Namespace, voice: Voice) -> tuple[Program, Program]:
+def prepare(
+    out: Path, options: argparse.Namespace, voice: CommandConsole
+) -> tuple[Program, Program]:
     """The dense and the sparse model, and the tokenised training text; made once."""
     folder, cache = default_cache() / MODEL_FOLDER, default_cache()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -82,15 +89,19 @@ def prepare(out: Path, options: argparse.Namespace, voice: Voice) -> tuple[Progr
     dense, journal = secateur.capture(folder), Journal(out / "start")
     kept = journal.read("start")
     if kept is None:
-        documents, window = text(cache).calibration, options.window
-        calibration = calibration_windows(documents, tokenizer, tokens=options.calibration, window=window)
+        documents, window = load_text(cache).calibration, options.window
+        calibration = calibration_windows(
+            documents, tokenizer, tokens=options.calibration, window=window
+        )
         begun = time.perf_counter()
-        sparse = secateur.Pipeline.parse(options.start).run(dense, data=calibration, progress=voice.progress)
-        entry = state_of(sparse, digests(dense))
+        sparse = secateur.Pipeline.parse(options.start).run(
+            dense, data=calibration, progress=voice.progress
+        )
+        entry = state_of(sparse, hash_parameters(dense))
         journal.write("start", entry.tensors, entry.facts)
         print(f"{options.start}: {time.perf_counter() - begun:.0f} s", flush=True)
         return dense, sparse
-    return dense, rebuilt(dense, kept)
+    return dense, rebuild_program(dense, kept)
 
 
 @torch.no_grad()
@@ -123,17 +134,19 @@ def cell_pass(arm: str, lr: float, tokens: int, options: argparse.Namespace) -> 
     )
 
 
-def run_cell(name: str, one: TrainingPass, seed: int, out: Path, models: Any, held: Any, end: int) -> dict[str, Any]:
+def run_cell(
+    name: str, one: TrainingPass, seed: int, out: Path, models: Any, held: Any, end: int
+) -> dict[str, Any]:
     """Train, measure and write one cell; what a killed run kept is used."""
     work, (dense, sparse) = out / "cells" / name, models
     start = dense if type(one) is Distill else sparse
     context = Context(
         data=samples(held[:2], start),
-        progress=Voice(False).progress,
+        progress=CommandConsole(False).progress,
         seed=seed,
         output=work / "curves",
         resume=work / "kept",
-        raise_model=raise_model,
+        raise_model=to_transformers,
     )
     begun, worked = time.perf_counter(), time.process_time()
     trained = one(start, context)
@@ -174,7 +187,9 @@ def summary(facts: dict[str, Any], cells: list[dict[str, Any]]) -> list[dict[str
     """One row for all seeds of an arm, a rate and a number of tokens."""
     groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
     for cell in cells:
-        groups.setdefault((cell["arm"], cell["options"]["lr"], cell["options"]["tokens"]), []).append(cell)
+        groups.setdefault(
+            (cell["arm"], cell["options"]["lr"], cell["options"]["tokens"]), []
+        ).append(cell)
     rows = []
     for (arm, lr, tokens), found in groups.items():
         controls: dict[float, list[float]] = {}
@@ -193,11 +208,17 @@ def summary(facts: dict[str, Any], cells: list[dict[str, Any]]) -> list[dict[str
                 "perplexity": reached,
                 "kl": [c["figures"]["held_out"][-1]["kl"] for c in found if arm != "dense"],
                 "dense_control": best,
-                "gap_closed": [] if arm == "dense" else [1 - math.log(p / best) / wide for p in reached],
+                "gap_closed": []
+                if arm == "dense"
+                else [1 - math.log(p / best) / wide for p in reached],
                 "mask_changed": [
-                    cell["figures"].get("mask_bits_changed", 0) / cell["figures"].get("mask_bits", 1) for cell in found
+                    cell["figures"].get("mask_bits_changed", 0)
+                    / cell["figures"].get("mask_bits", 1)
+                    for cell in found
                 ],
-                "cpu_seconds_per_step": [c["cpu_seconds_per_step"] for c in found if c["cpu_seconds_per_step"]],
+                "cpu_seconds_per_step": [
+                    c["cpu_seconds_per_step"] for c in found if c["cpu_seconds_per_step"]
+                ],
             }
         )
     return rows
@@ -206,22 +227,40 @@ def summary(facts: dict[str, Any], cells: list[dict[str, Any]]) -> list[dict[str
 def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> None:
     """All finished cells as JSON, table and pictures."""
     rows = summary(facts, cells)
-    _write(out / "retrain.json", json.dumps({**facts, "rows": rows, "cells": cells}, indent=1) + "\n")
-    table = ["| arm | lr | tokens | seeds | perplexity | KL | gap closed | mask bits changed | CPU-s a step |"]
+    _write(
+        out / "retrain.json", json.dumps({**facts, "rows": rows, "cells": cells}, indent=1) + "\n"
+    )
+    table = [
+        "| arm | lr | tokens | seeds | perplexity | KL | gap closed | mask bits changed | CPU-s "
+        "a step |"
+    ]
     table.append("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name in ("dense", "before"):
         table.append(f"| {name}, untrained | | 0 | | {facts[name]:.2f} | | | | |")
     for row in rows:
-        gap = spread([100 * g for g in row["gap_closed"]], ".1f") + " %" if row["gap_closed"] else ""
-        reached, kl = spread(row["perplexity"], ".2f"), spread(row["kl"], ".3f") if row["kl"] else ""
+        gap = (
+            format_spread([100 * g for g in row["gap_closed"]], ".1f") + " %"
+            if row["gap_closed"]
+            else ""
+        )
+        reached, kl = (
+            format_spread(row["perplexity"], ".2f"),
+            format_spread(row["kl"], ".3f") if row["kl"] else "",
+        )
         moved, times = 100 * statistics.mean(row["mask_changed"]), row["cpu_seconds_per_step"]
         seconds = f"{statistics.mean(times):.1f}" if times else ""
         table.append(
-            f"| {row['arm']} | {row['lr']:g} | {row['tokens']:,} | {row['seeds']} | {reached} | {kl} | {gap} "
+            f"| {row['arm']} | {row['lr']:g} | {row['tokens']:,} | {row['seeds']} | {reached} | "
+            f"{kl} | {gap} "
             f"| {moved:.2f} % | {seconds} |"
         )
-    protocol = "\n".join(f"- {key}: {value}" for key, value in {**facts["protocol"], **facts["machine"]}.items())
-    _write(out / "retrain.md", f"# What training under masks gives back\n\n{protocol}\n\n" + "\n".join(table) + "\n")
+    protocol = "\n".join(
+        f"- {key}: {value}" for key, value in {**facts["protocol"], **facts["machine"]}.items()
+    )
+    _write(
+        out / "retrain.md",
+        f"# What training under masks gives back\n\n{protocol}\n\n" + "\n".join(table) + "\n",
+    )
     level = (facts["dense_on_held_out_windows"], "dense, untrained")
     panels = [
         Panel("perplexity", "perplexity", "held-out windows", level, True),
@@ -230,14 +269,22 @@ def report(out: Path, facts: dict[str, Any], cells: list[dict[str, Any]]) -> Non
     _draw(cells, "held_out", panels, out / "retrain.png", facts["protocol"]["start"])
     moving = [cell for cell in cells if cell["figures"].get("mask_bits_changed")]
     if moving:
-        titles = ("bits flipped by a refresh", "bits unlike the first mask", "sum |W| removed", "decay to gradient")
+        titles = (
+            "bits flipped by a refresh",
+            "bits unlike the first mask",
+            "sum |W| removed",
+            "decay to gradient",
+        )
         shares = [
-            Panel(t, key, "share", None, at == 0) for at, (t, key) in enumerate(zip(titles, RECORDS, strict=True))
+            Panel(t, key, "share", None, at == 0)
+            for at, (t, key) in enumerate(zip(titles, RECORDS, strict=True))
         ]
         _draw(moving, "curve", shares, out / "masks.png", facts["protocol"]["start"])
 
 
-def _draw(cells: list[dict[str, Any]], what: str, panels: list[Panel], file: Path, title: str) -> None:
+def _draw(
+    cells: list[dict[str, Any]], what: str, panels: list[Panel], file: Path, title: str
+) -> None:
     runs: dict[str, list[Any]] = {}
     for cell in cells:
         points = cell["curve"] if what == "curve" else cell["figures"][what]
@@ -248,16 +295,21 @@ def _draw(cells: list[dict[str, Any]], what: str, panels: list[Panel], file: Pat
     draw_curves(runs, panels, file, title)
 
 
-def facts_of(options: argparse.Namespace, models: Any, held: torch.Tensor, end: int) -> dict[str, Any]:
+def facts_of(
+    options: argparse.Namespace, models: Any, held: torch.Tensor, end: int
+) -> dict[str, Any]:
     """Protocol, machine, and what both models are worth before they are trained; measured once."""
     file, (dense, sparse) = options.out / "before.json", models
     protocol = {
         "model": MODEL_FOLDER,
         "start": options.start,
-        "calibration": f"{options.calibration:,} tokens of Wikipedia leads, windows of {options.window}",
+        "calibration": f"{options.calibration:,} tokens of Wikipedia leads, windows of "
+        f"{options.window}",
         "batch": f"{options.batch_tokens:,} tokens a step, windows of {options.train_window}",
-        "held_out_windows": f"the first {options.windows} windows of the training text, not trained on",
-        "perplexity": f"of {held.numel():,} tokens of leads in no other set, windows of {options.window}, float32",
+        "held_out_windows": f"the first {options.windows} windows of the training text, "
+        "not trained on",
+        "perplexity": f"of {held.numel():,} tokens of leads in no other set, windows of "
+        f"{options.window}, float32",
         "kl": "KL(dense || trained) on held_out_windows, nats, mean over tokens",
         "products in training": options.precision,
     }
@@ -279,12 +331,21 @@ def facts_of(options: argparse.Namespace, models: Any, held: torch.Tensor, end: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=["dense", "ce", "fixed", "static", "adaptive"])
+    parser.add_argument(
+        "--arms",
+        nargs="*",
+        choices=list(ARMS),
+        default=["dense", "ce", "fixed", "static", "adaptive"],
+    )
     parser.add_argument("--tokens", nargs="*", type=int, default=[61_440])
     parser.add_argument("--lrs", nargs="*", type=float, default=[5e-4])
-    parser.add_argument("--dense-lrs", nargs="*", type=float, default=[5e-5], help="of the arm dense")
+    parser.add_argument(
+        "--dense-lrs", nargs="*", type=float, default=[5e-5], help="of the arm dense"
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--start", default=START, help="the pipeline that makes the sparse model")
     parser.add_argument("--calibration", type=int, default=32_768)
@@ -296,12 +357,16 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--evaluations", type=int, default=4)
     parser.add_argument("--save-every", type=int, default=20)
-    parser.add_argument("--windows", type=int, default=8, help="windows of the training text held out")
+    parser.add_argument(
+        "--windows", type=int, default=8, help="windows of the training text held out"
+    )
     parser.add_argument("--held-out-tokens", type=int, default=24_576)
     options = parser.parse_args()
-    models = prepare(options.out, options, Voice(False))
+    models = prepare(options.out, options, CommandConsole(False))
     tokenizer = AutoTokenizer.from_pretrained(default_cache() / MODEL_FOLDER)
-    stream, _ = token_stream(text(default_cache()).held_out, tokenizer, tokens=options.held_out_tokens)
+    stream, _ = token_stream(
+        load_text(default_cache()).held_out, tokenizer, tokens=options.held_out_tokens
+    )
     held, end = stream.view(-1, options.window), tokenizer.eos_token_id
     facts, cells = facts_of(options, models, held, end), []
     print({key: facts[key] for key in ("dense", "before")}, flush=True)
@@ -310,11 +375,17 @@ def main() -> None:
             for arm in options.arms:
                 for lr in options.dense_lrs if arm == "dense" else options.lrs:
                     name = f"{arm}-lr{lr:g}-{tokens}-seed{seed}"
-                    done, one = options.out / "cells" / name / "result.json", cell_pass(arm, lr, tokens, options)
+                    done, one = (
+                        options.out / "cells" / name / "result.json",
+                        cell_pass(arm, lr, tokens, options),
+                    )
                     if done.is_file():
                         cell = json.loads(done.read_text())
                         if cell["options"] != _kept_options(one):
-                            raise SystemExit(f"{done} was made with other options: give another --out, or remove it")
+                            raise SystemExit(
+                                f"{done} was made with other options: give another --out, "
+                                "or remove it"
+                            )
                     else:
                         cell = run_cell(name, one, seed, options.out, models, held, end)
                     cells.append({"arm": arm, **cell})

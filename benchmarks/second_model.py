@@ -1,9 +1,10 @@
 """A second real model through the same recipes: Gemma3-270M, without a line of code for it.
 
-Norms on queries and keys, sliding windows, a scaled embedding, a tied vocabulary of 262,144 words.  The weights come as
-four wheels of the Python package index (Gemma terms of use: they are not passed on).  Run
-``python benchmarks/second_model.py --out FOLDER``; writes second-model.json and second-model.md.  Rows that it holds
-already are not measured again, so that a run that was stopped goes on.
+Norms on queries and keys, sliding windows, a scaled embedding, a tied vocabulary of 262,144 words.
+The weights come as four wheels of the Python package index (Gemma terms of use: they are not passed
+on).  Run
+``python benchmarks/second_model.py --out FOLDER``; writes second-model.json and second-model.md.
+Rows that it holds already are not measured again, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -22,11 +23,18 @@ import torch
 from transformers import AutoTokenizer
 
 import secateur
-from secateur.passes.data import samples
-from secateur.passes.quality import kl_to, next_token_losses, reference
-from secateur.runtime import raise_model
-from secateur.tools.corpus import calibration_windows, token_stream
-from secateur.tools.demo.assets import Wheel, convert_gguf, default_cache, fetch, once, text
+from secateur.passes.calibration.data import samples
+from secateur.passes.calibration.kl import kl_to, next_token_losses, predict_reference
+from secateur.runtime import to_transformers
+from secateur.tools.demo.assets import (
+    Wheel,
+    convert_gguf,
+    default_cache,
+    fetch_assets,
+    load_text,
+    make_once,
+)
+from secateur.tools.evaluate.corpus import calibration_windows, token_stream
 from secateur.tools.machine import describe_machine, peak_memory_bytes
 
 SHA256 = (
@@ -50,7 +58,8 @@ PIPELINES = (  # the recipes' passes, with as little training as shows that they
     "score{metric=wanda},prune-width{mlp=0.25}",
     "score{metric=wanda},prune-width{mlp=0.25},repair",
     "score{metric=fisher},prune-width{mlp=0.25,round_to={mlp=64}},repair{target=stream}",
-    # Without the recipe's hidden=0.25: the class scales its embedding by the root of the hidden size, so it is refused.
+    # Without the recipe's hidden=0.25: the class scales its embedding by the root of the hidden
+    # size, so it is refused.
     "score{metric={activation={batch=l2,sequence=mean}}},prune-width{mlp=0.36,round_to={mlp=256}},"
     f"distill{{kl=1.0,ce=0.0,lr=1e-4,{TRAIN}}}",
     "prune-depth{drop=2,method=contiguous,by=perplexity,keep_last=1},"
@@ -65,8 +74,8 @@ TOKENS, WINDOW, HELD_OUT = 4_096, 256, 2_048
 
 def checkpoint(cache: Path) -> Path:
     """The model as a stock fp32 checkpoint (1.07 GB), converted once."""
-    fetch(cache, PARTS)
-    return once(cache / FOLDER, lambda folder: _assemble(cache, folder))
+    fetch_assets(cache, PARTS)
+    return make_once(cache / FOLDER, lambda folder: _assemble(cache, folder))
 
 
 def _assemble(cache: Path, folder: Path) -> None:
@@ -81,17 +90,23 @@ def _assemble(cache: Path, folder: Path) -> None:
 
 def measure(program: Any, held: Any, dense: Any) -> dict[str, float]:
     losses = torch.cat([next_token_losses(program, sample) for sample in held])
-    return {"perplexity": math.exp(losses.double().mean().item()), "kl": kl_to(dense, program, held).mean}
+    return {
+        "perplexity": math.exp(losses.double().mean().item()),
+        "kl": kl_to(dense, program, held).mean,
+    }
 
 
 def write(out: Path, report: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    facts = "\n".join(f"- {key}: {value}" for key, value in {**report["protocol"], **report["machine"]}.items())
+    facts = "\n".join(
+        f"- {key}: {value}" for key, value in {**report["protocol"], **report["machine"]}.items()
+    )
     table = ["| pipeline | parameters | perplexity | KL | fresh process | seconds | on |"]
     table.append("|---|---:|---:|---:|---:|---:|---|")
     for row in report["rows"]:
         table.append(
-            f"| `{row['pipeline']}` | {row['parameters']:,} | {row['perplexity']:.2f} | {row['kl']:.4f} "
+            f"| `{row['pipeline']}` | {row['parameters']:,} | {row['perplexity']:.2f} | "
+            f"{row['kl']:.4f} "
             f"| {row.get('reload', '')} | {row['seconds']:.0f} "
             f"| {row.get('processor', report['machine']['processor'])} |"
         )
@@ -107,18 +122,21 @@ def write(out: Path, report: dict[str, Any]) -> None:
 def run(out: Path, pipelines: list[str]) -> None:
     cache = default_cache()
     folder = checkpoint(cache)
-    documents, tokenizer = text(cache), AutoTokenizer.from_pretrained(folder)
-    calibration = calibration_windows(documents.calibration, tokenizer, tokens=TOKENS, window=WINDOW)
+    documents, tokenizer = load_text(cache), AutoTokenizer.from_pretrained(folder)
+    calibration = calibration_windows(
+        documents.calibration, tokenizer, tokens=TOKENS, window=WINDOW
+    )
     stream, _ = token_stream(documents.held_out, tokenizer, tokens=HELD_OUT)
     dense = secateur.capture(folder)
     held = samples(stream.view(-1, WINDOW), dense)
-    predicted = reference(dense, held)
+    predicted = predict_reference(dense, held)
     report: dict[str, Any] = {
         "protocol": {
             "model": FOLDER,
             "dtype": "float32",
             "calibration": calibration.describe(),
-            "held_out": f"{stream.numel()} tokens of other documents, windows of {WINDOW}, no beginning token",
+            "held_out": f"{stream.numel()} tokens of other documents, windows of {WINDOW}, no "
+            "beginning token",
         },
         "machine": describe_machine(),
         "rows": [],
@@ -134,7 +152,9 @@ def run(out: Path, pipelines: list[str]) -> None:
         rows.append({**first, **measure(dense, held, predicted)})
     for pipeline in (one for one in pipelines if all(row["pipeline"] != one for row in rows)):
         start = time.perf_counter()
-        program = secateur.Pipeline.parse(pipeline).run(dense, calibration, raise_model=raise_model)
+        program = secateur.Pipeline.parse(pipeline).run(
+            dense, calibration, raise_model=to_transformers
+        )
         spent = time.perf_counter() - start
         row = {"pipeline": pipeline, "parameters": program.num_parameters, "seconds": spent}
         row |= {"processor": describe_machine()["processor"]}

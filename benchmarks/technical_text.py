@@ -1,8 +1,10 @@
-"""Technical prose of two Debian packages, Vim's help and Git's manual: a second text to calibrate on and measure with.
+"""Technical prose of two Debian packages, Vim's help and Git's manual: a second text to calibrate
+on and measure with.
 
-Run ``python benchmarks/technical_text.py --out FOLDER`` on a Debian-like system.  It fetches two packages by name
-(nothing is installed), deals their files out by the SHA-256 of their names, cuts them into pieces at empty lines, and
-writes calibration.jsonl and held-out.jsonl, a document a line.  Of different files, so of different documents.
+Run ``python benchmarks/technical_text.py --out FOLDER`` on a Debian-like system.  It fetches two
+packages by name (nothing is installed), deals their files out by the SHA-256 of their names, cuts
+them into pieces at empty lines, and writes calibration.jsonl and held-out.jsonl, a document a line.
+Of different files, so of different documents.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGES = {"vim-runtime": "usr/share/vim/vim*/doc/*.txt", "git-doc": "usr/share/doc/git/html/*.txt"}
+PACKAGES = {
+    "vim-runtime": "usr/share/vim/vim*/doc/*.txt",
+    "git-doc": "usr/share/doc/git/html/*.txt",
+}
 PIECE = 2_000  # characters of a document, about
 HELD_OUT = 4  # one file in so many
 
@@ -54,7 +59,8 @@ def main() -> None:
             sets["held-out" if held else "calibration"] += pieces(text)
     options.out.mkdir(parents=True, exist_ok=True)
     for name, documents in sets.items():
-        # In an order that has nothing to do with the files, so that a few windows hold pieces of many.
+        # In an order that has nothing to do with the files, so that a few windows hold pieces of
+        # many.
         documents.sort(key=lambda document: hashlib.sha256(document.encode()).hexdigest())
         lines = [json.dumps({"text": document}) for document in documents]
         (options.out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

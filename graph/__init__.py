@@ -1,21 +1,27 @@
 """What a model is: capture, axis atoms, rules, coupled groups, rewriting, verification."""
 
-from secateur.graph.analysis import analyse
-from secateur.graph.blocks import Block, SubBlock, blocks
-from secateur.graph.capture import capture
-from secateur.graph.chain import Chain, Stage, chain
-from secateur.graph.coupling import FAMILIES, CoupledGroup, Member, coupled_groups, coupling_graph
-from secateur.graph.drop import drop
+from secateur.graph.axes.analysis import analyse
+from secateur.graph.axes.coupling import (
+    FAMILIES,
+    CoupledGroup,
+    Member,
+    coupled_groups,
+    coupling_graph,
+)
+from secateur.graph.axes.rules import axis_rule
+from secateur.graph.blocks.chain import Chain, Stage, chain
+from secateur.graph.blocks.find import Block, SubBlock, blocks
+from secateur.graph.blocks.parts import Part, parts
+from secateur.graph.capture.export import capture
+from secateur.graph.edit.drop import drop
+from secateur.graph.edit.permute import permute
+from secateur.graph.edit.rewrite import keep, with_parameters
 from secateur.graph.errors import SecateurError
-from secateur.graph.masked import masked_call
-from secateur.graph.parts import Part, parts
+from secateur.graph.oracle.masked import masked_call
+from secateur.graph.oracle.verifier import verify
 from secateur.graph.pattern import Pattern, Share, parse_pattern
-from secateur.graph.permute import permute
 from secateur.graph.program import Cut, Program, Source, Step
-from secateur.graph.rewrite import keep, with_parameters
-from secateur.graph.rules import axis_rule
 from secateur.graph.sparse import Sparse
-from secateur.graph.verifier import verify
 
 __all__ = [
     "FAMILIES",

@@ -1,8 +1,10 @@
-"""The errors a caller can cause.  Every message says what was expected, what was found, where, and what to do."""
+"""The errors a caller can cause.  Every message says what was expected, what was found, where, and
+what to do."""
 
 
 class SecateurError(ValueError):
-    """Root of all errors that the caller can mend.  A broken invariant of our own is an ``AssertionError`` instead."""
+    """Root of all errors that the caller can mend.  A broken invariant of our own is an
+    ``AssertionError`` instead."""
 
 
 class CaptureError(SecateurError):
@@ -10,7 +12,8 @@ class CaptureError(SecateurError):
 
 
 class UnsupportedOp(SecateurError):
-    """An op of the graph has no axis rule; names the op, the node, the module path and the decorator to add."""
+    """An op of the graph has no axis rule; names the op, the node, the module path and the
+    decorator to add."""
 
 
 class EditError(SecateurError):
@@ -18,7 +21,8 @@ class EditError(SecateurError):
 
 
 class PatternError(SecateurError):
-    """A pattern does not parse, does not fit a weight, or a score cannot be ranked; says where and what to do."""
+    """A pattern does not parse, does not fit a weight, or a score cannot be ranked; says where and
+    what to do."""
 
 
 class VerificationError(SecateurError):
@@ -30,8 +34,10 @@ class SourceError(SecateurError):
 
 
 class ArtifactError(SecateurError):
-    """An artifact folder cannot be written, is unfinished, or does not hold what its manifest says."""
+    """An artifact folder cannot be written, is unfinished, or does not hold what its manifest
+    says."""
 
 
 class PipelineError(SecateurError):
-    """A pipeline text or a recipe does not parse, names an unknown pass or option, or orders passes wrongly."""
+    """A pipeline text or a recipe does not parse, names an unknown pass or option, or orders passes
+    wrongly."""

@@ -1,4 +1,5 @@
-"""The intermediate representation: one FX graph, the place it came from, and what was done to it."""
+"""The intermediate representation: one FX graph, the place it came from, and what was done to
+it."""
 
 from __future__ import annotations
 
@@ -21,10 +22,13 @@ JSON = dict[str, Any]
 class Source:
     """Where a Program came from: enough to build its class again.
 
-    model: the captured module.  Until the first edit the Program's graph holds the *same* Parameter objects.
-    folder: the checkpoint folder it was read from (tokenizer and generation files live there), or None.
+    model: the captured module.  Until the first edit the Program's graph holds the *same* Parameter
+        objects.
+    folder: the checkpoint folder it was read from (tokenizer and generation files live there), or
+        None.
     config: the Hugging Face configuration, or None for a plain nn.Module.
-    example_inputs: keyword arguments of the captured call, by name; tensors are dynamic where the model allows it.
+    example_inputs: keyword arguments of the captured call, by name; tensors are dynamic where the
+        model allows it.
     """
 
     model: nn.Module
@@ -47,8 +51,9 @@ class Cut:
     """What edits removed so far.
 
     dense: the Program before the first edit.
-    kept: by name of each group that lost units, those that stayed: [kept] int64, ascending, numbered as in ``dense``;
-        [kept, coordinates] where they were chosen for each unit of an outer group, ascending in each column.
+    kept: by name of each group that lost units, those that stayed: [kept] int64, ascending,
+        numbered as in ``dense``; [kept, coordinates] where they were chosen for each unit of an
+        outer group, ascending in each column.
     dropped: names of the residual blocks and sub-blocks that are gone.
     """
 
@@ -61,11 +66,13 @@ class Cut:
 class Program:
     """A model as an FX graph of ATen ops over named Parameters.
 
-    gm: the graph module; the truth.  Callable like the model, dynamic in batch and sequence where the model allows.
+    gm: the graph module; the truth.  Callable like the model, dynamic in batch and sequence where
+        the model allows.
     source: where it came from.
     history: the passes applied so far, oldest first.
-    scores: importance of each unit, by group name, [units] float32, higher is more important; empty until a ``score``
-        pass ran.  An edit clears it.  [units, coordinates] where units are ranked for each unit of an outer group.
+    scores: importance of each unit, by group name, [units] float32, higher is more important; empty
+        until a ``score`` pass ran.  An edit clears it.  [units, coordinates] where units are ranked
+        for each unit of an outer group.
     cut: what edits removed since the model was captured, or None; it is not kept in an artifact.
     sparse: the sparse weights, by parameter name; each holds exact zeros as its pattern says.
     """
@@ -85,7 +92,8 @@ class Program:
         return dataclasses.replace(self, **changes)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Unique parameters under their names in the source model; a tied parameter appears once."""
+        """Unique parameters under their names in the source model; a tied parameter appears
+        once."""
         return self.gm.named_parameters()
 
     @property

@@ -1,7 +1,9 @@
-"""The boundary between files that others wrote and this package: what a reader raises becomes a sentence.
+"""The boundary between files that others wrote and this package: what a reader raises becomes a
+sentence.
 
-Whoever reads a file that a person or another tool gave does so inside ``reading``: then the only exceptions that leave
-are those of ``errors``, each naming the place, and never a whole value of the file.
+Whoever reads a file that a person or another tool gave does so inside ``reading``: then the only
+exceptions that leave are those of ``errors``, each naming the place, and never a whole value of the
+file.
 """
 
 from __future__ import annotations
@@ -24,13 +26,16 @@ AGAIN = "Fetch or save it again"
 
 
 @contextmanager
-def reading(where: object, kind: type[SecateurError] = SourceError, mend: str = AGAIN) -> Iterator[None]:
+def reading(
+    where: object, kind: type[SecateurError] = SourceError, mend: str = AGAIN
+) -> Iterator[None]:
     """Turn whatever a reader raises into one sentence; errors of this package pass as they are.
 
     Args:
         where: the file, or the file and the place in it.
         kind: the class of the error to raise.
         mend: what to do about it.
+
     Raises:
         SecateurError: of that kind; the reader's own exception is its cause.
     """
@@ -38,7 +43,9 @@ def reading(where: object, kind: type[SecateurError] = SourceError, mend: str = 
         yield
     except (SecateurError, MemoryError):
         raise
-    except Exception as error:  # readers share no root: the tokenizers library raises a bare Exception
+    except (
+        Exception
+    ) as error:  # readers share no root: the tokenizers library raises a bare Exception
         raise kind(f"{where} cannot be read: {reason_of(error)}. {mend}") from error
 
 
@@ -52,8 +59,14 @@ def reason_of(error: BaseException) -> str:
         return "it is nested too deep"
     if isinstance(error, KeyError):
         return f"{shown(error.args[0] if error.args else '')} is missing or unknown"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = printable(lines[0]) if lines else type(error).__name__
+    lines = []
+    for line in str(error).splitlines():
+        if line.strip():
+            lines.append(line.strip())
+    if lines:
+        text = printable(lines[0])
+    else:
+        text = type(error).__name__
     if len(text) > REASON_CHARACTERS:
         text = text[:REASON_CHARACTERS] + "..."
     return text.rstrip(".")
@@ -69,7 +82,9 @@ def shown(value: object) -> str:
         text = _cut(value)
     except Exception:  # a number beyond the limit of digits, a value nested too deep
         text = f"a {type(value).__name__} too large to print"
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    return text[: SHOWN_CHARACTERS - 3] + "..."
 
 
 def printable(text: str) -> str:
@@ -79,12 +94,16 @@ def printable(text: str) -> str:
         text: perhaps of a hostile file.
     """
     return "".join(
-        one if one == "\n" or unicodedata.category(one) not in ("Cc", "Cs", "Cf") else repr(one)[1:-1] for one in text
+        one
+        if one == "\n" or unicodedata.category(one) not in ("Cc", "Cs", "Cf")
+        else repr(one)[1:-1]
+        for one in text
     )
 
 
 def lfs_pointer(data: bytes) -> bool:
-    """Whether the beginning of a file is that of a git-lfs pointer, which stands for a file not fetched.
+    """Whether the beginning of a file is that of a git-lfs pointer, which stands for a file not
+    fetched.
 
     Args:
         data: its first bytes, at least 48.
@@ -99,6 +118,7 @@ def parse_json(text: str | bytes, where: object, kind: type[SecateurError] = Sou
         text: UTF-8 where it is bytes; a byte order mark is passed over.
         where: the file, for messages.
         kind: the class of the error to raise.
+
     Raises:
         SecateurError: of that kind: not JSON, a name given twice, too deep, a number too long.
     """
@@ -119,6 +139,7 @@ def read_json_object(file: Path, kind: type[SecateurError] = SourceError) -> dic
     Args:
         file: to read.
         kind: the class of the error to raise.
+
     Raises:
         SecateurError: of that kind: unreadable, what ``parse_json`` refuses, or not an object.
     """
@@ -128,7 +149,9 @@ def read_json_object(file: Path, kind: type[SecateurError] = SourceError) -> dic
         why = error.strerror or reason_of(error)
         raise kind(f"{file} cannot be read: {why}. {AGAIN}") from error
     if lfs_pointer(data):
-        raise kind(f"{file} is a git-lfs pointer and not the file: run `git lfs pull` where it was cloned")
+        raise kind(
+            f"{file} is a git-lfs pointer and not the file: run `git lfs pull` where it was cloned"
+        )
     value = parse_json(data, file, kind)
     if not isinstance(value, dict):
         found = type(value).__name__

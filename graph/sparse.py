@@ -20,12 +20,13 @@ class Sparse:
 
     pattern: which entries may be other than zero.
     metric: the score that the mask was chosen by: magnitude, wanda, ria, sparsegpt, ...
-    norms: [K] float32, root mean square of each input over the calibration tokens, or None: with them ``|W| norms`` can
-        be ranked anew.
-    removed: [N, K] in the weight's dtype, what pruning took out and zero elsewhere, so that weight + removed is the
-        weight without its mask; None where it was not kept.  It is never saved with a model.
-    branch: names of the parameters A [R, K] and B [N, R] of a dense branch beside it, y = x W^T + (x A^T) B^T, which
-        training added; or None.
+    norms: [K] float32, root mean square of each input over the calibration tokens, or None: with
+        them ``|W| norms`` can be ranked anew.
+    removed: [N, K] in the weight's dtype, what pruning took out and zero elsewhere, so that weight
+        + removed is the weight without its mask; None where it was not kept.  It is never saved
+        with a model.
+    branch: names of the parameters A [R, K] and B [N, R] of a dense branch beside it, y = x W^T +
+        (x A^T) B^T, which training added; or None.
     """
 
     pattern: Pattern | Share
@@ -39,10 +40,11 @@ SparseWeights = Mapping[str, Sparse]
 NONE: SparseWeights = MappingProxyType({})
 
 
-def sliced(sparse: SparseWeights, cut: Callable[[str, int], Tensor | None]) -> SparseWeights:
+def slice_sparse(sparse: SparseWeights, cut: Callable[[str, int], Tensor | None]) -> SparseWeights:
     """After an edit: the rows that stay.
 
-    Args:  cut: (parameter, dim) -> positions that stay, or None where the dim stays whole; dim 1 must.
+    Args:
+        cut: (parameter, dim) -> positions that stay, or None where the dim stays whole; dim 1 must.
     """
     found = {}
     for name, one in sparse.items():
@@ -53,22 +55,23 @@ def sliced(sparse: SparseWeights, cut: Callable[[str, int], Tensor | None]) -> S
     return MappingProxyType(found)
 
 
-def remaining(sparse: SparseWeights, names: Iterator[str] | set[str]) -> SparseWeights:
+def keep_entries(sparse: SparseWeights, names: Iterator[str] | set[str]) -> SparseWeights:
     """The entries of parameters that are still there."""
     left = set(names)
     return MappingProxyType({name: one for name, one in sparse.items() if name in left})
 
 
-def faults(weight_NK: Tensor, one: Sparse) -> Iterator[str]:
-    """What is wrong with a sparse weight: too many non-zeros, negative zeros, removed values of what stands there."""
+def find_faults(weight_NK: Tensor, one: Sparse) -> Iterator[str]:
+    """What is wrong with a sparse weight: too many non-zeros, negative zeros, removed values of
+    what stands there."""
     if weight_NK.dim() != 2:
         yield f"has shape {tuple(weight_NK.shape)}, expected [outputs, inputs]"
         return
     if weight_NK.is_meta:
-        if reason := one.pattern.misfit(weight_NK.shape[1]):
+        if reason := one.pattern.incompatibility(weight_NK.shape[1]):
             yield f"cannot be {one.pattern}: {reason}"
         return
-    if reason := one.pattern.faults(weight_NK):
+    if reason := one.pattern.describe_violations(weight_NK):
         yield f"is not {one.pattern}: {reason}"
     zeros = weight_NK == 0
     if bool((zeros & weight_NK.signbit()).any()):
@@ -76,11 +79,13 @@ def faults(weight_NK: Tensor, one: Sparse) -> Iterator[str]:
     if one.norms is not None and one.norms.shape != weight_NK.shape[1:]:
         yield f"has norms of shape {tuple(one.norms.shape)}, expected {tuple(weight_NK.shape[1:])}"
     if one.removed is not None:
-        yield from _removed_faults(zeros, one.removed)
+        yield from _find_removed_faults(zeros, one.removed)
 
 
-def _removed_faults(zeros_NK: Tensor, removed: Tensor) -> Iterator[str]:
+def _find_removed_faults(zeros_NK: Tensor, removed: Tensor) -> Iterator[str]:
     if removed.shape != zeros_NK.shape:
-        yield f"has removed values of shape {tuple(removed.shape)}, expected {tuple(zeros_NK.shape)}"
+        yield (
+            f"has removed values of shape {tuple(removed.shape)}, expected {tuple(zeros_NK.shape)}"
+        )
     elif bool(((removed != 0) & ~zeros_NK).any()):
         yield "holds other values where removed ones are kept"

@@ -1,4 +1,5 @@
-"""A pass takes a Program and returns one.  What every pass shares: options, refusals, verification, history."""
+"""A pass takes a Program and returns one.  What every pass shares: options, refusals, verification,
+history."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from torch import nn
 
 from secateur.graph import Program, Step, verify
 from secateur.graph.errors import PipelineError
-from secateur.passes.data import Sample
-from secateur.passes.options import Options
+from secateur.passes.calibration.data import Sample
+from secateur.passes.language.options import Options
 
 T = TypeVar("T")
 JSON = dict[str, Any]
@@ -25,7 +26,9 @@ log = logging.getLogger("secateur.passes")
 class Progress(Protocol):
     """Shows that long work goes on.  Returns the items, reporting each as it is taken."""
 
-    def __call__(self, items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]: ...
+    def __call__(
+        self, items: Iterable[T], description: str, total: int | None = None
+    ) -> Iterable[T]: ...
 
 
 def no_progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
@@ -34,16 +37,19 @@ def no_progress(items: Iterable[T], description: str, total: int | None = None) 
 
 
 class Checkpoints(Protocol):
-    """Keeps what the passes of a pipeline left, so that a run that was killed goes on.  Positions count from 1."""
+    """Keeps what the passes of a pipeline left, so that a run that was killed goes on.  Positions
+    count from 1."""
 
     def restore(self, program: Program) -> tuple[int, Program]:
-        """How many passes were finished before, and the Program after them; at first none, and the given Program."""
+        """How many passes were finished before, and the Program after them; at first none, and the
+        given Program."""
 
-    def folder(self, position: int, name: str) -> Path:
+    def pass_folder(self, position: int, name: str) -> Path:
         """The folder of the pass at a position, its own until the pass is finished."""
 
-    def keep(self, position: int, name: str, program: Program) -> None:
-        """Keep the Program that the pass at a position left; what stood for it before is dropped."""
+    def store(self, position: int, name: str, program: Program) -> None:
+        """Keep the Program that the pass at a position left; what stood for it before is
+        dropped."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +60,12 @@ class Context:
     progress: reporter of long work.
     seed: all randomness of a pass derives from it.
     output: a folder for by-products, or None.
-    resume: a folder of this pass's own that outlives a kill, or None; what it wrote there in a run that was killed is
-        there again when the same run is started again.
-    raise_model: gives the stock model over a Program's own Parameter objects, for passes that train; see runtime.
-    checkpoints: for a pipeline, where it keeps each finished pass, or None; its passes are given None.
+    resume: a folder of this pass's own that outlives a kill, or None; what it wrote there in a run
+        that was killed is there again when the same run is started again.
+    raise_model: gives the stock model over a Program's own Parameter objects, for passes that
+        train; see runtime.
+    checkpoints: for a pipeline, where it keeps each finished pass, or None; its passes are given
+        None.
     """
 
     data: tuple[Sample, ...] | None = None
@@ -72,7 +80,8 @@ class Context:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did: the Program, whether graph or weights changed, and figures for the history."""
+    """What a pass did: the Program, whether graph or weights changed, and figures for the
+    history."""
 
     program: Program
     modified: bool
@@ -83,11 +92,13 @@ class PassResult:
 class Cost:
     """Rough work of a pass, for estimates before it runs.
 
-    flops: in units of one forward pass over the calibration data (forward and backward together are 3).
+    flops: in units of one forward pass over the calibration data (forward and backward together are
+        3).
     bytes_per_parameter: memory that it needs beside the weights.
     tokens: that it runs instead of the calibration tokens, where it has a number of its own.
     holds: whether all calibration tokens are held at one place of the graph, in how many models.
-    solves: whether it sums products of inputs, in how many square matrices (float64) of the widest refitted input.
+    solves: whether it sums products of inputs, in how many square matrices (float64) of the widest
+        refitted input.
     """
 
     flops: float = 0.0
@@ -99,7 +110,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class PlannedEdit:
-    """What a pass would do to one group: keep ``kept`` of ``units``.  exact: False where scores decide the count."""
+    """What a pass would do to one group: keep ``kept`` of ``units``.  exact: False where scores
+    decide the count."""
 
     group: str
     family: str
@@ -113,8 +125,9 @@ class Pass(Options):
     """A transformation of Programs; its dataclass fields are its options.
 
     numerics: exact (bit-equal), close (floating-point reorder) or lossy (needs a quality number).
-    uses: facts about a Program that must hold before ("scores", "cut", "sparse"); gives: that hold after; ends: that it
-        ends; bars: that must not hold, each with the reason and what to do instead.
+    uses: facts about a Program that must hold before ("scores", "cut", "sparse"); gives: that hold
+        after; ends: that it ends; bars: that must not hold, each with the reason and what to do
+        instead.
     """
 
     numerics: ClassVar[Literal["exact", "close", "lossy"]]
@@ -130,7 +143,8 @@ class Pass(Options):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Files and folders whose content the result depends on, besides the model and the calibration data."""
+        """Files and folders whose content the result depends on, besides the model and the
+        calibration data."""
         return ()
 
     @property
@@ -140,9 +154,9 @@ class Pass(Options):
 
     def requires(self, program: Program) -> list[str]:
         """Reasons why the pass cannot run on this Program; none means it can."""
-        return self.misplaced(facts(program))
+        return self.explain_order(program_facts(program))
 
-    def misplaced(self, known: Set[str]) -> list[str]:
+    def explain_order(self, known: Set[str]) -> list[str]:
         """Reasons why the pass cannot run where these facts hold."""
         missing = [MISSING[fact] for fact in sorted(self.uses - known)]
         return missing + [self.bars[fact] for fact in sorted(self.bars.keys() & known)]
@@ -152,7 +166,8 @@ class Pass(Options):
         return []
 
     def preview(self, program: Program) -> Program:
-        """A Program of the shapes that the pass would leave; its values mean nothing.  Works on the meta device."""
+        """A Program of the shapes that the pass would leave; its values mean nothing.  Works on the
+        meta device."""
         return program
 
     @abstractmethod
@@ -163,7 +178,9 @@ class Pass(Options):
     def __call__(self, program: Program, context: Context | None = None) -> Program:
         """Run the pass: requirements, work, verification of the result, history.
 
-        Raises: PipelineError: a requirement does not hold.  VerificationError: the result is not a sound Program.
+        Raises:
+            PipelineError: a requirement does not hold.
+            VerificationError: the result is not a sound Program.
         """
         context = context or Context()
         reasons = self.requires(program)
@@ -191,7 +208,7 @@ MISSING = {
 }
 
 
-def facts(program: Program) -> frozenset[str]:
+def program_facts(program: Program) -> frozenset[str]:
     """The facts that hold for a Program."""
     tests: dict[str, Callable[[Program], bool]] = {
         "scores": lambda p: bool(p.scores),

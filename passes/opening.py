@@ -1,6 +1,7 @@
 """How a pass opens what it names: a model folder, and the tokenizer beside a model.
 
-Passes stand below the runtime, which knows how a model is opened safely; it says so here when it is imported.
+Passes stand below the runtime, which knows how a model is opened safely; it says so here when it is
+imported.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def open_model_folder(folder: str | Path, what: str) -> Any:
     Args:
         folder: with config.json and safetensors.
         what: who asks, for messages: ``teacher``.
+
     Raises:
         PipelineError: it is no model folder, or one of the checks failed.
     """
@@ -39,7 +41,9 @@ def open_model_folder(folder: str | Path, what: str) -> Any:
     if not (place / "config.json").is_file():
         raise PipelineError(f"{what}={place} is no model folder (config.json, safetensors)")
     if not _openers:
-        raise PipelineError(f"{what}={place} cannot be opened: import secateur.runtime, which knows how")
+        raise PipelineError(
+            f"{what}={place} cannot be opened: import secateur.runtime, which knows how"
+        )
     try:
         return _openers[0](place)
     except SourceError as error:
@@ -52,6 +56,7 @@ def open_tokenizer(name: str | Path, kind: type[SecateurError] = SourceError) ->
     Args:
         name: a folder, or a Hugging Face id.
         kind: the class of the error to raise.
+
     Raises:
         SecateurError: of that kind: there is none, it is damaged, or it names files elsewhere.
     """
@@ -63,7 +68,9 @@ def open_tokenizer(name: str | Path, kind: type[SecateurError] = SourceError) ->
             if file.name in (CONFIG, "special_tokens_map.json", "added_tokens.json"):
                 _check_named_files(read_json_object(file, kind), file, kind)
     with reading(f"{name} has no tokenizer that opens: it", kind, "Fetch or save the model again"):
-        return AutoTokenizer.from_pretrained(str(name), local_files_only=folder.is_dir(), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            str(name), local_files_only=folder.is_dir(), trust_remote_code=False
+        )
 
 
 def _check_named_files(data: dict[str, Any], file: Path, kind: type[SecateurError]) -> None:

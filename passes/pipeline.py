@@ -1,4 +1,5 @@
-"""Passes in a row.  A pipeline is itself a pass; it is written as text, or as a recipe file (YAML)."""
+"""Passes in a row.  A pipeline is itself a pass; it is written as text, or as a recipe file
+(YAML)."""
 
 from __future__ import annotations
 
@@ -22,15 +23,15 @@ from secateur.passes.base import (
     PassResult,
     PlannedEdit,
     Progress,
-    facts,
     log,
     no_progress,
+    program_facts,
 )
-from secateur.passes.data import Batch, samples
-from secateur.passes.options import OptionError, did_you_mean, spec_to_json
-from secateur.passes.recipe import DataSpec, dump_recipe, load_recipe
+from secateur.passes.calibration.data import Batch, samples
+from secateur.passes.language.grammar import format_specs, locate_message, parse_specs
+from secateur.passes.language.options import OptionError, did_you_mean, spec_to_json
+from secateur.passes.language.recipe import DataSpec, dump_recipe, load_recipe
 from secateur.passes.registry import PASSES
-from secateur.passes.text import format_specs, located, parse_specs
 
 AnyPass = Annotated[InstanceOf[Pass], BeforeValidator(PASSES.build)]
 
@@ -71,20 +72,28 @@ class Pipeline(Pass):
     def parse(cls, text: str) -> Pipeline:
         """A pipeline from its text, for example ``score{metric=taylor},prune-width{mlp=0.25}``.
 
-        Raises: PipelineError: does not parse, unknown pass or option, wrong type, out of range; with the position.
+        Raises:
+            PipelineError: does not parse, unknown pass or option, wrong type, out of range; with
+                the position.
         """
         try:
             return cls(passes=tuple(PASSES.build(spec) for spec in parse_specs(text)))
         except OptionError as error:
-            raise PipelineError(located(str(error), text, error.at)) from None
+            raise PipelineError(locate_message(str(error), text, error.at)) from None
 
     @classmethod
     def from_recipe(cls, recipe: str | Path) -> Pipeline:
-        """A pipeline from a recipe: the name of one of this package's, a YAML file's path, or the YAML text itself.
+        """A pipeline from a recipe: the name of one of this package's, a YAML file's path, or the
+        YAML text itself.
 
-        Raises: PipelineError: no such recipe or file, not YAML, unknown keys, or what ``parse`` raises.
+        Raises:
+            PipelineError: no such recipe or file, not YAML, unknown keys, or what ``parse`` raises.
         """
-        read = load_recipe(recipes.text(recipe) if isinstance(recipe, str) and recipe in recipes.names() else recipe)
+        read = load_recipe(
+            recipes.recipe_text(recipe)
+            if isinstance(recipe, str) and recipe in recipes.recipe_names()
+            else recipe
+        )
         passes = []
         for place, entry in enumerate(read.passes):
             try:
@@ -113,20 +122,24 @@ class Pipeline(Pass):
     def cost(self) -> Cost:
         costs = [p.cost for p in self.passes]
         largest = (
-            max((getattr(c, name) for c in costs), default=0) for name in ("bytes_per_parameter", "holds", "solves")
+            max((getattr(c, name) for c in costs), default=0)
+            for name in ("bytes_per_parameter", "holds", "solves")
         )
         held, holds, solves = largest
         return Cost(sum(c.flops for c in costs), held, holds=holds, solves=solves)
 
     def requires(self, program: Program) -> list[str]:
         """What the order of the passes leaves missing, told before any work."""
-        known, reasons = facts(program), []
+        known = program_facts(program)
+        reasons = []
         for one in self.passes:
-            reasons += [f"{one.name}: {reason}" for reason in one.misplaced(known)]
+            reasons += [f"{one.name}: {reason}" for reason in one.explain_order(known)]
             known = (known - one.ends) | one.gives
         asked = {*self.hooks.print_after, *filter(None, [self.hooks.stop_after])}
         names = {p.name for p in self.passes}
-        reasons += [f"no pass {n!r} runs here; {did_you_mean(n, names)}" for n in sorted(asked - names)]
+        reasons += [
+            f"no pass {n!r} runs here; {did_you_mean(n, names)}" for n in sorted(asked - names)
+        ]
         return reasons
 
     def plan(self, program: Program) -> list[PlannedEdit]:
@@ -154,16 +167,26 @@ class Pipeline(Pass):
     ) -> Program:
         """Apply the passes.
 
-        Args: data: calibration batches, ``input_ids`` [batch, seq] int64 or maps of model inputs; see passes.data.
-            progress: reporter of long work.   seed: instead of the pipeline's own.   output: folder for by-products.
+        Args:
+            data: calibration batches, ``input_ids`` [batch, seq] int64 or maps of model inputs; see
+                passes.data.
+            progress: reporter of long work.
+            seed: instead of the pipeline's own.
+            output: folder for by-products.
             raise_model, checkpoints: see Context; ``secateur.compress`` gives both.
-        Returns: the new Program; the given one stays usable.
-        Raises: PipelineError: data or scores are missing, before any work.  What a pass raises carries a note that
-            names the pass and those already run.
+
+        Returns:
+            the new Program; the given one stays usable.
+
+        Raises:
+            PipelineError: data or scores are missing, before any work.  What a pass raises carries
+                a note that names the pass and those already run.
         """
         if data is None and self.needs_data:
             needy = next(p.name for p in self.passes if p.needs_data)
-            raise PipelineError(f"{needy} needs calibration data: give data=, batches of input_ids [batch, seq]")
+            raise PipelineError(
+                f"{needy} needs calibration data: give data=, batches of input_ids [batch, seq]"
+            )
         return self(
             program,
             Context(
@@ -178,33 +201,41 @@ class Pipeline(Pass):
 
     def call(self, program: Program, context: Context) -> PassResult:
         checkpoints = context.checkpoints
-        done, program = checkpoints.restore(program) if checkpoints else (0, program)
-        for position, one in enumerate(self.passes[: self._end], 1):
+        if checkpoints:
+            done, program = checkpoints.restore(program)
+        else:
+            done = 0
+            program = program
+        for position, one in enumerate(self.passes[: self._number_of_passes], 1):
             if position <= done:
                 continue
             start = time.perf_counter()
             try:
                 program = one(program, _for_pass(context, position, one))
                 if checkpoints:
-                    checkpoints.keep(position, one.name, program)
+                    checkpoints.store(position, one.name, program)
             except Exception as error:
                 ran = ", ".join(p.name for p in self.passes[: position - 1]) or "none"
-                error.add_note(f"in pass {one.name} ({position} of {len(self.passes)}); already run: {ran}")
+                error.add_note(
+                    f"in pass {one.name} ({position} of {len(self.passes)}); already run: {ran}"
+                )
                 raise
-            self._report(one, program, time.perf_counter() - start)
+            self._report_pass(one, program, time.perf_counter() - start)
         return PassResult(program, modified=False)
 
     @property
-    def _end(self) -> int:
+    def _number_of_passes(self) -> int:
         """How many passes run: those up to the first that ``stop_after`` names."""
         names = [one.name for one in self.passes]
-        return names.index(self.hooks.stop_after) + 1 if self.hooks.stop_after in names else len(names)
+        if self.hooks.stop_after in names:
+            return names.index(self.hooks.stop_after) + 1
+        return len(names)
 
     def record(self, result: PassResult, seed: int, seconds: float) -> Program:
         """The passes wrote the history themselves."""
         return result.program
 
-    def _report(self, one: Pass, program: Program, seconds: float) -> None:
+    def _report_pass(self, one: Pass, program: Program, seconds: float) -> None:
         log.info("%s: %.2f s", one.name, seconds)
         if self.hooks.time_passes:
             self.hooks.write(f"{one.name}: {seconds:.2f} s")
@@ -216,4 +247,6 @@ def _for_pass(context: Context, position: int, one: Pass) -> Context:
     """The context of one pass: the folder of its own instead of the pipeline's checkpoints."""
     if context.checkpoints is None:
         return context
-    return replace(context, resume=context.checkpoints.folder(position, one.name), checkpoints=None)
+    return replace(
+        context, resume=context.checkpoints.pass_folder(position, one.name), checkpoints=None
+    )

@@ -1,26 +1,26 @@
 """The table of passes.  To add one: its file, its row here, its test."""
 
-from secateur.passes.adapt_lora import AdaptLora
-from secateur.passes.allocate import Allocate
 from secateur.passes.base import Pass
-from secateur.passes.compensate import Compensate
-from secateur.passes.distill import Distill
-from secateur.passes.fill_dropped import FillDropped
-from secateur.passes.fill_widths import FillWidths
+from secateur.passes.depth.fill_dropped import FillDropped
+from secateur.passes.depth.prune_depth import PruneDepth
 from secateur.passes.importance import IMPORTANCES, Importance
-from secateur.passes.lower import Lower
-from secateur.passes.options import Table
-from secateur.passes.permute_channels import PermuteChannels
-from secateur.passes.plugins import load_class
-from secateur.passes.prune_depth import PruneDepth
-from secateur.passes.prune_width import PruneWidth
-from secateur.passes.quantize import Quantize
-from secateur.passes.reconstruct import Reconstruct
-from secateur.passes.repair import Repair
-from secateur.passes.retrain_sparse import RetrainSparse
-from secateur.passes.score import Score
-from secateur.passes.search import Search
-from secateur.passes.sparsify import Sparsify
+from secateur.passes.importance.score import Score
+from secateur.passes.language.options import Table
+from secateur.passes.language.plugins import load_class
+from secateur.passes.lowering.lower import Lower
+from secateur.passes.lowering.quantize import Quantize
+from secateur.passes.repair.compensate import Compensate
+from secateur.passes.repair.reconstruct import Reconstruct
+from secateur.passes.repair.repair import Repair
+from secateur.passes.search.search import Search
+from secateur.passes.sparsity.permute_channels import PermuteChannels
+from secateur.passes.sparsity.sparsify import Sparsify
+from secateur.passes.training.adapt_lora import AdaptLora
+from secateur.passes.training.distill import Distill
+from secateur.passes.training.retrain_sparse import RetrainSparse
+from secateur.passes.width.allocate import Allocate
+from secateur.passes.width.fill_widths import FillWidths
+from secateur.passes.width.prune_width import PruneWidth
 
 PASSES: Table[Pass] = Table(
     "a pass",
@@ -47,9 +47,11 @@ PASSES: Table[Pass] = Table(
 
 
 def add_plugin(where: str) -> None:
-    """Let pipeline texts and recipes name a pass or an importance of another module, ``module:Class``.
+    """Let pipeline texts and recipes name a pass or an importance of another module,
+    ``module:Class``.
 
-    Raises: PluginError: see ``plugins.load_class``; or its name is taken.
+    Raises:
+        PluginError: see ``plugins.load_class``; or its name is taken.
     """
     found = load_class(where, (Pass, Importance))
-    (PASSES if issubclass(found, Pass) else IMPORTANCES).add(found)
+    (PASSES if issubclass(found, Pass) else IMPORTANCES).add_class(found)

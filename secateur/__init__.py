@@ -4,8 +4,8 @@
 
     program = secateur.capture("path/to/model")
     groups = secateur.coupled_groups(program)
-    program = secateur.Pipeline.parse("score{metric=taylor},prune-width{ratio=0.25}").run(program, data=windows)
-    secateur.save(program, "path/to/smaller")
+    program = secateur.Pipeline.parse("score{metric=taylor},prune-width{ratio=0.25}").run(program,
+    data=windows) secateur.save(program, "path/to/smaller")
     model = secateur.load("path/to/smaller")
 """
 
@@ -35,13 +35,13 @@ from secateur.runtime import (
     open_engine,
     open_model,
     plan_config,
-    raise_model,
     running,
     save,
     save_weights,
+    to_transformers,
     verify_folder,
 )
-from secateur.runtime.declared import declared
+from secateur.runtime.open.declared import read_declared
 
 __version__ = "0.1.0.dev0"
 
@@ -50,17 +50,22 @@ def capture(model: nn.Module | str | Path, example_inputs: Any = None) -> Progra
     """Capture a model as a Program: an FX graph of ATen ops over its Parameter objects.
 
     Args:
-        model: a checkpoint folder, a Hugging Face id, a PreTrainedModel, or any nn.Module; the meta device will do.
-        example_inputs: a tensor, a tuple, or a dict by argument name; needed where the model's configuration does not
-            say what it takes.
+        model: a checkpoint folder, a Hugging Face id, a PreTrainedModel, or any nn.Module; the meta
+            device will do.
+        example_inputs: a tensor, a tuple, or a dict by argument name; needed where the model's
+            configuration does not say what it takes.
+
     Raises:
-        SourceError: a folder that cannot be opened safely.  CaptureError: names the module and the reason.
+        SourceError: a folder that cannot be opened safely.
+        CaptureError: names the module and the reason.
     """
     if isinstance(model, nn.Module):
         return _graph.capture(model, example_inputs)
     folder = Path(model)
-    program = _graph.capture(open_model(model), example_inputs, folder=folder if folder.is_dir() else None)
-    return program.replace(sparse=declared(folder))
+    program = _graph.capture(
+        open_model(model), example_inputs, folder=folder if folder.is_dir() else None
+    )
+    return program.replace(sparse=read_declared(folder))
 
 
 __all__ = [
@@ -79,10 +84,10 @@ __all__ = [
     "open_engine",
     "open_model",
     "plan_config",
-    "raise_model",
     "running",
     "save",
     "save_weights",
+    "to_transformers",
     "verify",
     "verify_folder",
 ]

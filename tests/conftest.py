@@ -1,4 +1,5 @@
-"""Shared by all tests: quiet, offline, deterministic; and the real model where a test is marked ``real``."""
+"""Shared by all tests: quiet, offline, deterministic; and the real model where a test is marked
+``real``."""
 
 from __future__ import annotations
 
@@ -22,8 +23,12 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def real_model() -> Path:
-    """The demo's model as a stock fp32 checkpoint folder (`make assets` prepares it; `make test` does so by itself)."""
-    folder = Path(os.environ.get("SECATEUR_CACHE", ROOT / ".cache" / "secateur")) / "smollm2-135m-instruct"
+    """The demo's model as a stock fp32 checkpoint folder (`make assets` prepares it; `make test`
+    does so by itself)."""
+    folder = (
+        Path(os.environ.get("SECATEUR_CACHE", ROOT / ".cache" / "secateur"))
+        / "smollm2-135m-instruct"
+    )
     if not (folder / "config.json").is_file():
         pytest.skip("the real model is not prepared: run `make assets`")
     return folder

@@ -1,4 +1,5 @@
-"""The wheel works with what it declares and nothing else: inspect, compress and generate on a tiny model."""
+"""The wheel works with what it declares and nothing else: inspect, compress and generate on a tiny
+model."""
 
 from __future__ import annotations
 
@@ -37,15 +38,29 @@ for arguments in (
 
 
 def built_wheel(folder: Path) -> Path:
-    """The wheel of this checkout, built by the installed setuptools from a copy, since building leaves files behind."""
+    """The wheel of this checkout, built by the installed setuptools from a copy, since building
+    leaves files behind."""
     copy = folder / "checkout"
     ignored = shutil.ignore_patterns(
         ".*", "build", "dist", "*.egg-info", "__pycache__", "demo-out", "tests", "benchmarks"
     )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
-    command = [sys.executable, "-P", "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
     done = subprocess.run(
-        [*command, "-w", str(folder), str(copy)], capture_output=True, text=True, cwd=folder, check=False
+        [*command, "-w", str(folder), str(copy)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return next(folder.glob("*.whl"))
@@ -100,13 +115,22 @@ def new_environment(home: Path) -> Path:
 
 
 def run_commands(home: Path, work: Path) -> None:
-    """Open, compress and run a tiny model by the interpreter of an environment, and look at the result."""
+    """Open, compress and run a tiny model by the interpreter of an environment, and look at the
+    result."""
     save_tiny_model(work / "model")
     write_letters(work / "text.txt")
     python = str(home / "bin" / "python")
-    command = [python, "-I", "-c", COMMANDS, *(str(work / name) for name in ("model", "text.txt", "out"))]
+    command = [
+        python,
+        "-I",
+        "-c",
+        COMMANDS,
+        *(str(work / name) for name in ("model", "text.txt", "out")),
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=work, env=environment, timeout=300, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=work, env=environment, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert json.loads((work / "out" / "config.json").read_text())["intermediate_size"] == 48
 
@@ -125,7 +149,8 @@ def test_the_wheel_works_with_what_it_declares(wheel: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_the_wheel_works_where_pip_installed_it(wheel: Path, tmp_path: Path) -> None:
-    """A real installation; pip is pointed at a CPU build of torch by the environment, or brings CUDA libraries."""
+    """A real installation; pip is pointed at a CPU build of torch by the environment, or brings
+    CUDA libraries."""
     new_environment(tmp_path / "home")
     python = str(tmp_path / "home" / "bin" / "python")
     command = [sys.executable, "-P", "-m", "pip", "--python", python, "install", "-q"]

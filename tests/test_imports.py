@@ -27,7 +27,10 @@ def imported(tree: ast.AST) -> list[tuple[int, str]]:
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
-            found += [(node.lineno, f"{base}.{alias.name}" if base == "secateur" else base) for alias in node.names]
+            found += [
+                (node.lineno, f"{base}.{alias.name}" if base == "secateur" else base)
+                for alias in node.names
+            ]
     return found
 
 
@@ -48,7 +51,9 @@ def offences(folder: str, source: str) -> list[str]:
 def test_a_folder_imports_only_what_stands_below_it(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
-    assert [f"{f.relative_to(ROOT)}:{bad}" for f in files for bad in offences(folder, f.read_text())] == []
+    assert [
+        f"{f.relative_to(ROOT)}:{bad}" for f in files for bad in offences(folder, f.read_text())
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -74,8 +79,14 @@ def test_every_room_is_linked_into_the_package_by_a_relative_link() -> None:
 
 
 def test_optional_packages_are_not_imported_when_a_module_is_loaded() -> None:
-    for file in (f for folder in MAY_IMPORT for f in (ROOT / folder).rglob("*.py") if folder != "kernels"):
-        top = {name.split(".")[0] for node in ast.parse(file.read_text()).body for _, name in _top_level(node)}
+    for file in (
+        f for folder in MAY_IMPORT for f in (ROOT / folder).rglob("*.py") if folder != "kernels"
+    ):
+        top = {
+            name.split(".")[0]
+            for node in ast.parse(file.read_text()).body
+            for _, name in _top_level(node)
+        }
         assert not top & HEAVY_AND_OPTIONAL, f"{file}: import it inside the function that needs it"
 
 

@@ -1,4 +1,5 @@
-"""The package works from the root, installed in editable mode, and from a wheel; and shadows nobody."""
+"""The package works from the root, installed in editable mode, and from a wheel; and shadows
+nobody."""
 
 from __future__ import annotations
 
@@ -16,13 +17,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("graph", "kernels", "passes", "runtime", "tools")
-SHOW_KERNELS = "import importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s else None)"
+SHOW_KERNELS = (
+    "import importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s else None)"
+)
 
 
 def python(code: str, *, exe: str = sys.executable, cwd: Path = ROOT, **env: str) -> str:
     """What ``code`` prints in a fresh interpreter that starts in ``cwd`` with a safe path."""
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
-    result = subprocess.run([exe, "-P", "-c", code], cwd=cwd, env=clean | env, capture_output=True, text=True)
+    result = subprocess.run(
+        [exe, "-P", "-c", code], cwd=cwd, env=clean | env, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -50,7 +55,9 @@ def test_a_safe_path_leaves_the_name_kernels_to_the_pypi_package(tmp_path: Path)
         "import secateur.kernels, kernels; print(kernels.__file__, secateur.kernels.__file__)",
         PYTHONPATH=f"{other}{os.pathsep}{ROOT}",
     ).split()
-    assert both[0].startswith(str(other)) and both[1] == str(ROOT / "secateur" / "kernels" / "__init__.py")
+    assert both[0].startswith(str(other)) and both[1] == str(
+        ROOT / "secateur" / "kernels" / "__init__.py"
+    )
 
 
 def test_the_makefile_and_the_demo_ask_for_a_safe_path() -> None:
@@ -66,7 +73,11 @@ def test_metadata_names_the_licence_the_command_and_the_lower_bounds() -> None:
 
 
 def test_constraints_pin_exact_versions_and_no_local_builds() -> None:
-    lines = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if x and not x.startswith("#")]
+    lines = [
+        x
+        for x in (ROOT / "constraints.txt").read_text().splitlines()
+        if x and not x.startswith("#")
+    ]
     assert "torch==2.13.0" in lines
     assert all("==" in line and "+" not in line and "@" not in line for line in lines)
 
@@ -100,7 +111,10 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_archive_and_wheel_hold_real_files_of_every_room(built: Path) -> None:
-    wanted = {f"secateur/{name}" for name in sources(ROOT)} | {"secateur/__main__.py", "secateur/py.typed"}
+    wanted = {f"secateur/{name}" for name in sources(ROOT)} | {
+        "secateur/__main__.py",
+        "secateur/py.typed",
+    }
     wheel = zipfile.ZipFile(next(built.glob("*.whl")))
     assert wanted <= set(wheel.namelist())
     assert {n.split("/")[0] for n in wheel.namelist()} == {
@@ -116,16 +130,32 @@ def test_archive_and_wheel_hold_real_files_of_every_room(built: Path) -> None:
 def test_the_wheel_imports_without_the_checkout(built: Path, bare: Path, tmp_path: Path) -> None:
     target = tmp_path / "lib"
     zipfile.ZipFile(next(built.glob("*.whl"))).extractall(target)
-    code = "import secateur.graph.program as p, secateur.kernels as k; print(p.__file__, k.__file__)"
+    code = (
+        "import secateur.graph.program as p, secateur.kernels as k; print(p.__file__, k.__file__)"
+    )
     for file in python(code, exe=str(bare), cwd=tmp_path, PYTHONPATH=str(target)).split():
         assert file.startswith(str(target))
 
 
 @pytest.mark.slow
-def test_an_editable_install_follows_the_checkout_and_keeps_the_root_off_the_path(bare: Path, tmp_path: Path) -> None:
+def test_an_editable_install_follows_the_checkout_and_keeps_the_root_off_the_path(
+    bare: Path, tmp_path: Path
+) -> None:
     home = bare.parents[1]
     site = next((home / "lib").glob("python3*/site-packages"))
-    command = [sys.executable, "-P", "-m", "pip", "--python", str(bare), "install", "--no-deps", "-q", "-e", str(ROOT)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "--python",
+        str(bare),
+        "install",
+        "--no-deps",
+        "-q",
+        "-e",
+        str(ROOT),
+    ]
     subprocess.run(command, check=True, cwd=tmp_path)
     code = "import sys, secateur.graph as g; print(g.__file__); print(*sys.path)"
     file, path = python(code, exe=str(bare), cwd=tmp_path).splitlines()

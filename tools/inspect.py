@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.graph import CoupledGroup, Program, SecateurError, coupled_groups
-from secateur.tools.footprint import Footprint, footprint
+from secateur.tools.plan.footprint import Footprint, measure_footprint
 
 JSON = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class FamilySummary:
-    """Groups of one family.  units: (units of a group, how many such groups).  locked: reason -> number of groups."""
+    """Groups of one family.  units: (units of a group, how many such groups).  locked: reason ->
+    number of groups."""
 
     family: str
     groups: int
@@ -26,7 +27,9 @@ class FamilySummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``secateur inspect`` tells.   sparse: pattern -> number of weights that a manifest says hold it."""
+    """What ``secateur inspect`` tells.
+    sparse: pattern -> number of weights that a manifest says hold it.
+    """
 
     model: str
     folder: str | None
@@ -45,7 +48,7 @@ class Inspection:
         return found
 
 
-def inspect(program: Program) -> Inspection:
+def inspect_program(program: Program) -> Inspection:
     """Look at a Program; weights are not needed."""
     groups = coupled_groups(program)
     families = dict.fromkeys(group.family for group in groups)
@@ -56,15 +59,18 @@ def inspect(program: Program) -> Inspection:
         model=type(program.source.model).__name__,
         folder=None if program.source.folder is None else str(program.source.folder),
         dtypes=dict(dtypes),
-        footprint=footprint(program),
-        blocks=tuple(blocks(groups)),
-        families=tuple(_summary(program, family, [g for g in groups if g.family == family]) for family in families),
+        footprint=measure_footprint(program),
+        blocks=tuple(layer_paths(groups)),
+        families=tuple(
+            _summarize_family(program, family, [g for g in groups if g.family == family])
+            for family in families
+        ),
         nodes=len(program.gm.graph.nodes),
         sparse=dict(Counter(str(one.pattern) for one in program.sparse.values())),
     )
 
 
-def blocks(groups: Sequence[CoupledGroup]) -> list[str]:
+def layer_paths(groups: Sequence[CoupledGroup]) -> list[str]:
     """Module paths of the residual layers, in order."""
     return list(dict.fromkeys(group.block for group in groups if group.block))
 
@@ -72,27 +78,35 @@ def blocks(groups: Sequence[CoupledGroup]) -> list[str]:
 def groups_of_block(program: Program, index: int) -> tuple[str, list[CoupledGroup]]:
     """One residual layer's path and the groups that touch its parameters, the layer's own first.
 
-    Raises: SecateurError: no such layer.
+    Raises:
+        SecateurError: no such layer.
     """
     groups = coupled_groups(program)
-    paths = blocks(groups)
+    paths = layer_paths(groups)
     if not paths:
         return "", groups
     if not -len(paths) <= index < len(paths):
         raise SecateurError(f"there is no block {index}: the model has blocks 0..{len(paths) - 1}")
     path = paths[index]
-    touching = [g for g in groups if g.block == path or any(inside(m.parameter, path) for m in g.members)]
+    touching = [
+        g for g in groups if g.block == path or any(is_inside(m.parameter, path) for m in g.members)
+    ]
     return path, sorted(touching, key=lambda g: (g.block != path, groups.index(g)))
 
 
-def inside(parameter: str, path: str) -> bool:
+def is_inside(parameter: str, path: str) -> bool:
     """Whether a parameter lies in a module."""
     return not path or parameter.startswith(path + ".")
 
 
-def _summary(program: Program, family: str, groups: list[CoupledGroup]) -> FamilySummary:
+def _summarize_family(program: Program, family: str, groups: list[CoupledGroup]) -> FamilySummary:
     named = dict(program.named_parameters())
-    touched = {member.parameter for group in groups for member in group.members if member.parameter in named}
+    touched = {
+        member.parameter
+        for group in groups
+        for member in group.members
+        if member.parameter in named
+    }
     locked = Counter(group.locked for group in groups if group.locked is not None)
     units = Counter(group.units for group in groups)
     parameters = sum(named[name].numel() for name in touched)

@@ -17,9 +17,11 @@ PACKAGES = ("secateur", "torch", "transformers")
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores, threads, accelerator and versions, as JSON."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
     return {
-        "processor": _processor(),
+        "processor": _processor_name(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
@@ -30,19 +32,26 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def _processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    names = []
+    for line in lines:
+        if line.startswith("model name"):
+            names.append(line.split(":", 1)[1].strip())
+    if names:
+        return names[0]
+    return platform.processor() or platform.machine()
 
 
 def peak_memory_bytes() -> int:
     """The largest resident size of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    if sys.platform == "darwin":
+        return peak
+    return peak * 1024
 
 
 def resident_bytes() -> int:

@@ -1,6 +1,8 @@
-"""2:4 sparse linear layers: formats, a reference, CPU and GPU kernels, and the ops that carry them through graphs.
+"""2:4 sparse linear layers: formats, a reference, CPU and GPU kernels, and the ops that carry them
+through graphs.
 
-Importing this package registers the ops ``torch.ops.secateur.*`` (see ``ops``); kernels load at their first call.
+Importing this package registers the ops ``torch.ops.secateur.*`` (see ``ops``); kernels load at
+their first call.
 """
 
 from secateur.kernels.sparse24.backends import Served, backend_report

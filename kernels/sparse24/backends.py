@@ -14,7 +14,8 @@ from secateur.kernels.sparse24.ops import op_of
 
 @dataclass(frozen=True)
 class Served:
-    """One line of the report: ``backend`` serves ``op`` with values of ``kind`` on ``device``, for ``reason``."""
+    """One line of the report: ``backend`` serves ``op`` with values of ``kind`` on ``device``, for
+    ``reason``."""
 
     device: str
     op: str
@@ -27,23 +28,35 @@ def backend_report() -> list[Served]:
     """Every op and kind on every kind of device; loads the CPU kernels if that was not done yet."""
     found = cpu.backend()
     rows = [Served("cpu", op_of(kind), kind, found.name, found.reason) for kind in KINDS]
-    rows += [Served("cpu", op_of(kind, sparse=False), kind, found.name, found.reason) for kind in ("int8", "int4")]
+    rows += [
+        Served("cpu", op_of(kind, sparse=False), kind, found.name, found.reason)
+        for kind in ("int8", "int4")
+    ]
     if torch.cuda.is_available():
-        canonical = "canonical tensors are expanded on CUDA: rearrange the weight for linear_24_fragment"
+        canonical = (
+            "canonical tensors are expanded on CUDA: rearrange the weight for linear_24_fragment"
+        )
         rows += [Served("cuda", op_of(kind), kind, "reference", canonical) for kind in KINDS]
-    name, reason = _fragments()
-    return rows + [Served("cuda", "linear_24_fragment", k, name, reason) for k in KINDS if k not in _NO_TENSOR_CORES]
+    name, reason = _report_fragments()
+    return rows + [
+        Served("cuda", "linear_24_fragment", k, name, reason)
+        for k in KINDS
+        if k not in _NO_TENSOR_CORES
+    ]
 
 
 _NO_TENSOR_CORES = tuple(kind for kind, dtype in FLOAT_KINDS.items() if dtype == torch.float32)
 
 
-def _fragments() -> tuple[str, str]:
+def _report_fragments() -> tuple[str, str]:
     if not torch.cuda.is_available():
         return "none", "no CUDA device"
     if find_spec("triton") is None:
         return "none", "triton is not installed: pip install 'secateur[kernels]'"
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
-        return "none", f"sparse tensor cores need compute capability 8.0, this device has {major}.{minor}"
+        return (
+            "none",
+            f"sparse tensor cores need compute capability 8.0, this device has {major}.{minor}",
+        )
     return "gpu", f"sparse tensor cores of compute capability {major}.{minor}"

@@ -1,11 +1,14 @@
-"""The compiled CPU kernels: built at first use, tested against the reference, then registered for the ops.
+"""The compiled CPU kernels: built at first use, tested against the reference, then registered for
+the ops.
 
-The library is one C++ file (``cpu_kernels.cpp``) for processors with AVX-512 and VBMI2.  It is compiled with the
-system's C++ compiler against torch's headers into a folder of the user's cache whose name is a hash of all that goes
-into it.  A build happens in a folder of its own that is renamed when it is whole, so concurrent first uses and killed
-builds leave no half library and no lock.  (torch's own extension loader needs ninja and leaves a lock when killed.)
+The library is one C++ file (``cpu_kernels.cpp``) for processors with AVX-512 and VBMI2.  It is
+compiled with the system's C++ compiler against torch's headers into a folder of the user's cache
+whose name is a hash of all that goes into it.  A build happens in a folder of its own that is
+renamed when it is whole, so concurrent first uses and killed builds leave no half library and no
+lock.  (torch's own extension loader needs ninja and leaves a lock when killed.)
 
-Environment: SECATEUR_CPU_KERNELS=0: never build, use the reference.   SECATEUR_KERNEL_CACHE: the cache folder.
+Environment: SECATEUR_CPU_KERNELS=0: never build, use the reference.   SECATEUR_KERNEL_CACHE: the
+    cache folder.
 CXX: the compiler.
 """
 
@@ -26,7 +29,7 @@ from threading import RLock
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from secateur.kernels.sparse24.selftest import failures
+from secateur.kernels.sparse24.selftest import find_failures
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 NAMESPACE = "secateur_cpu"
@@ -46,8 +49,10 @@ _lock = RLock()
 class Backend:
     """Who serves the canonical ops on CPU.
 
-    Fields:  name: ``avx512`` or ``reference``.   reason: why not the compiled kernels, else what they use.
-    library: the shared library's path.
+    Attributes:
+        name: ``avx512`` or ``reference``.
+        reason: why not the compiled kernels, else what they use.
+        library: the shared library's path.
     """
 
     name: str
@@ -63,7 +68,8 @@ _backend: Backend | None = None
 
 
 def backend() -> Backend:
-    """The CPU backend of this process; the first call builds, tests and registers the kernels where it can.
+    """The CPU backend of this process; the first call builds, tests and registers the kernels where
+    it can.
 
     A fallback is logged once, with its reason.
     """
@@ -71,38 +77,51 @@ def backend() -> Backend:
     with _lock:
         if _backend is None:
             try:
-                _backend = _start()
+                _backend = _start_backend()
             except Unavailable as reason:
                 _backend = Backend("reference", str(reason))
                 log.warning("2:4 layers run on the slow reference: %s", reason)
         return _backend
 
 
-def active() -> bool:
+def is_active() -> bool:
     """Whether the compiled kernels serve the ops, loading them at the first call."""
     return backend().name != "reference"
 
 
-def build(source: Path = SOURCE, namespace: str = NAMESPACE) -> Path:
+def build_library(source: Path = SOURCE, namespace: str = NAMESPACE) -> Path:
     """Compile the library unless the cache holds it.
 
-    Args:  namespace: the torch library that its raw kernels define.
-    Returns: the shared library's path.
-    Raises: Unavailable: no compiler, or it failed; the message holds the end of what it said.
+    Args:
+        namespace: the torch library that its raw kernels define.
+
+    Returns:
+        the shared library's path.
+
+    Raises:
+        Unavailable: no compiler, or it failed; the message holds the end of what it said.
     """
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None:
         raise Unavailable("there is no C++ compiler (c++ or g++, or name one in CXX)")
-    options = [*FLAGS, *([BF16_FLAG] if BF16_CPU in processor_flags() else []), f"-DSECATEUR_NAMESPACE={namespace}"]
+    options = [
+        *FLAGS,
+        *([BF16_FLAG] if BF16_CPU in processor_flags() else []),
+        f"-DSECATEUR_NAMESPACE={namespace}",
+    ]
     text = source.read_bytes()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    key = hashlib.sha256(repr((text, options, torch.__version__, version, platform.machine())).encode()).hexdigest()
+    key = hashlib.sha256(
+        repr((text, options, torch.__version__, version, platform.machine())).encode()
+    ).hexdigest()
     folder = cache_folder() / f"{namespace}-{key[:24]}"
     library = folder / "kernels.so"
     if not library.is_file():
-        _compile(compiler, options, text, folder)
+        _compile_library(compiler, options, text, folder)
     if fault := not_private(library):
-        raise Unavailable(f"{fault}: delete {folder}, or name another folder in SECATEUR_KERNEL_CACHE")
+        raise Unavailable(
+            f"{fault}: delete {folder}, or name another folder in SECATEUR_KERNEL_CACHE"
+        )
     return library
 
 
@@ -110,8 +129,9 @@ def not_private(library: Path) -> str:
     """Why others could have put a library where it lies, "" if they could not.
 
     Args:
-        library: and its folder and the cache folder must belong to this user or root, and be writable by no other; no
-            folder above them may be writable by everybody, but for those with the sticky bit.
+        library: and its folder and the cache folder must belong to this user or root, and be
+            writable by no other; no folder above them may be writable by everybody, but for those
+            with the sticky bit.
     """
     own = (library, library.parent, library.parent.parent)
     for path in (*own, *library.parent.parent.absolute().parents):
@@ -127,7 +147,7 @@ def not_private(library: Path) -> str:
     return ""
 
 
-def load(library: Path, namespace: str = NAMESPACE) -> torch._ops._OpNamespace:
+def load_library(library: Path, namespace: str = NAMESPACE) -> torch._ops._OpNamespace:
     """The raw kernels of a library: ``.linear_out(x, values, mask, scale, bias, y)``."""
     try:
         torch.ops.load_library(str(library))
@@ -143,8 +163,13 @@ def processor_flags() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
-    found = [line.split(":", 1)[1].split() for line in lines if line.startswith("flags")]
-    return frozenset(found[0]) if found else frozenset()
+    found = []
+    for line in lines:
+        if line.startswith("flags"):
+            found.append(line.split(":", 1)[1].split())
+    if found:
+        return frozenset(found[0])
+    return frozenset()
 
 
 def cache_folder() -> Path:
@@ -155,34 +180,50 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "secateur" / "kernels"
 
 
-def _start() -> Backend:
+def _start_backend() -> Backend:
     if os.environ.get("SECATEUR_CPU_KERNELS", "1") == "0":
         raise Unavailable("SECATEUR_CPU_KERNELS=0 asks for it")
     flags = processor_flags()
     if missing := [flag for flag in NEEDED if flag not in flags]:
         raise Unavailable(f"this processor has no {', '.join(missing)}")
-    library = build()
-    raw = load(library)
-    if found := failures(raw.linear_out):
-        raise Unavailable(f"the self-test of {library} failed: {found[0]} ({len(found)} in all); please report it")
+    library = build_library()
+    raw = load_library(library)
+    if found := find_failures(raw.linear_out):
+        raise Unavailable(
+            f"the self-test of {library} failed: {found[0]} ({len(found)} in all); please report it"
+        )
     raw.activate()
-    how = "bfloat16 products in hardware" if BF16_CPU in flags else "bfloat16 products as float32"
+    if BF16_CPU in flags:
+        how = "bfloat16 products in hardware"
+    else:
+        how = "bfloat16 products as float32"
     return Backend("avx512", f"{how}; self-test passed", library)
 
 
-def _compile(compiler: str, options: list[str], text: bytes, folder: Path) -> None:
+def _compile_library(compiler: str, options: list[str], text: bytes, folder: Path) -> None:
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     except OSError as error:
         raise Unavailable(f"the cache folder {folder.parent} cannot be written: {error}") from error
     try:
-        source, target = draft / "kernels.cpp", draft / "kernels.so"
+        source = draft / "kernels.cpp"
+        target = draft / "kernels.so"
         source.write_bytes(text)
-        # OpenMP's symbols are those of the runtime that torch itself loads: a second runtime would fight for the cores.
+        # OpenMP's symbols are those of the runtime that torch itself loads: a second runtime would
+        # fight for the cores.
         paths = [f"-I{p}" for p in include_paths()] + [f"-L{p}" for p in library_paths()]
         command = [compiler, *options, *paths, "-c", str(source), "-o", str(draft / "kernels.o")]
-        link = [compiler, "-shared", str(draft / "kernels.o"), "-o", str(target), *paths, "-ltorch_cpu", "-lc10"]
+        link = [
+            compiler,
+            "-shared",
+            str(draft / "kernels.o"),
+            "-o",
+            str(target),
+            *paths,
+            "-ltorch_cpu",
+            "-lc10",
+        ]
         log.info("compiling the CPU kernels (once, about half a minute) into %s", folder)
         for step in (command, [*link, *(f"-Wl,-rpath,{p}" for p in library_paths())]):
             result = subprocess.run(step, capture_output=True, text=True, timeout=BUILD_SECONDS)

@@ -1,1 +1,2 @@
-"""How many units each group keeps under a budget: what sizes cost, what they damage, and the choice among them."""
+"""How many units each group keeps under a budget: what sizes cost, what they damage, and the choice
+among them."""

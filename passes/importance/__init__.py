@@ -1,7 +1,7 @@
 """Importance estimators, one a file.  To add one: its file, its row here, its test."""
 
 from secateur.passes.importance.activation import Activation
-from secateur.passes.importance.base import Importance, aggregate, normalize
+from secateur.passes.importance.base import Importance, aggregate_members, normalize_scores
 from secateur.passes.importance.fisher import Fisher
 from secateur.passes.importance.flap import Flap
 from secateur.passes.importance.magnitude import Magnitude
@@ -10,7 +10,7 @@ from secateur.passes.importance.perplexity import Perplexity
 from secateur.passes.importance.random import Random
 from secateur.passes.importance.taylor import Taylor
 from secateur.passes.importance.wanda import Wanda
-from secateur.passes.options import Table
+from secateur.passes.language.options import Table
 
 IMPORTANCES: Table[Importance] = Table(
     "an importance",
@@ -39,6 +39,6 @@ __all__ = [
     "Random",
     "Taylor",
     "Wanda",
-    "aggregate",
-    "normalize",
+    "aggregate_members",
+    "normalize_scores",
 ]

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from secateur.graph import CoupledGroup, Program
 from secateur.passes.base import Context
+from secateur.passes.calibration.observe import Reader, observe, readers
 from secateur.passes.importance.base import Importance, MemberScores, Needs
-from secateur.passes.importance.observe import Reader, observe, readers
 
 OverSequence = Literal["mean", "l2", "var"]
 OverBatch = Literal["l2", "mean", "var"]
 
-# What becomes of a unit's activity over the positions of a sequence: [batch, positions, units] -> [batch, units].
+# What becomes of a unit's activity over the positions of a sequence: [batch, positions, units] ->
+# [batch, units].
 SEQUENCE: Mapping[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda x: x.abs().mean(1, dtype=torch.float64),
     "l2": lambda x: torch.linalg.vector_norm(x, dim=1, dtype=torch.float64),
@@ -35,14 +36,17 @@ BATCH: Mapping[str, Callable[[int, Tensor, Tensor], Tensor]] = {
 class Activation(Importance):
     """Minitron's activation score: |x| aggregated over a sequence, then over sequences.
 
-    A unit of several positions (a head) is reduced by L2 over them first; a unit with several distinct consumer inputs
-    (a residual channel: every norm's output, once for router, experts and shared experts together) has one score for
-    each, which aggregation adds.
-    final_norm: whether what the head reads counts (tied to the embeddings or not), too; where nothing else reads a
-        group it does.  The paper adds over the norms inside the layers.
+    A unit of several positions (a head) is reduced by L2 over them first; a unit with several
+    distinct consumer inputs (a residual channel: every norm's output, once for router, experts and
+    shared experts together) has one score for each, which aggregation adds.
+    final_norm: whether what the head reads counts (tied to the embeddings or not), too; where
+        nothing else reads a group it does.  The paper adds over the norms inside the layers.
     sequence: over positions: mean of |x|, l2, or var (of x itself, by the number of positions).
     batch: over sequences: l2, mean or var (by their number).
-    Source: Muralidharan et al. 2024, arXiv:2407.14679, section 2.2 and table 11 (batch L2, sequence mean is best).
+
+    Source:
+        Muralidharan et al. 2024, arXiv:2407.14679, section 2.2 and table 11 (batch L2, sequence
+        mean is best).
     """
 
     name: ClassVar[str] = "activation"
@@ -52,34 +56,50 @@ class Activation(Importance):
     sequence: OverSequence = "mean"
     final_norm: bool = False
 
-    def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
+    def members(
+        self, program: Program, groups: Sequence[CoupledGroup], context: Context
+    ) -> MemberScores:
         named = {group.name: readers(program, group, self.final_norm) for group in groups}
         reading = {name: found for name, found in named.items() if found}
         wanted = [reader for found in reading.values() for reader in found]
-        totals = {reader: torch.zeros(len(reader.positions), dtype=torch.float64) for reader in wanted}
+        totals = {
+            reader: torch.zeros(len(reader.positions), dtype=torch.float64) for reader in wanted
+        }
         squares = {reader: torch.zeros_like(total) for reader, total in totals.items()}
         counts = dict.fromkeys(wanted, 0)
 
-        def see(reader: Reader, value: Tensor, batch: int) -> None:
+        def observe_value(reader: Reader, value: Tensor, batch: int) -> None:
             activity = unit_activity(value, reader, batch, self.sequence).cpu()
             counts[reader] += len(activity)
             totals[reader] += activity.sum(0)
             squares[reader] += activity.square().sum(0)
 
-        observe(program, context, totals, see)
+        observe(program, context, totals, observe_value)
         over = BATCH[self.batch]
-        scored = {reader: over(max(counts[reader], 1), totals[reader], squares[reader]).float() for reader in wanted}
+        scored = {
+            reader: over(max(counts[reader], 1), totals[reader], squares[reader]).float()
+            for reader in wanted
+        }
         return {name: [scored[reader] for reader in found] for name, found in reading.items()}
 
 
-def unit_activity(value: Tensor, reader: Reader, batch: int, sequence: OverSequence = "mean") -> Tensor:
+def unit_activity(
+    value: Tensor, reader: Reader, batch: int, sequence: OverSequence = "mean"
+) -> Tensor:
     """Each unit's activity over a sequence.
 
-    Args: value: the activation; ``reader.dim`` holds the channels, the other dims are batch and positions in order.
-    Returns: [batch, units] float64.
+    Args:
+        value: the activation; ``reader.dim`` holds the channels, the other dims are batch and
+            positions in order.
+
+    Returns:
+        [batch, units] float64.
     """
     channels_last = value.movedim(reader.dim, -1).float()
     flat = channels_last.reshape(batch, -1, channels_last.shape[-1])
     units = flat[..., reader.positions.to(flat.device)]
-    signed = units[..., 0] if units.shape[-1] == 1 else torch.linalg.vector_norm(units, dim=-1)
+    if units.shape[-1] == 1:
+        signed = units[..., 0]
+    else:
+        signed = torch.linalg.vector_norm(units, dim=-1)
     return SEQUENCE[sequence](signed)

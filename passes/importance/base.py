@@ -1,4 +1,5 @@
-"""What an importance estimator is, and how the scores of a unit's members become the unit's score."""
+"""What an importance estimator is, and how the scores of a unit's members become the unit's
+score."""
 
 from __future__ import annotations
 
@@ -12,21 +13,25 @@ from torch import Tensor
 
 from secateur.graph import CoupledGroup, Member, Program
 from secateur.passes.base import Context, Cost
-from secateur.passes.options import Options
+from secateur.passes.language.options import Options
 
 Needs = Literal["nothing", "gradients", "activations"]
 Aggregation = Literal["sum", "mean", "max", "prod", "last"]
 Normalization = Literal["none", "sum", "mean", "max", "standard"]
 MemberScores = Mapping[str, Sequence[Tensor]]
-COSTS: Mapping[Needs, Cost] = {"nothing": Cost(), "gradients": Cost(3.0, 4.0), "activations": Cost(1.0, 0.0)}
+COSTS: Mapping[Needs, Cost] = {
+    "nothing": Cost(),
+    "gradients": Cost(3.0, 4.0),
+    "activations": Cost(1.0, 0.0),
+}
 
 
 @dataclass(frozen=True)
 class Importance(Options):
     """An estimator of how much each unit matters.  Its dataclass fields are its options.
 
-    needs: what it takes beside the weights: nothing, gradients (forward and backward over the calibration data) or
-        activations (forward alone).
+    needs: what it takes beside the weights: nothing, gradients (forward and backward over the
+        calibration data) or activations (forward alone).
     by_cell: whether the groups that ``members`` is given may stand for units at single coordinates
         (``CoupledGroup.as_cells``), which can be scored and not edited.
     """
@@ -40,11 +45,15 @@ class Importance(Options):
         return COSTS[self.needs]
 
     @abstractmethod
-    def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
-        """Scores of the units of each group, one tensor for each thing that was scored: a parameter, an activation.
+    def members(
+        self, program: Program, groups: Sequence[CoupledGroup], context: Context
+    ) -> MemberScores:
+        """Scores of the units of each group, one tensor for each thing that was scored: a
+        parameter, an activation.
 
-        Returns: by group name, tensors [units] float32, higher is more important.  A group that this estimator cannot
-            see is left out.
+        Returns:
+            by group name, tensors [units] float32, higher is more important.  A group that this
+            estimator cannot see is left out.
         """
 
 
@@ -57,14 +66,14 @@ AGGREGATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
-    "sum": lambda x: x / _nonzero(x.sum()),
-    "mean": lambda x: x / _nonzero(x.mean()),
-    "max": lambda x: x / _nonzero(x.abs().max()),
-    "standard": lambda x: (x - x.mean()) / _nonzero(x.std(correction=0)),
+    "sum": lambda x: x / _replace_zeros(x.sum()),
+    "mean": lambda x: x / _replace_zeros(x.mean()),
+    "max": lambda x: x / _replace_zeros(x.abs().max()),
+    "standard": lambda x: (x - x.mean()) / _replace_zeros(x.std(correction=0)),
 }
 
 
-def _nonzero(x: Tensor) -> Tensor:
+def _replace_zeros(x: Tensor) -> Tensor:
     return torch.where(x == 0, torch.ones_like(x), x)
 
 
@@ -72,33 +81,43 @@ def geometric_mean(scores: Tensor) -> Tensor:
     """The product over the first dim as its root of that many factors, by logs.
 
     It ranks as the product does, and stays within the range of the factors however many they are.
-    Args: scores: [factors, units] float64, none below zero.
+
+    Args:
+        scores: [factors, units] float64, none below zero.
     """
     return scores.log().mean(0).exp()
 
 
-def aggregate(scores: Sequence[Tensor], how: Aggregation) -> Tensor:
+def aggregate_members(scores: Sequence[Tensor], how: Aggregation) -> Tensor:
     """Member scores, each [units], as unit scores [units] float32.
 
-    prod gives the geometric mean, see ``geometric_mean``; a single member keeps its scores whatever their sign.
-    Raises: ValueError: a product of scores of which some are below zero.
-    Source: Ma et al. 2023 (LLM-Pruner), arXiv:2305.11627, section 3.2: sum, prod, max, last-only.
+    prod gives the geometric mean, see ``geometric_mean``; a single member keeps its scores whatever
+    their sign.
+
+    Raises:
+        ValueError: a product of scores of which some are below zero.
+
+    Source:
+        Ma et al. 2023 (LLM-Pruner), arXiv:2305.11627, section 3.2: sum, prod, max, last-only.
     """
     if how == "prod" and len(scores) == 1:
         return scores[0].float()
     if how == "prod" and any(bool((score < 0).any()) for score in scores):
-        raise ValueError("some scores are below zero, and their product ranks nothing: use aggregate=sum")
+        raise ValueError(
+            "some scores are below zero, and their product ranks nothing: use aggregate=sum"
+        )
     stacked = torch.stack([s.double() for s in scores])
     return AGGREGATIONS[how](stacked).float()
 
 
-def normalize(scores: Tensor, how: Normalization) -> Tensor:
+def normalize_scores(scores: Tensor, how: Normalization) -> Tensor:
     """Scores [units] of one group on a scale that compares across groups."""
     return NORMALIZATIONS[how](scores.double()).float()
 
 
 def distinct_members(group: CoupledGroup) -> list[Member]:
-    """The members without repetition: a tied parameter is one tensor, although several ops read it."""
+    """The members without repetition: a tied parameter is one tensor, although several ops read
+    it."""
     seen: dict[tuple[str, int, bytes], Member] = {}
     for member in group.members:
         key = (member.parameter, member.dim, member.positions.contiguous().numpy().tobytes())
@@ -112,11 +131,22 @@ def per_unit(salience: Tensor, member: Member, vectors: bool = False) -> Tensor:
     Args:
         salience: of every entry of the member's parameter, shape of the parameter.
         vectors: take the absolute value of each position's sum before a unit's positions are added.
-    Returns: [units] float64.
+
+    Returns:
+        [units] float64.
     """
-    others = [dim for dim in range(salience.dim()) if dim != member.dim]
-    along = salience.sum(others, dtype=torch.float64) if others else salience.double()
-    along = along.abs() if vectors else along
+    others = []
+    for dim in range(salience.dim()):
+        if dim != member.dim:
+            others.append(dim)
+    if others:
+        along = salience.sum(others, dtype=torch.float64)
+    else:
+        along = salience.double()
+    if vectors:
+        along = along.abs()
+    else:
+        along = along
     return along[member.positions.to(along.device)].sum(1).cpu()
 
 
@@ -129,20 +159,25 @@ def parameter_scores(
     """Member scores of an estimator that looks at each entry of each parameter.
 
     Args:
-        salience: (name, parameter) -> salience of every entry, shape of the parameter; computed once a parameter.
+        salience: (name, parameter) -> salience of every entry, shape of the parameter; computed
+            once a parameter.
         vectors: as in ``per_unit``.
     """
     named = dict(program.named_parameters())
     names = dict.fromkeys(member.parameter for group in groups for member in group.members)
-    return scores_of(groups, ((name, salience(name, named[name].detach())) for name in names), vectors)
+    return scores_of(
+        groups, ((name, salience(name, named[name].detach())) for name in names), vectors
+    )
 
 
 def scores_of(
     groups: Sequence[CoupledGroup], saliences: Iterable[tuple[str, Tensor]], vectors: bool = False
 ) -> dict[str, list[Tensor]]:
-    """Member scores from the salience of every entry of each parameter, by name, one after another in any order.
+    """Member scores from the salience of every entry of each parameter, by name, one after another
+    in any order.
 
-    Args: vectors: as in ``per_unit``.
+    Args:
+        vectors: as in ``per_unit``.
     """
     wanted: dict[str, list[tuple[str, int, Member]]] = {}
     for group in groups:

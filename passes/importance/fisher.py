@@ -13,23 +13,28 @@ from torch.nn import functional as F
 
 from secateur.graph import CoupledGroup, Program
 from secateur.passes.base import Context
-from secateur.passes.data import IGNORED, CalibrationError, Sample, main_input
-from secateur.passes.heap import trim_heap
+from secateur.passes.calibration.data import IGNORED, CalibrationError, Sample, main_input
+from secateur.passes.calibration.kl import select_logits
+from secateur.passes.calibration.observe import Reader, readers
 from secateur.passes.importance.base import Importance, MemberScores, Needs
-from secateur.passes.importance.observe import Reader, readers
-from secateur.passes.quality import logits
+from secateur.passes.storage.heap import trim_heap
 
 
 @dataclass(frozen=True)
 class Fisher(Importance):
-    """Half the Fisher information of a factor on the unit: the KL that its removal costs to second order, nats a token.
+    """Half the Fisher information of a factor on the unit: the KL that its removal costs to second
+    order, nats a token.
 
-    With z the sum over a unit's channels of x * dL/dx at one token, the score is the mean over tokens of z^2 / 2; L is
-    the summed cross entropy of labels.  Scores of different groups are on one scale: rank globally without normalising.
-    labels: sampled (drawn from the model's own predictions: the Fisher matrix, whose quadratic form is the KL to the
-        dense model) or data (the token that follows: the empirical one).
+    With z the sum over a unit's channels of x * dL/dx at one token, the score is the mean over
+    tokens of z^2 / 2; L is the summed cross entropy of labels.  Scores of different groups are on
+    one scale: rank globally without normalising.
+    labels: sampled (drawn from the model's own predictions: the Fisher matrix, whose quadratic form
+        is the KL to the dense model) or data (the token that follows: the empirical one).
     draws: how many labels are drawn for each token, each with a backward pass of its own.
-    Source: Kwon et al. 2022, arXiv:2204.09656, section 3.1; Martens 2014, arXiv:1412.1193, section 5 (sampled labels).
+
+    Source:
+        Kwon et al. 2022, arXiv:2204.09656, section 3.1; Martens 2014, arXiv:1412.1193, section 5
+        (sampled labels).
     """
 
     name: ClassVar[str] = "fisher"
@@ -38,10 +43,14 @@ class Fisher(Importance):
     labels: Literal["sampled", "data"] = "sampled"
     draws: Annotated[int, Field(ge=1)] = 1
 
-    def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
+    def members(
+        self, program: Program, groups: Sequence[CoupledGroup], context: Context
+    ) -> MemberScores:
         reading = {group.name: found for group in groups if (found := readers(program, group))}
         wanted = [reader for found in reading.values() for reader in found]
-        sums = {reader: torch.zeros(len(reader.positions), dtype=torch.float64) for reader in wanted}
+        sums = {
+            reader: torch.zeros(len(reader.positions), dtype=torch.float64) for reader in wanted
+        }
         data = context.data or ()
         generator = torch.Generator().manual_seed(context.seed)
         runner = _Gradients(program, sums)
@@ -52,24 +61,34 @@ class Fisher(Importance):
                 summed.backward(retain_graph=at + 1 < len(labels))
             del scores, summed  # so that the next sequence takes their place
             trim_heap()
-        tokens = sum(sample.tokens for sample in data) * (self.draws if self.labels == "sampled" else 1)
-        return {name: [(sums[r] / (2 * tokens)).float() for r in found] for name, found in reading.items()}
+        tokens = sum(sample.tokens for sample in data) * (
+            self.draws if self.labels == "sampled" else 1
+        )
+        return {
+            name: [(sums[r] / (2 * tokens)).float() for r in found]
+            for name, found in reading.items()
+        }
 
     def _scores_and_labels(
         self, program: Program, runner: _Gradients, sample: Sample, generator: torch.Generator
     ) -> tuple[Tensor, list[Tensor]]:
         """Logits [T, V] with a graph behind them, and the labels [T] of each backward pass."""
-        scores = logits(runner.forward(sample.inputs))
+        scores = select_logits(runner.forward(sample.inputs))
         flat = scores.reshape(-1, scores.shape[-1]).float()
         if self.labels == "sampled":
             chances = flat.detach().softmax(-1).cpu()
             drawn = torch.multinomial(chances, self.draws, replacement=True, generator=generator)
             del chances
             return flat, list(drawn.T.to(flat.device))
-        ids = sample.labels if sample.labels is not None else sample.inputs[main_input(program)]
+        if sample.labels is not None:
+            ids = sample.labels
+        else:
+            ids = sample.inputs[main_input(program)]
         wanted = F.pad(ids[:, 1:], (0, 1), value=IGNORED).reshape(-1).to(flat.device)
         if len(wanted) != len(flat):
-            raise CalibrationError(f"{len(flat)} predictions for {len(wanted)} tokens: use fisher{{labels=sampled}}")
+            raise CalibrationError(
+                f"{len(flat)} predictions for {len(wanted)} tokens: use fisher{{labels=sampled}}"
+            )
         return flat, [wanted]
 
 
@@ -86,27 +105,38 @@ class _Gradients(fx.Interpreter):
             self._wanted.setdefault(reader.node, []).append(reader)
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
-        """The model's output; parameters are constants, the values that consumers read are variables."""
+        """The model's output; parameters are constants, the values that consumers read are
+        variables."""
         given = {**self._given, **inputs}
         placeholders = [node for node in self._nodes if node.op == "placeholder"]
         with torch.enable_grad():
-            return self.run(*(given.get(node.target) for node in placeholders), enable_io_processing=False)
+            return self.run(
+                *(given.get(node.target) for node in placeholders), enable_io_processing=False
+            )
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
-        return value.detach() if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            return value.detach()
+        return value
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n not in self._wanted:
             return value
-        value = value if value.requires_grad else value.detach().requires_grad_()
-        seen, wanted = value.detach(), self._wanted[n]
-        value.register_hook(lambda gradient: _add(self._sums, wanted, seen, gradient))
+        if value.requires_grad:
+            value = value
+        else:
+            value = value.detach().requires_grad_()
+        seen = value.detach()
+        wanted = self._wanted[n]
+        value.register_hook(lambda gradient: _add_squares(self._sums, wanted, seen, gradient))
         return value
 
 
-def _add(sums: Mapping[Reader, Tensor], wanted: Collection[Reader], x: Tensor, gradient: Tensor) -> None:
+def _add_squares(
+    sums: Mapping[Reader, Tensor], wanted: Collection[Reader], x: Tensor, gradient: Tensor
+) -> None:
     product = x.float() * gradient.float()
     for reader in wanted:
         channels = product.movedim(reader.dim, -1).flatten(0, -2)

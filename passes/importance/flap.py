@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.graph import CoupledGroup, Program
 from secateur.passes.base import Context
 from secateur.passes.importance.base import Importance, MemberScores, Needs
-from secateur.passes.importance.moments import weighted_columns
+from secateur.passes.importance.moments import weigh_columns
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,16 @@ class Flap(Importance):
     """Var(x_j) * |W[:, j]|^2 over all calibration tokens, summed over the channels j of a unit.
 
     What a unit gives on average can move into a bias; this is the error that remains.
-    joint: the scale on which the paper ranks heads and neurons of all layers together: the channels of a group are
-        standardised (mean 0, variance 1), and a unit is the mean of its channels.  Then
-        ``prune-width{ratio=0.2,families=[kv_heads,mlp],uniform=false,ranking=global,normalize=none}`` counts a head as
+    joint: the scale on which the paper ranks heads and neurons of all layers together: the channels
+        of a group are standardised (mean 0, variance 1), and a unit is the mean of its channels.
+        Then
+        ``prune-width{ratio=0.2,families=[kv_heads,mlp],uniform=false,ranking=global,normalize=none}``
+        counts a head as
         the parameters that go with it, 512/3 neurons in LLaMA-7B.
-    Source: An et al. 2024 (FLAP), arXiv:2312.11983, eq. 5 (weighted input feature variance) and section 3.3
-        (standardised, adaptive over layers and modules).
+
+    Source:
+        An et al. 2024 (FLAP), arXiv:2312.11983, eq. 5 (weighted input feature variance) and section
+        3.3 (standardised, adaptive over layers and modules).
     """
 
     name: ClassVar[str] = "flap"
@@ -33,9 +37,16 @@ class Flap(Importance):
 
     joint: bool = False
 
-    def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
-        over_channels = standardized_means if self.joint else channel_sums
-        return weighted_columns(program, groups, context, lambda moments: moments.variance, over_channels)
+    def members(
+        self, program: Program, groups: Sequence[CoupledGroup], context: Context
+    ) -> MemberScores:
+        if self.joint:
+            over_channels = standardized_means
+        else:
+            over_channels = channel_sums
+        return weigh_columns(
+            program, groups, context, lambda moments: moments.variance, over_channels
+        )
 
 
 def channel_sums(channels_Uk: Tensor) -> Tensor:
@@ -44,7 +55,8 @@ def channel_sums(channels_Uk: Tensor) -> Tensor:
 
 
 def standardized_means(channels_Uk: Tensor) -> Tensor:
-    """[units]: the mean of each unit's channels after all channels were brought to mean 0 and variance 1."""
+    """[units]: the mean of each unit's channels after all channels were brought to mean 0 and
+    variance 1."""
     spread = channels_Uk.std()  # by one less than their number, as the authors' code does
     centred = channels_Uk - channels_Uk.mean()
     return (centred / torch.where(spread > 0, spread, torch.ones_like(spread))).mean(1)

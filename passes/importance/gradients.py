@@ -1,4 +1,5 @@
-"""Gradients of the calibration loss: all at once, or block after block with activations computed again."""
+"""Gradients of the calibration loss: all at once, or block after block with activations computed
+again."""
 
 from __future__ import annotations
 
@@ -12,21 +13,23 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from secateur.graph import Program
-from secateur.graph.chain import Chain, Stage, Values, chain
+from secateur.graph.blocks.chain import Chain, Stage, Values, chain
 from secateur.passes.base import Context
-from secateur.passes.data import IGNORED, CalibrationError, Sample, main_input
-from secateur.passes.heap import trim_heap
-from secateur.passes.quality import logits
+from secateur.passes.calibration.data import IGNORED, CalibrationError, Sample, main_input
+from secateur.passes.calibration.kl import select_logits
+from secateur.passes.storage.heap import trim_heap
 
 LossKind = Literal["next-token", "labels"]
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of the loss, by parameter name, float32, shape of the parameter; zeros where the loss does not reach.
+    """Of the loss, by parameter name, float32, shape of the parameter; zeros where the loss does
+    not reach.
 
     mean: of the mean loss over all calibration tokens.
-    squares: mean over sequences of the squared gradient of the sequence's own mean loss; empty unless asked for.
+    squares: mean over sequences of the squared gradient of the sequence's own mean loss; empty
+        unless asked for.
     """
 
     mean: dict[str, Tensor]
@@ -35,9 +38,12 @@ class Gradients:
 
 @dataclass
 class Sums:
-    """Running sums of gradients: each goes in as soon as it is there and is freed, so that no second set stands.
+    """Running sums of gradients: each goes in as soon as it is there and is freed, so that no
+    second set stands.
 
-    total: tokens to predict.   sequences: those that hold any.   count: such tokens of the sequence at work.
+    total: tokens to predict.
+    sequences: those that hold any.
+    count: such tokens of the sequence at work.
     """
 
     total: int
@@ -45,15 +51,17 @@ class Sums:
     squared: bool
     count: int = 0
 
-    def start(self, leaf: Tensor) -> tuple[Tensor, Tensor | None]:
+    def start_sums(self, leaf: Tensor) -> tuple[Tensor, Tensor | None]:
         """The sums of a leaf's gradient and of its squares, zero yet."""
         mean = torch.zeros_like(leaf, dtype=torch.float32)
-        squares = torch.zeros_like(mean) if self.squared else None
+        squares = None
+        if self.squared:
+            squares = torch.zeros_like(mean)
         leaf.register_post_accumulate_grad_hook(self._move_into(mean, squares))
         return mean, squares
 
     def _move_into(self, mean: Tensor, squares: Tensor | None) -> Callable[[Tensor], None]:
-        def add(leaf: Tensor) -> None:
+        def add_gradient(leaf: Tensor) -> None:
             if leaf.grad is not None:
                 mean.add_(leaf.grad)
                 if squares is not None:  # of the sequence's own mean loss
@@ -61,41 +69,59 @@ class Sums:
                     squares.add_(own.square_(), alpha=1 / self.sequences)
                 leaf.grad = None
 
-        return add
+        return add_gradient
 
 
-def mean_gradients(program: Program, wanted: set[str], context: Context, loss: LossKind) -> dict[str, Tensor]:
+def mean_gradients(
+    program: Program, wanted: set[str], context: Context, loss: LossKind
+) -> dict[str, Tensor]:
     """Gradient of the mean loss over all calibration tokens, see ``gradients``."""
-    return gradients(program, wanted, context, loss).mean
+    return loss_gradients(program, wanted, context, loss).mean
 
 
-def gradients(program: Program, wanted: set[str], context: Context, loss: LossKind, squared: bool = False) -> Gradients:
+def loss_gradients(
+    program: Program, wanted: set[str], context: Context, loss: LossKind, squared: bool = False
+) -> Gradients:
     """Gradients over the calibration data.
 
-    Every sequence runs alone and adds its summed loss over the total count, so that batching changes nothing.
-    Args: wanted: names of parameters.   squared: whether the squares are wanted, too.
-    Raises: CalibrationError: nothing to predict, or labels are missing.
+    Every sequence runs alone and adds its summed loss over the total count, so that batching
+    changes nothing.
+
+    Args:
+        wanted: names of parameters.
+        squared: whether the squares are wanted, too.
+
+    Raises:
+        CalibrationError: nothing to predict, or labels are missing.
     """
-    data, sums = _counted(program, context, loss, squared)
-    leaves = {name: p.detach().requires_grad_() for name, p in program.named_parameters() if name in wanted}
-    held = {name: sums.start(leaf) for name, leaf in leaves.items()}
+    data, sums = _count_targets(program, context, loss, squared)
+    leaves = {
+        name: p.detach().requires_grad_()
+        for name, p in program.named_parameters()
+        if name in wanted
+    }
+    held = {name: sums.start_sums(leaf) for name, leaf in leaves.items()}
     with torch.enable_grad():
         for sample, count in context.progress(data, "gradients", len(data)):
             sums.count = count
             if count:
                 output = functional_call(program.gm, dict(leaves), (), dict(sample.inputs))
-                (summed_loss(output, program, sample, loss) / sums.total).backward(inputs=list(leaves.values()))
+                (sum_loss(output, program, sample, loss) / sums.total).backward(
+                    inputs=list(leaves.values())
+                )
     return _as_gradients(held)
 
 
-def _counted(
+def _count_targets(
     program: Program, context: Context, loss: LossKind, squared: bool
 ) -> tuple[list[tuple[Sample, int]], Sums]:
     """Each sequence with its tokens to predict, and empty sums for all of them."""
     data = context.data or ()
-    counts = [int((targets(sample, program, loss) != IGNORED).sum()) for sample in data]
+    counts = [int((loss_targets(sample, program, loss) != IGNORED).sum()) for sample in data]
     if sum(counts) == 0:
-        raise CalibrationError("the calibration data holds no token to predict: sequences need at least two tokens")
+        raise CalibrationError(
+            "the calibration data holds no token to predict: sequences need at least two tokens"
+        )
     sums = Sums(sum(counts), sum(count > 0 for count in counts), squared)
     return list(zip(data, counts, strict=True)), sums
 
@@ -105,58 +131,75 @@ def _as_gradients(held: Mapping[str, tuple[Tensor, Tensor | None]]) -> Gradients
     return Gradients({name: mean for name, (mean, _) in held.items()}, squares)
 
 
-# ---------------------------------------------------------------------- block after block
+# Block after block
 def gradients_by_block(
     program: Program, wanted: set[str], context: Context, loss: LossKind, squared: bool = False
 ) -> Iterator[Gradients]:
-    """The same gradients, those of one block at a time from the last to the first; drop each before the next is asked.
+    """The same gradients, those of one block at a time from the last to the first; drop each before
+    the next is asked.
 
-    A first pass over all sequences keeps what passes between blocks (on the CPU); then every block runs again, sequence
-    after sequence, with its gradients on.  Memory: one block's gradients and its activations for one sequence, and all
-    that passes between blocks; a parameter that several blocks read is held until the first of them is done.
-    Raises: CalibrationError: as ``gradients``; or squares are asked of a parameter that several blocks read: the
-        gradient of one sequence is not whole before the first of them.   UnsupportedOp: no residual block is found.
-    Source: Chen et al. 2016, arXiv:1604.06174 (recomputation), by blocks.
+    A first pass over all sequences keeps what passes between blocks (on the CPU); then every block
+    runs again, sequence after sequence, with its gradients on.  Memory: one block's gradients and
+    its activations for one sequence, and all that passes between blocks; a parameter that several
+    blocks read is held until the first of them is done.
+
+    Raises:
+        CalibrationError: as ``gradients``; or squares are asked of a parameter that several blocks
+            read: the gradient of one sequence is not whole before the first of them.
+        UnsupportedOp: no residual block is found.
+
+    Source:
+        Chen et al. 2016, arXiv:1604.06174 (recomputation), by blocks.
     """
-    run = _Blockwise(program, wanted, *_counted(program, context, loss, squared))
+    run = _Blockwise(program, wanted, *_count_targets(program, context, loss, squared))
     steps = [*run.chain.stages, *reversed(run.chain.stages)]
     for at, stage in enumerate(context.progress(steps, "gradients by block", len(steps))):
         if at < len(run.chain.stages):
-            run.forward(stage)
+            run.forward_stage(stage)
         else:
-            yield run.backward(stage, loss)
+            yield run.backward_stage(stage, loss)
             trim_heap()
 
 
 class _Blockwise:
-    """Values before every stage of every sequence, and gradients at the stage that was reached on the way back."""
+    """Values before every stage of every sequence, and gradients at the stage that was reached on
+    the way back."""
 
-    def __init__(self, program: Program, wanted: set[str], data: Sequence[tuple[Sample, int]], sums: Sums) -> None:
+    def __init__(
+        self, program: Program, wanted: set[str], data: Sequence[tuple[Sample, int]], sums: Sums
+    ) -> None:
         self.program, self.data, self.sums = program, data, sums
         self.chain: Chain = chain(program)
         self.names = {id(p): name for name, p in program.named_parameters() if name in wanted}
-        self.owned = {stage: self._read(stage) for stage in self.chain.stages}
+        self.owned = {stage: self._wanted_parameters(stage) for stage in self.chain.stages}
         readers = [name for owned in self.owned.values() for name in set(owned.values())]
         shared = sorted({name for name in readers if readers.count(name) > 1})
         if shared and sums.squared:
             message = (
-                f"taylor: {shared[0]} is read in several blocks, so squared gradients cannot be had block by block"
+                f"taylor: {shared[0]} is read in several blocks, so squared gradients "
+                "cannot be had block by block"
             )
-            raise CalibrationError(f"{message}: use by_block=false, or a form that is not second or mixed")
-        self.first = {name: stage for stage in reversed(self.chain.stages) for name in self.owned[stage].values()}
-        self.moved = self._moved()
+            raise CalibrationError(
+                f"{message}: use by_block=false, or a form that is not second or mixed"
+            )
+        self.first = {
+            name: stage
+            for stage in reversed(self.chain.stages)
+            for name in self.owned[stage].values()
+        }
+        self.moved = self._dependent_nodes()
         self.values: list[dict[Stage, Values]] = [{} for _ in data]
-        self.now: list[Values] = [self.chain.start(sample.inputs) for sample, _ in data]
+        self.now: list[Values] = [self.chain.initial_values(sample.inputs) for sample, _ in data]
         self.grads: list[dict[str, Tensor]] = [{} for _ in data]
         self.held: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.leaves: dict[str, Tensor] = {}
 
-    def _read(self, stage: Stage) -> dict[str, str]:
+    def _wanted_parameters(self, stage: Stage) -> dict[str, str]:
         """Wanted parameters of a stage: their name in its module, and in the source model."""
         found = stage.module.named_parameters(remove_duplicate=False)
         return {target: self.names[id(p)] for target, p in found if id(p) in self.names}
 
-    def _moved(self) -> set[str]:
+    def _dependent_nodes(self) -> set[str]:
         """Names of the nodes whose value depends on a wanted parameter."""
         targets = dict(self.program.gm.named_parameters(remove_duplicate=False))
         moved: set[str] = set()
@@ -167,48 +210,67 @@ class _Blockwise:
         return moved
 
     @torch.no_grad()
-    def forward(self, stage: Stage) -> None:
+    def forward_stage(self, stage: Stage) -> None:
         """Run a stage on every sequence, and keep what it read."""
         last = stage is self.chain.stages[-1]
         for at, values in enumerate(self.now):
-            self.values[at][stage] = {name: _parked(values[name]) for name in values}
-            self.now[at] = {} if last else self.chain.run(stage, values)
+            self.values[at][stage] = {name: _park_value(values[name]) for name in values}
+            if last:
+                self.now[at] = {}
+            else:
+                self.now[at] = self.chain.run_stage(stage, values)
 
-    def backward(self, stage: Stage, loss: LossKind) -> Gradients:
+    def backward_stage(self, stage: Stage, loss: LossKind) -> Gradients:
         """Gradients of the parameters that no earlier stage reads."""
         parameters = dict(stage.module.named_parameters(remove_duplicate=False))
         for name in set(self.owned[stage].values()) - set(self.leaves):
             target = next(t for t, n in self.owned[stage].items() if n == name)
             self.leaves[name] = parameters[target].detach().requires_grad_()
-            self.held[name] = self.sums.start(self.leaves[name])
+            self.held[name] = self.sums.start_sums(self.leaves[name])
         with torch.enable_grad():
             for at, (_, count) in enumerate(self.data):
                 values, self.sums.count = self.values[at].pop(stage), count
                 if count:
-                    self._back(stage, at, values, loss)
+                    self._backpropagate(stage, at, values, loss)
         done = [name for name in self.held if self.first[name] is stage]
         for name in done:
             del self.leaves[name]
         found = _as_gradients({name: self.held.pop(name) for name in done})
-        rest = set(self.names.values()) - set(self.first) if stage is self.chain.stages[0] else set()
-        zeros = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in self.program.named_parameters() if n in rest}
-        return Gradients({**found.mean, **zeros}, {**found.squares, **(zeros if self.sums.squared else {})})
+        if stage is self.chain.stages[0]:
+            rest = set(self.names.values()) - set(self.first)
+        else:
+            rest = set()
+        zeros = {
+            n: torch.zeros_like(p, dtype=torch.float32)
+            for n, p in self.program.named_parameters()
+            if n in rest
+        }
+        return Gradients(
+            {**found.mean, **zeros}, {**found.squares, **(zeros if self.sums.squared else {})}
+        )
 
-    def _back(self, stage: Stage, at: int, values: Values, loss: LossKind) -> None:
-        """Run a stage again on one sequence, and take the gradients at its end to its inputs and parameters."""
-        inputs = {name: self._leaf(name, values[name]) for name in stage.inputs}
-        fed = [v.clone() if n in stage.overwritten and isinstance(v, Tensor) else v for n, v in inputs.items()]
+    def _backpropagate(self, stage: Stage, at: int, values: Values, loss: LossKind) -> None:
+        """Run a stage again on one sequence, and take the gradients at its end to its inputs and
+        parameters."""
+        inputs = {name: self._make_leaf(name, values[name]) for name in stage.inputs}
+        fed = [
+            v.clone() if n in stage.mutated_inputs and isinstance(v, Tensor) else v
+            for n, v in inputs.items()
+        ]
         own = {target: self.leaves[name] for target, name in self.owned[stage].items()}
         made = dict(zip(stage.outputs, functional_call(stage.module, own, tuple(fed)), strict=True))
         leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
         leaves += {id(leaf): leaf for leaf in own.values()}.values()
         if stage is self.chain.stages[-1]:
-            output = self.chain.result({**values, **inputs, **made})
-            ends: list[Tensor] = [summed_loss(output, self.program, self.data[at][0], loss) / self.sums.total]
+            output = self.chain.final_output({**values, **inputs, **made})
+            ends: list[Tensor] = [
+                sum_loss(output, self.program, self.data[at][0], loss) / self.sums.total
+            ]
             given: list[Tensor | None] = [None]
         else:
             reached = [name for name in made if name in self.grads[at] and made[name].requires_grad]
-            ends, given = [made[name] for name in reached], [self.grads[at][name] for name in reached]
+            ends = [made[name] for name in reached]
+            given = [self.grads[at][name] for name in reached]
         for name in made:
             self.grads[at].pop(name, None)
         if ends and leaves and ends[0].requires_grad:
@@ -216,43 +278,56 @@ class _Blockwise:
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.grad is not None:
                 before = self.grads[at].get(name)
-                self.grads[at][name] = value.grad if before is None else before + value.grad
+                if before is None:
+                    self.grads[at][name] = value.grad
+                else:
+                    self.grads[at][name] = before + value.grad
 
-    def _leaf(self, name: str, value: Any) -> Any:
+    def _make_leaf(self, name: str, value: Any) -> Any:
         """An input of a stage, to take a gradient where a wanted parameter stands behind it."""
         if not isinstance(value, Tensor):
             return value
         value = value.to(self._device)
-        return value.detach().requires_grad_() if name in self.moved and value.is_floating_point() else value
+        if name in self.moved and value.is_floating_point():
+            return value.detach().requires_grad_()
+        return value
 
     @property
     def _device(self) -> torch.device:
         return next((p.device for _, p in self.program.named_parameters()), torch.device("cpu"))
 
 
-def _parked(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
+def _park_value(value: Any) -> Any:
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return value.cpu()
+    return value
 
 
-# ---------------------------------------------------------------------- the loss
-def targets(sample: Sample, program: Program, loss: LossKind) -> Tensor:
-    """What the logits of a sample are compared with: [1, seq - 1] for next-token, else the labels as given."""
+# The loss
+def loss_targets(sample: Sample, program: Program, loss: LossKind) -> Tensor:
+    """What the logits of a sample are compared with: [1, seq - 1] for next-token, else the labels
+    as given."""
     if loss == "labels":
         if sample.labels is None:
             raise CalibrationError("taylor{loss=labels} needs labels in the calibration data")
         return sample.labels
-    labels = sample.labels if sample.labels is not None else sample.inputs[main_input(program)]
+    if sample.labels is not None:
+        labels = sample.labels
+    else:
+        labels = sample.inputs[main_input(program)]
     return labels[:, 1:]
 
 
-def summed_loss(output: Any, program: Program, sample: Sample, loss: LossKind) -> Tensor:
+def sum_loss(output: Any, program: Program, sample: Sample, loss: LossKind) -> Tensor:
     """Cross entropy of a model's output in nats, summed over the tokens of a sample, float32."""
-    scores = logits(output)
-    wanted = targets(sample, program, loss).to(scores.device)
+    scores = select_logits(output)
+    wanted = loss_targets(sample, program, loss).to(scores.device)
     if loss == "next-token":
         scores = scores[:, :-1]
     if scores.dim() < 2 or scores.shape[:-1] != wanted.shape:
         found = f"logits {list(scores.shape)} and targets {list(wanted.shape)}"
-        raise CalibrationError(f"the loss {loss!r} does not fit {found}: choose taylor{{loss=...}} or give labels")
+        raise CalibrationError(
+            f"the loss {loss!r} does not fit {found}: choose taylor{{loss=...}} or give labels"
+        )
     flat = scores.reshape(-1, scores.shape[-1]).float()
     return F.cross_entropy(flat, wanted.reshape(-1), ignore_index=IGNORED, reduction="sum")

@@ -15,10 +15,13 @@ from secateur.passes.importance.base import Importance, MemberScores, Needs, par
 
 @dataclass(frozen=True)
 class Magnitude(Importance):
-    """Sum of |w|^p over the entries of a unit, without a root.  Far worse than random on language models: a baseline.
+    """Sum of |w|^p over the entries of a unit, without a root.  Far worse than random on language
+    models: a baseline.
 
     p: 1 or 2.
-    Source: Ma et al. 2023 (LLM-Pruner), arXiv:2305.11627, the L1 and L2 rows of table 1.
+
+    Source:
+        Ma et al. 2023 (LLM-Pruner), arXiv:2305.11627, the L1 and L2 rows of table 1.
     """
 
     name: ClassVar[str] = "magnitude"
@@ -26,8 +29,10 @@ class Magnitude(Importance):
 
     p: Literal[1, 2] = 2
 
-    def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
-        def salience(name: str, weight: Tensor) -> Tensor:
+    def members(
+        self, program: Program, groups: Sequence[CoupledGroup], context: Context
+    ) -> MemberScores:
+        def entry_salience(name: str, weight: Tensor) -> Tensor:
             return weight.float().abs().pow(self.p)
 
-        return parameter_scores(program, groups, salience)
+        return parameter_scores(program, groups, entry_salience)

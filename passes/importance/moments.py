@@ -1,4 +1,5 @@
-"""Moments of what consumers read, weighted by the columns that read it: the ground of Wanda and FLAP."""
+"""Moments of what consumers read, weighted by the columns that read it: the ground of Wanda and
+FLAP."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from secateur.graph import CoupledGroup, Member, Program
 from secateur.passes.base import Context
+from secateur.passes.calibration.observe import READS, Reader, consumers, observe
 from secateur.passes.importance.base import MemberScores, distinct_members
-from secateur.passes.importance.observe import READS, Reader, consumers, observe
 
 
 @dataclass
@@ -32,22 +33,27 @@ class Moments:
         return (self.mean_square - (self.total / max(self.count, 1)).square()).clamp_min(0)
 
 
-def weighted_columns(
+def weigh_columns(
     program: Program,
     groups: Sequence[CoupledGroup],
     context: Context,
     statistic: Callable[[Moments], Tensor],
     over_channels: Callable[[Tensor], Tensor] = lambda channels_Uk: channels_Uk.sum(1),
 ) -> MemberScores:
-    """For each consumer of a group: sum over a unit's channels j of ``statistic(x_j) * |W[:, j]|^2``.
+    """For each consumer of a group: sum over a unit's channels j of ``statistic(x_j) * |W[:,
+    j]|^2``.
 
-    Args: over_channels: what to do instead of the sum, [units, channels of each] to [units].
-    Returns: by group name, one tensor [units] float32 for each weight that consumes the group and each of its inputs.
+    Args:
+        over_channels: what to do instead of the sum, [units, channels of each] to [units].
+
+    Returns:
+        by group name, one tensor [units] float32 for each weight that consumes the group and each
+        of its inputs.
     """
     pairs = {group.name: found for group in groups if (found := pairs_of(program, group))}
     seen: dict[tuple[object, int], Moments] = {}
 
-    def see(reader: Reader, value: Tensor, batch: int) -> None:
+    def observe_value(reader: Reader, value: Tensor, batch: int) -> None:
         rows = value.movedim(reader.dim, -1).double().flatten(0, -2)
         new = Moments(len(rows), rows.sum(0), rows.square().sum(0))
         old = seen.get((reader.node, reader.dim))
@@ -56,7 +62,7 @@ def weighted_columns(
         seen[reader.node, reader.dim] = new
 
     inputs = {(reader.node, reader.dim): reader for found in pairs.values() for _, reader in found}
-    observe(program, context, list(inputs.values()), see)
+    observe(program, context, list(inputs.values()), observe_value)
     named = dict(program.named_parameters())
     norms: dict[tuple[str, int], Tensor] = {}
     scores: dict[str, list[Tensor]] = {}
@@ -72,7 +78,8 @@ def weighted_columns(
 
 
 def pairs_of(program: Program, group: CoupledGroup) -> list[tuple[Member, Reader]]:
-    """Each weight that consumes the group, with each activation that it meets; the head counts, tied or not."""
+    """Each weight that consumes the group, with each activation that it meets; the head counts,
+    tied or not."""
     return [
         (member, Reader(node, dim, member.positions))
         for member in distinct_members(group)
@@ -83,5 +90,8 @@ def pairs_of(program: Program, group: CoupledGroup) -> list[tuple[Member, Reader
 
 def _column_squares(weight: Tensor, dim: int) -> Tensor:
     """|W[:, j]|^2 of every position along ``dim``: [positions] float64."""
-    others = [d for d in range(weight.dim()) if d != dim]
+    others = []
+    for d in range(weight.dim()):
+        if d != dim:
+            others.append(d)
     return weight.float().square().sum(others, dtype=torch.float64)

@@ -1,4 +1,5 @@
-"""OBS: by how much the outputs of its consumers move when a unit goes and the others make up for it.
+"""OBS: by how much the outputs of its consumers move when a unit goes and the others make up for
+it.
 
 Dims: K channels of a consumer's input, R its outputs, U units of k channels each.
 """
@@ -16,11 +17,11 @@ from torch import Tensor, fx
 
 from secateur.graph import CoupledGroup, Member, Program
 from secateur.passes.base import Context, Cost
-from secateur.passes.data import CalibrationError
+from secateur.passes.calibration.data import CalibrationError
+from secateur.passes.calibration.lockstep import Lockstep
+from secateur.passes.calibration.observe import Reader
 from secateur.passes.importance.base import Importance, MemberScores, Needs
 from secateur.passes.importance.moments import pairs_of
-from secateur.passes.importance.observe import Reader
-from secateur.passes.repair_run import Lockstep
 
 UPDATES = 128  # of the inverse in a progressive ranking, unless at_once says otherwise
 NOTHING = 1e-30  # mean square of an input that never fires
@@ -28,17 +29,23 @@ NOTHING = 1e-30  # mean square of an input that never fires
 
 @dataclass(frozen=True)
 class Obs(Importance):
-    """The squared error of its consumers' outputs, a token, that is left when the unit goes and the rest is refitted.
+    """The squared error of its consumers' outputs, a token, that is left when the unit goes and the
+    rest is refitted.
 
-    With H = E[x x^T] over all calibration tokens and J the channels of a unit: tr(W_J ((H^-1)_JJ)^-1 W_J^T).  Each
-    weight that consumes a group gives one score.  Where rows go to different experts, H is that of all rows.
+    With H = E[x x^T] over all calibration tokens and J the channels of a unit: tr(W_J
+    ((H^-1)_JJ)^-1 W_J^T).  Each weight that consumes a group gives one score.  Where rows go to
+    different experts, H is that of all rows.
 
-    progressive: drop the least unit, refit the others, and score these again: a unit's score is the error at which its
-        turn came, so that the ranking is the order of removal.  One-shot scores overrate units that stand in for each
-        other.
-    at_once: units dropped between two updates of the inverse; by default so many that there are at most 128 updates.
-    damping: added to the diagonal of H, in units of its mean; ten times more as often as H has no Cholesky factor.
-    Source: Kurtic et al. 2023 (ZipLM), arXiv:2302.04089, eq. 2-4 and algorithm 1; Hassibi & Stork 1992.
+    progressive: drop the least unit, refit the others, and score these again: a unit's score is the
+        error at which its turn came, so that the ranking is the order of removal.  One-shot scores
+        overrate units that stand in for each other.
+    at_once: units dropped between two updates of the inverse; by default so many that there are at
+        most 128 updates.
+    damping: added to the diagonal of H, in units of its mean; ten times more as often as H has no
+        Cholesky factor.
+
+    Source:
+        Kurtic et al. 2023 (ZipLM), arXiv:2302.04089, eq. 2-4 and algorithm 1; Hassibi & Stork 1992.
     """
 
     name: ClassVar[str] = "obs"
@@ -50,56 +57,82 @@ class Obs(Importance):
 
     @property
     def cost(self) -> Cost:
-        return Cost(2.0, 0.0, holds=1, solves=3)  # the products, their inverse, and what shrinks of it
+        return Cost(
+            2.0, 0.0, holds=1, solves=3
+        )  # the products, their inverse, and what shrinks of it
 
-    def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
+    def members(
+        self, program: Program, groups: Sequence[CoupledGroup], context: Context
+    ) -> MemberScores:
         pairs = {group.name: pairs_of(program, group) for group in groups}
-        readers = {(reader.node, reader.dim): reader for found in pairs.values() for _, reader in found}
+        readers = {
+            (reader.node, reader.dim): reader for found in pairs.values() for _, reader in found
+        }
         waiting: dict[tuple[fx.Node, int], list[tuple[str, int, Member]]] = {}
         for name, found in pairs.items():
             for place, (member, reader) in enumerate(found):
                 waiting.setdefault((reader.node, reader.dim), []).append((name, place, member))
-        named, scores = dict(program.named_parameters()), dict[tuple[str, int], Tensor]()
-        for reader, gram_KK in grams(program, list(readers.values()), context):
-            inverse_KK = damped_inverse(gram_KK, self.damping)
+        named = dict(program.named_parameters())
+        scores = dict[tuple[str, int], Tensor]()
+        for reader, gram_KK in gram_matrices(program, list(readers.values()), context):
+            inverse_KK = invert_damped(gram_KK, self.damping)
             for name, place, member in waiting[reader.node, reader.dim]:
                 weight = named[member.parameter].detach().movedim(member.dim, -1)
-                scores[name, place] = self._scores(weight.flatten(0, -2), inverse_KK, member.positions)
-        return {name: [scores[name, place] for place in range(len(found))] for name, found in pairs.items() if found}
+                scores[name, place] = self._score_units(
+                    weight.flatten(0, -2), inverse_KK, member.positions
+                )
+        return {
+            name: [scores[name, place] for place in range(len(found))]
+            for name, found in pairs.items()
+            if found
+        }
 
-    def _scores(self, weight_RK: Tensor, inverse_KK: Tensor, positions_Uk: Tensor) -> Tensor:
-        weight_RK, positions_Uk = weight_RK.to(inverse_KK), positions_Uk.to(inverse_KK.device)
+    def _score_units(self, weight_RK: Tensor, inverse_KK: Tensor, positions_Uk: Tensor) -> Tensor:
+        weight_RK = weight_RK.to(inverse_KK)
+        positions_Uk = positions_Uk.to(inverse_KK.device)
         if not self.progressive:
             return obs_errors(weight_RK, inverse_KK, positions_Uk).float().cpu()
         at_once = self.at_once or max(1, math.ceil(len(positions_Uk) / UPDATES))
         return removal_errors(weight_RK, inverse_KK, positions_Uk, at_once).cpu()
 
 
-def grams(program: Program, wanted: Sequence[Reader], context: Context) -> Iterator[tuple[Reader, Tensor]]:
-    """E[x x^T] over all calibration tokens of each activation, [K, K] float64, one after another in graph order.
+def gram_matrices(
+    program: Program, wanted: Sequence[Reader], context: Context
+) -> Iterator[tuple[Reader, Tensor]]:
+    """E[x x^T] over all calibration tokens of each activation, [K, K] float64, one after another in
+    graph order.
 
     All sequences advance together, so that memory is one layer's activations and one such matrix.
     """
     data = context.data or ()
     order = {node: at for at, node in enumerate(program.gm.graph.nodes)}
     run = Lockstep(program, data)
-    for reader in context.progress(sorted(wanted, key=lambda r: order[r.node]), "input correlations", len(wanted)):
-        run.advance(reader.node.name)
-        total, rows = torch.zeros(()), 0
+    for reader in context.progress(
+        sorted(wanted, key=lambda r: order[r.node]), "input correlations", len(wanted)
+    ):
+        run.advance_to(reader.node.name)
+        total = torch.zeros(())
+        rows = 0
         for sample in range(len(data)):
-            value = run.value(sample, reader.node.name).movedim(reader.dim, -1)
+            value = run.node_value(sample, reader.node.name).movedim(reader.dim, -1)
             x_TK = value.reshape(-1, value.shape[-1]).float()
-            total, rows = total.to(x_TK.device) + (x_TK.T @ x_TK).double(), rows + len(x_TK)
+            total = total.to(x_TK.device) + (x_TK.T @ x_TK).double()
+            rows = rows + len(x_TK)
         yield reader, total / max(rows, 1)
 
 
-def damped_inverse(gram_KK: Tensor, damping: float) -> Tensor:
-    """(H + damping * mean(diag H) * I)^-1, the damping ten times larger as often as that has no Cholesky factor."""
+def invert_damped(gram_KK: Tensor, damping: float) -> Tensor:
+    """(H + damping * mean(diag H) * I)^-1, the damping ten times larger as often as that has no
+    Cholesky factor."""
     if not bool(gram_KK.isfinite().all()):
-        raise CalibrationError("obs: the activations of the calibration data are not finite; see the model's dtype")
+        raise CalibrationError(
+            "obs: the activations of the calibration data are not finite; see the model's dtype"
+        )
     mean = gram_KK.diagonal().mean().clamp_min(NOTHING)
     while True:
-        damped = gram_KK + damping * mean * torch.eye(len(gram_KK), dtype=gram_KK.dtype, device=gram_KK.device)
+        damped = gram_KK + damping * mean * torch.eye(
+            len(gram_KK), dtype=gram_KK.dtype, device=gram_KK.device
+        )
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed):
             return torch.cholesky_inverse(factor)
@@ -116,34 +149,48 @@ def obs_errors(weight_RK: Tensor, inverse_KK: Tensor, positions_Uk: Tensor) -> T
     return (columns_UkR * solved).sum((1, 2)).clamp_min(0)
 
 
-def removal_errors(weight_RK: Tensor, inverse_KK: Tensor, positions_Uk: Tensor, at_once: int) -> Tensor:
-    """The error at which each unit's turn to go came: [U] float32, strictly rising in the order of removal.
+def removal_errors(
+    weight_RK: Tensor, inverse_KK: Tensor, positions_Uk: Tensor, at_once: int
+) -> Tensor:
+    """The error at which each unit's turn to go came: [U] float32, strictly rising in the order of
+    removal.
 
-    After each removal the columns left are refitted, W <- W - W_J ((H^-1)_JJ)^-1 (H^-1)_J:, and the inverse is brought
-    down to them, H^-1 <- H^-1 - (H^-1)_:J ((H^-1)_JJ)^-1 (H^-1)_J:.  A unit that has become cheaper than one that went
-    before it counts as much as that one.
+    After each removal the columns left are refitted, W <- W - W_J ((H^-1)_JJ)^-1 (H^-1)_J:, and the
+    inverse is brought down to them, H^-1 <- H^-1 - (H^-1)_:J ((H^-1)_JJ)^-1 (H^-1)_J:.  A unit that
+    has become cheaper than one that went before it counts as much as that one.
     """
-    weight, inverse, left_Uk = weight_RK.clone(), inverse_KK.clone(), positions_Uk
+    weight = weight_RK.clone()
+    inverse = inverse_KK.clone()
+    left_Uk = positions_Uk
     units = torch.arange(len(positions_Uk), device=positions_Uk.device)
-    found, highest = torch.zeros(len(units), device=weight.device), torch.tensor(0.0, device=weight.device)
+    found = torch.zeros(len(units), device=weight.device)
+    highest = torch.tensor(0.0, device=weight.device)
     while len(units):
         errors = obs_errors(weight, inverse, left_Uk).float()
         order = torch.argsort(errors, stable=True)
         for unit in order[:at_once]:
-            highest = torch.maximum(errors[unit], torch.nextafter(highest, errors.new_tensor(torch.inf)))
+            highest = torch.maximum(
+                errors[unit], torch.nextafter(highest, errors.new_tensor(torch.inf))
+            )
             found[units[unit]] = highest
-        going, staying = left_Uk[order[:at_once]].flatten(), order[at_once:].sort().values
-        units, left_Uk = units[staying], left_Uk[staying]
+        going = left_Uk[order[:at_once]].flatten()
+        staying = order[at_once:].sort().values
+        units = units[staying]
+        left_Uk = left_Uk[staying]
         factor = torch.linalg.cholesky(inverse[going][:, going])
         across = torch.cholesky_solve(inverse[going], factor)
         weight.addmm_(weight[:, going], across, alpha=-1)
         inverse.addmm_(inverse[:, going], across, alpha=-1)
         if 2 * left_Uk.numel() <= len(inverse):
-            weight, inverse, left_Uk = _only(weight, inverse, left_Uk)
+            weight, inverse, left_Uk = _restrict_to(weight, inverse, left_Uk)
     return found
 
 
-def _only(weight: Tensor, inverse: Tensor, left_Uk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _restrict_to(weight: Tensor, inverse: Tensor, left_Uk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weight and inverse of the channels of the units left, and where these stand in them."""
     stay = left_Uk.flatten()
-    return weight[:, stay], inverse[stay][:, stay], torch.arange(len(stay), device=stay.device).view_as(left_Uk)
+    return (
+        weight[:, stay],
+        inverse[stay][:, stay],
+        torch.arange(len(stay), device=stay.device).view_as(left_Uk),
+    )

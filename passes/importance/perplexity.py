@@ -1,4 +1,5 @@
-"""Perplexity: by how much the model is worse without a unit, measured by leaving each out in turn."""
+"""Perplexity: by how much the model is worse without a unit, measured by leaving each out in
+turn."""
 
 from __future__ import annotations
 
@@ -11,33 +12,47 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from secateur.graph import CoupledGroup, Program, keep
-from secateur.graph.calls import attribute
+from secateur.graph.capture.calls import get_attribute
 from secateur.passes.base import Context, Cost
-from secateur.passes.data import IGNORED, CalibrationError, Sample, main_input
+from secateur.passes.calibration.data import IGNORED, CalibrationError, Sample, main_input
+from secateur.passes.calibration.kl import (
+    CachedLogProbs,
+    cache_log_probs,
+    select_logits,
+    token_losses,
+)
+from secateur.passes.calibration.lockstep import Lockstep
+from secateur.passes.calibration.observe import op_name
 from secateur.passes.importance.base import Importance, MemberScores, Needs
-from secateur.passes.importance.observe import op_name
-from secateur.passes.quality import Kept, kept, logits, token_losses
-from secateur.passes.repair_run import Lockstep
 
 SAME_OP = {"aten.view": "aten.reshape", "aten._unsafe_view": "aten.reshape"}
 
 
 @dataclass(frozen=True)
 class Perplexity(Importance):
-    """Mean loss of a calibration token (or KL to the whole model) without the unit, less that with it, in nats.
+    """Mean loss of a calibration token (or KL to the whole model) without the unit, less that with
+    it, in nats.
 
-    Each unit is cut out of the graph by itself, with all that this moves in a norm, a softmax or a router.  Only what
-    stands behind the unit is run again: half a forward pass for each unit, on average, so this is for few, large units.
+    Each unit is cut out of the graph by itself, with all that this moves in a norm, a softmax or a
+    router.  Only what
+    stands behind the unit is run again: half a forward pass for each unit, on average, so this is
+        for few, large units.
 
-    measure: loss (log perplexity; a unit that does harm scores below zero) or kl (to the whole model's predictions).
+    measure: loss (log perplexity; a unit that does harm scores below zero) or kl (to the whole
+        model's predictions).
     families: of the groups that are scored; others are left out.
     sequences: how many of the calibration sequences are used, from the first; null for all.
-    Source: Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 2.2 (perplexity drop), for any coupled group.
+
+    Source:
+        Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 2.2 (perplexity drop), for
+        any coupled group.
     """
 
     name: ClassVar[str] = "perplexity"
     needs: ClassVar[Needs] = "activations"
-    by_cell: ClassVar[bool] = False  # a unit is cut out everywhere, so that the graph keeps its shape
+    by_cell: ClassVar[bool] = (
+        False  # a unit is cut out everywhere, so that the graph keeps its shape
+    )
 
     measure: Literal["loss", "kl"] = "loss"
     families: tuple[str, ...] = ("kv_heads", "query_heads", "experts")
@@ -47,26 +62,33 @@ class Perplexity(Importance):
     def cost(self) -> Cost:
         return Cost(25.0, 0.0)  # for about a hundred units, a part of the sequences
 
-    def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
+    def members(
+        self, program: Program, groups: Sequence[CoupledGroup], context: Context
+    ) -> MemberScores:
         data = (context.data or ())[: self.sequences]
-        chosen = [g for g in groups if g.family in self.families and g.units > max(1, g.min_units)]
+        chosen = []
+        for g in groups:
+            if g.family in self.families and g.units > max(1, g.min_units):
+                chosen.append(g)
         order = {node.name: at for at, node in enumerate(program.gm.graph.nodes)}
-        starts = {group.name: first_moved(program, _without(program, group, 0)) for group in chosen}
+        starts = {
+            group.name: first_moved(program, _mask_unit(program, group, 0)) for group in chosen
+        }
         chosen.sort(key=lambda group: order[starts[group.name]])
         judge = _Judge(program, data, self.measure)
         run = Lockstep(program, data)
         units = [(group, unit) for group in chosen for unit in range(group.units)]
         found = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in chosen}
         for group, unit in context.progress(units, "units left out", len(units)):
-            run.advance(starts[group.name])
-            smaller = _without(program, group, unit)
-            moved = moved_nodes(program, smaller)
+            run.advance_to(starts[group.name])
+            smaller = _mask_unit(program, group, unit)
+            moved = find_affected_nodes(program, smaller)
             rest = (rest_of(run, at, smaller, moved, starts[group.name]) for at in range(len(data)))
-            found[group.name][unit] = judge.mean(rest)
+            found[group.name][unit] = judge.mean_loss(rest)
         return {name: [(scores - judge.whole).float()] for name, scores in found.items()}
 
 
-def _without(program: Program, group: CoupledGroup, unit: int) -> Program:
+def _mask_unit(program: Program, group: CoupledGroup, unit: int) -> Program:
     return keep(program, {group: [u for u in range(group.units) if u != unit]})
 
 
@@ -76,73 +98,99 @@ class _Judge:
     def __init__(self, program: Program, data: Sequence[Sample], measure: str) -> None:
         self.data, self.measure, self.main = data, measure, main_input(program)
         with torch.no_grad():
-            predictions = [_flat(logits(program(**sample.inputs))) for sample in data]
-            self.reference: list[Kept] = [kept(one) for one in predictions] if measure == "kl" else []
-        self.whole = 0.0 if measure == "kl" else self.mean(predictions)
+            predictions = [
+                _flatten_logits(select_logits(program(**sample.inputs))) for sample in data
+            ]
+            if measure == "kl":
+                self.reference: list[CachedLogProbs] = [cache_log_probs(one) for one in predictions]
+            else:
+                self.reference = []
+        if measure == "kl":
+            self.whole = 0.0
+        else:
+            self.whole = self.mean_loss(predictions)
 
-    def mean(self, predictions: Any) -> float:
+    def mean_loss(self, predictions: Any) -> float:
         """Nats a token, over all sequences."""
-        values = torch.cat([self._tokens(at, one) for at, one in enumerate(predictions)]).double()
+        values = torch.cat(
+            [self._token_losses(at, one) for at, one in enumerate(predictions)]
+        ).double()
         if not values.numel():
-            raise CalibrationError("the calibration data holds no token to predict: sequences need at least two tokens")
+            raise CalibrationError(
+                "the calibration data holds no token to predict: sequences need at least two tokens"
+            )
         return float(values.mean())
 
-    def _tokens(self, at: int, predicted: Tensor) -> Tensor:
+    def _token_losses(self, at: int, predicted: Tensor) -> Tensor:
         if self.measure == "kl":
             return self.reference[at].kl(predicted)
         sample = self.data[at]
-        wanted = (sample.labels if sample.labels is not None else sample.inputs[self.main]).reshape(-1)
+        wanted = (sample.labels if sample.labels is not None else sample.inputs[self.main]).reshape(
+            -1
+        )
         if len(wanted) != len(predicted):
             raise CalibrationError(
-                f"{len(predicted)} predictions for {len(wanted)} tokens: use perplexity{{measure=kl}}"
+                f"{len(predicted)} predictions for {len(wanted)} tokens: use "
+                f"perplexity{{measure=kl}}"
             )
         return token_losses(predicted[:-1], wanted[1:])[wanted[1:] != IGNORED]
 
 
-def _flat(predictions: Tensor) -> Tensor:
+def _flatten_logits(predictions: Tensor) -> Tensor:
     return predictions.reshape(-1, predictions.shape[-1])
 
 
-# ---------------------------------------------------------------------- what an edit moves, and the rest of a run
-def moved_nodes(before: Program, after: Program) -> set[str]:
-    """Names of the nodes of ``after`` whose value may differ from that of ``before``: those that the edit changed or
-    made, and what follows from them."""
+# What an edit moves, and the rest of a run
+def find_affected_nodes(before: Program, after: Program) -> set[str]:
+    """Names of the nodes of ``after`` whose value may differ from that of ``before``: those that
+    the edit changed or made, and what follows from them."""
     known = {node.name: node for node in before.gm.graph.nodes}
     moved: set[str] = set()
     for node in after.gm.graph.nodes:
         old = known.get(node.name)
-        if old is None or any(n.name in moved for n in node.all_input_nodes) or not _same(before, old, after, node):
+        if (
+            old is None
+            or any(n.name in moved for n in node.all_input_nodes)
+            or not _is_same_value(before, old, after, node)
+        ):
             moved.add(node.name)
     return moved
 
 
-def _same(before: Program, old: fx.Node, after: Program, new: fx.Node) -> bool:
-    if old.op != new.op or _written(old) != _written(new):
+def _is_same_value(before: Program, old: fx.Node, after: Program, new: fx.Node) -> bool:
+    if old.op != new.op or _describe_arguments(old) != _describe_arguments(new):
         return False
     if new.op == "get_attr":
-        return attribute(before.gm, str(old.target)) is attribute(after.gm, str(new.target))
+        return get_attribute(before.gm, str(old.target)) is get_attribute(after.gm, str(new.target))
     if new.op != "call_function":
         return str(old.target) == str(new.target)
-    a, b = op_name(old) or old.target, op_name(new) or new.target
+    a = op_name(old) or old.target
+    b = op_name(new) or new.target
     return bool(SAME_OP.get(str(a), a) == SAME_OP.get(str(b), b))
 
 
-def _written(node: fx.Node) -> str:
+def _describe_arguments(node: fx.Node) -> str:
     """The arguments with nodes by name."""
     return str(fx.node.map_arg((node.args, node.kwargs), lambda n: n.name))
 
 
 def first_moved(before: Program, after: Program) -> str:
     """The first node, weights left out, whose value an edit may move; a node of both programs."""
-    moved, known = moved_nodes(before, after), {node.name for node in before.gm.graph.nodes}
-    names: list[str] = [n.name for n in after.gm.graph.nodes if n.name in moved & known and n.op != "get_attr"]
+    moved = find_affected_nodes(before, after)
+    known = {node.name for node in before.gm.graph.nodes}
+    names: list[str] = []
+    for n in after.gm.graph.nodes:
+        if n.name in moved & known and n.op != "get_attr":
+            names.append(n.name)
     return names[0]
 
 
-def rest_of(run: Lockstep, sample: int, after: Program, moved: Collection[str], start: str) -> Tensor:
-    """The logits [T, V] of an edited program, from where its values begin to differ from those of ``run``, which has
-    been advanced to that node."""
-    return _flat(logits(_Rest(after, run, sample, moved).finish(start)))
+def rest_of(
+    run: Lockstep, sample: int, after: Program, moved: Collection[str], start: str
+) -> Tensor:
+    """The logits [T, V] of an edited program, from where its values begin to differ from those of
+    ``run``, which has been advanced to that node."""
+    return _flatten_logits(select_logits(_Rest(after, run, sample, moved).finish_from(start)))
 
 
 class _Rest(fx.Interpreter):
@@ -154,23 +202,26 @@ class _Rest(fx.Interpreter):
         self.run_of_whole, self.sample, self.moved = run, sample, moved
 
     @torch.no_grad()
-    def finish(self, start: str) -> Any:
+    def finish_from(self, start: str) -> Any:
         """The model's output."""
         nodes = list(self.graph.nodes)
         at = next(i for i, node in enumerate(nodes) if node.name == start)
         late = set(nodes[at:])
         for node in nodes[:at]:
             if any(user in late for user in node.users) or node.name in self.moved:
-                self.env[node] = self._early(node)
+                self.env[node] = self._early_value(node)
         for node in nodes[at:-1]:
             self.env[node] = self.run_node(node)
             for done in self.user_to_last_uses.get(node, []):
                 self.env.pop(done, None)
         return self.module.graph.process_outputs(self.run_node(nodes[-1]))  # type: ignore[union-attr, operator]
 
-    def _early(self, node: fx.Node) -> Any:
-        """A value from before the edit's reach; its own copy, since ops behind it may write in place."""
+    def _early_value(self, node: fx.Node) -> Any:
+        """A value from before the edit's reach; its own copy, since ops behind it may write in
+        place."""
         if node.op == "get_attr" or node.name in self.moved:
             return self.run_node(node)
-        value = self.run_of_whole.value(self.sample, node.name)
-        return value.clone() if isinstance(value, Tensor) else value
+        value = self.run_of_whole.node_value(self.sample, node.name)
+        if isinstance(value, Tensor):
+            return value.clone()
+        return value

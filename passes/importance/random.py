@@ -16,15 +16,21 @@ from secateur.passes.importance.base import Importance, MemberScores, Needs
 
 @dataclass(frozen=True)
 class Random(Importance):
-    """Uniform in [0, 1), from the seed and the group's name, so that other groups change nothing."""
+    """Uniform in [0, 1), from the seed and the group's name, so that other groups change
+    nothing."""
 
     name: ClassVar[str] = "random"
     needs: ClassVar[Needs] = "nothing"
 
-    def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
-        return {group.name: [torch.rand(group.units, generator=_generator(group.name, context))] for group in groups}
+    def members(
+        self, program: Program, groups: Sequence[CoupledGroup], context: Context
+    ) -> MemberScores:
+        return {
+            group.name: [torch.rand(group.units, generator=_make_generator(group.name, context))]
+            for group in groups
+        }
 
 
-def _generator(name: str, context: Context) -> torch.Generator:
+def _make_generator(name: str, context: Context) -> torch.Generator:
     digest = hashlib.sha256(f"{context.seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -11,7 +11,12 @@ from torch import Tensor
 from secateur.graph import CoupledGroup, Program
 from secateur.passes.base import Context
 from secateur.passes.importance.base import Importance, MemberScores, Needs, scores_of
-from secateur.passes.importance.gradients import Gradients, LossKind, gradients, gradients_by_block
+from secateur.passes.importance.gradients import (
+    Gradients,
+    LossKind,
+    gradients_by_block,
+    loss_gradients,
+)
 
 Form = Literal["element", "vector", "second", "mixed"]
 SALIENCE: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -25,17 +30,21 @@ NEEDS_SQUARES = ("second", "mixed")
 
 @dataclass(frozen=True)
 class Taylor(Importance):
-    """By how much the loss would move without a unit; L is the mean loss over all calibration tokens.
+    """By how much the loss would move without a unit; L is the mean loss over all calibration
+    tokens.
 
-    loss: next-token (cross entropy of the token that follows) or labels (cross entropy of the given labels, unshifted:
-        masked language models, classifiers, encoder-decoders).
-    form: element (sum of |w * dL/dw|), vector (|sum of w * dL/dw| of each row or column of a unit), second
-        (sum of |w * A * w| with A the mean over sequences of the squared gradient of a sequence's mean loss: the
-        diagonal of the empirical Fisher matrix) or mixed (sum of |w * dL/dw - w * A * w / 2|).
-    Source: Ma et al. 2023 (LLM-Pruner), arXiv:2305.11627, eq. 3-5 (``param_first``, ``vectorize``, ``param_second``,
-        ``param_mix`` in code).
-    by_block: block after block from the last, with each block's activations computed again: memory is the gradients and
-        activations of one block and what passes between blocks, for a third more work.
+    loss: next-token (cross entropy of the token that follows) or labels (cross entropy of the given
+        labels, unshifted: masked language models, classifiers, encoder-decoders).
+    form: element (sum of |w * dL/dw|), vector (|sum of w * dL/dw| of each row or column of a unit),
+        second (sum of |w * A * w| with A the mean over sequences of the squared gradient of a
+        sequence's mean loss: the diagonal of the empirical Fisher matrix) or mixed (sum of |w *
+        dL/dw - w * A * w / 2|).
+
+    Source:
+        Ma et al. 2023 (LLM-Pruner), arXiv:2305.11627, eq. 3-5 (``param_first``, ``vectorize``,
+        ``param_second``, ``param_mix`` in code). by_block: block after block from the last, with
+        each block's activations computed again: memory is the gradients and activations of one
+        block and what passes between blocks, for a third more work.
     """
 
     name: ClassVar[str] = "taylor"
@@ -45,23 +54,37 @@ class Taylor(Importance):
     form: Form = "element"
     by_block: bool = False
 
-    def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
-        wanted = {member.parameter for group in groups for member in group.members}
+    def members(
+        self, program: Program, groups: Sequence[CoupledGroup], context: Context
+    ) -> MemberScores:
+        wanted = set()
+        for group in groups:
+            for member in group.members:
+                wanted.add(member.parameter)
         squared = self.form in NEEDS_SQUARES
         pieces = gradients_by_block if self.by_block else _all_at_once
         found = pieces(program, wanted, context, self.loss, squared)
-        return scores_of(groups, self._saliences(program, found), vectors=self.form == "vector")
+        return scores_of(
+            groups, self._entry_saliences(program, found), vectors=self.form == "vector"
+        )
 
-    def _saliences(self, program: Program, pieces: Iterator[Gradients]) -> Iterator[tuple[str, Tensor]]:
+    def _entry_saliences(
+        self, program: Program, pieces: Iterator[Gradients]
+    ) -> Iterator[tuple[str, Tensor]]:
         named = dict(program.named_parameters())
         for found in pieces:
             while found.mean:  # each piece is let go before the next is asked for
                 name, mean = found.mean.popitem()
-                yield name, SALIENCE[self.form](named[name].detach().float(), mean, found.squares.pop(name, mean))
+                yield (
+                    name,
+                    SALIENCE[self.form](
+                        named[name].detach().float(), mean, found.squares.pop(name, mean)
+                    ),
+                )
                 del mean
 
 
 def _all_at_once(
     program: Program, wanted: set[str], context: Context, loss: LossKind, squared: bool
 ) -> Iterator[Gradients]:
-    yield gradients(program, wanted, context, loss, squared)
+    yield loss_gradients(program, wanted, context, loss, squared)

@@ -9,20 +9,25 @@ from typing import ClassVar
 from secateur.graph import CoupledGroup, Program
 from secateur.passes.base import Context
 from secateur.passes.importance.base import Importance, MemberScores, Needs
-from secateur.passes.importance.moments import weighted_columns
+from secateur.passes.importance.moments import weigh_columns
 
 
 @dataclass(frozen=True)
 class Wanda(Importance):
     """|W[:, j]|^2 * E[x_j^2] over all calibration tokens, summed over the channels j of a unit.
 
-    It is the error that dropping the unit alone makes in its consumer's output, were channels independent.
-    Source: Sun et al. 2024 (Wanda), arXiv:2306.11695, eq. 1, by columns as in An et al. 2024 (FLAP), arXiv:2312.11983
-    (their Wanda-sp), squared.
+    It is the error that dropping the unit alone makes in its consumer's output, were channels
+    independent.
+
+    Source:
+        Sun et al. 2024 (Wanda), arXiv:2306.11695, eq. 1, by columns as in An et al. 2024 (FLAP),
+        arXiv:2312.11983 (their Wanda-sp), squared.
     """
 
     name: ClassVar[str] = "wanda"
     needs: ClassVar[Needs] = "activations"
 
-    def members(self, program: Program, groups: Sequence[CoupledGroup], context: Context) -> MemberScores:
-        return weighted_columns(program, groups, context, lambda moments: moments.mean_square)
+    def members(
+        self, program: Program, groups: Sequence[CoupledGroup], context: Context
+    ) -> MemberScores:
+        return weigh_columns(program, groups, context, lambda moments: moments.mean_square)

@@ -1,12 +1,13 @@
 """Forward KL and cross entropy of next-token distributions, chunk by chunk of rows.
 
-The plain way holds logits, log probabilities and their gradients of student and teacher for all rows at once.  Here a
-chunk's logits are made, compared, turned into the gradients of the hidden states and of the head, and forgotten, all in
-the forward pass; the backward pass only scales.  Memory beyond inputs and their gradients is a few chunks.
+The plain way holds logits, log probabilities and their gradients of student and teacher for all
+rows at once.  Here a chunk's logits are made, compared, turned into the gradients of the hidden
+states and of the head, and forgotten, all in the forward pass; the backward pass only scales.
+Memory beyond inputs and their gradients is a few chunks.
 
 T rows (tokens of a batch), V vocabulary, X width of the last hidden state, c rows of a chunk.
-Source: the chunking is that of Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989, section 3.2; KL and its gradient are
-Hinton et al. 2015, arXiv:1503.02531, eq. 2.
+Source: the chunking is that of Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989, section 3.2; KL
+and its gradient are Hinton et al. 2015, arXiv:1503.02531, eq. 2.
 """
 
 from __future__ import annotations
@@ -18,13 +19,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from secateur.passes.data import IGNORED
-from secateur.passes.training.rows import CHUNK_ELEMENTS, HeadRows, LogitRows, Rows, chunks, head_logits
+from secateur.passes.calibration.data import IGNORED
+from secateur.passes.training.rows import (
+    CHUNK_ELEMENTS,
+    HeadRows,
+    LogitRows,
+    Rows,
+    head_logits,
+    row_chunks,
+)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """loss = kl * KL(teacher || student) * temperature^2 + ce * cross entropy, each the mean over its rows, in nats."""
+    """loss = kl * KL(teacher || student) * temperature^2 + ce * cross entropy, each the mean over
+    its rows, in nats."""
 
     kl: float = 1.0
     ce: float = 0.0
@@ -33,14 +42,16 @@ class Weights:
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """total: scalar with a gradient.   kl, ce: scalars without, unweighted means in nats (0 where there is no row)."""
+    """total: scalar with a gradient.
+    kl, ce: scalars without, unweighted means in nats (0 where there is no row).
+    """
 
     total: Tensor
     kl: Tensor
     ce: Tensor
 
 
-def chunked_losses(
+def compute_chunked_losses(
     student: HeadRows | LogitRows,
     teacher: Rows | None,
     labels_T: Tensor | None = None,
@@ -49,27 +60,39 @@ def chunked_losses(
     *,
     elements: int = CHUNK_ELEMENTS,
 ) -> Losses:
-    """KL to the teacher's rows and cross entropy of labels, with gradients to the student's hidden states and head.
+    """KL to the teacher's rows and cross entropy of labels, with gradients to the student's hidden
+    states and head.
 
     Args:
-        student: T rows; gradients flow to ``hidden_TX``, ``weight_VX``, ``bias_V`` or to ``logits_TV``.
+        student: T rows; gradients flow to ``hidden_TX``, ``weight_VX``, ``bias_V`` or to
+            ``logits_TV``.
         teacher: T rows, or None: no KL.
         labels_T: [T] int64, -100 where not counted, or None: no cross entropy.
         counted_T: [T] bool, rows whose KL counts; None counts all.
         weights: of the two losses.
         elements: logits of one chunk.
-    Raises: ValueError: the numbers of rows or of logits differ.
+
+    Raises:
+        ValueError: the numbers of rows or of logits differ.
     """
-    rows = student.count
-    for what, found in (("teacher", teacher and teacher.count), ("labels", labels_T is not None and len(labels_T))):
+    rows = student.count_rows
+    for what, found in (
+        ("teacher", teacher and teacher.count_rows),
+        ("labels", labels_T is not None and len(labels_T)),
+    ):
         if found not in (None, False, rows):
-            raise ValueError(f"the {what} have {found} rows and the student has {rows}: give the same tokens to both")
-    source, *head = _leaves(student)
+            raise ValueError(
+                f"the {what} have {found} rows and the student has {rows}: give the same tokens "
+                "to both"
+            )
+    source, *head = _differentiable_leaves(student)
     job = _Job(
         teacher=teacher,
         labels_T=None if labels_T is None else labels_T.to(source.device),
-        kl_share_T=_shares(torch.ones(rows) if counted_T is None else counted_T, source.device),
-        ce_share_T=_shares(torch.zeros(rows) if labels_T is None else labels_T != IGNORED, source.device),
+        kl_share_T=_row_shares(torch.ones(rows) if counted_T is None else counted_T, source.device),
+        ce_share_T=_row_shares(
+            torch.zeros(rows) if labels_T is None else labels_T != IGNORED, source.device
+        ),
         weights=weights,
         dtype=student.dtype if isinstance(student, HeadRows) else None,
         elements=elements,
@@ -78,14 +101,16 @@ def chunked_losses(
     return Losses(*_ChunkedLosses.apply(source, *head, job))  # type: ignore[no-untyped-call]
 
 
-def _leaves(student: HeadRows | LogitRows) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _differentiable_leaves(
+    student: HeadRows | LogitRows,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(hidden states, weight, bias), or (logits, None, None)."""
     if isinstance(student, LogitRows):
         return student.logits_TV, None, None
     return student.hidden_TX, student.weight_VX, student.bias_V
 
 
-def _shares(counted_T: Tensor, device: torch.device) -> Tensor:
+def _row_shares(counted_T: Tensor, device: torch.device) -> Tensor:
     """Each row's part of a mean over the counted rows, [T] float32."""
     counted = counted_T.to(device, torch.float32)
     return counted / counted.sum().clamp_min(1)
@@ -104,17 +129,21 @@ class _Job:
     elements: int
     differentiate: bool
 
-    def compare(self, part: slice, logits_cV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """This chunk's part of the mean KL and of the mean cross entropy, and d loss / d logits [c, V]."""
-        kl, ce, gradient_cV = logits_cV.new_zeros(()), logits_cV.new_zeros(()), torch.zeros_like(logits_cV)
+    def compare_chunk(self, part: slice, logits_cV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """This chunk's part of the mean KL and of the mean cross entropy, and d loss / d logits [c,
+        V]."""
+        kl = logits_cV.new_zeros(())
+        ce = logits_cV.new_zeros(())
+        gradient_cV = torch.zeros_like(logits_cV)
         if self.teacher is not None:
-            kl = self._kl(self.teacher, part, logits_cV, gradient_cV)
+            kl = self._add_kl(self.teacher, part, logits_cV, gradient_cV)
         if self.labels_T is not None:
-            ce = self._ce(self.labels_T[part], part, logits_cV, gradient_cV)
+            ce = self._add_cross_entropy(self.labels_T[part], part, logits_cV, gradient_cV)
         return kl, ce, gradient_cV
 
-    def _kl(self, teacher: Rows, part: slice, logits_cV: Tensor, gradient_cV: Tensor) -> Tensor:
-        temperature, share_c = self.weights.temperature, self.kl_share_T[part]
+    def _add_kl(self, teacher: Rows, part: slice, logits_cV: Tensor, gradient_cV: Tensor) -> Tensor:
+        temperature = self.weights.temperature
+        share_c = self.kl_share_T[part]
         log_q_cV = torch.log_softmax(logits_cV / temperature, -1)
         kl_c, target_cV = teacher.divergence(part, log_q_cV, temperature)
         if self.differentiate and self.weights.kl:
@@ -122,8 +151,11 @@ class _Job:
             gradient_cV.add_(log_q_cV.exp_().sub_(target_cV).mul_(scale_c1))
         return (kl_c * share_c).sum()
 
-    def _ce(self, labels_c: Tensor, part: slice, logits_cV: Tensor, gradient_cV: Tensor) -> Tensor:
-        share_c1, index_c1 = self.ce_share_T[part].unsqueeze(-1), labels_c.clamp_min(0).unsqueeze(-1)
+    def _add_cross_entropy(
+        self, labels_c: Tensor, part: slice, logits_cV: Tensor, gradient_cV: Tensor
+    ) -> Tensor:
+        share_c1 = self.ce_share_T[part].unsqueeze(-1)
+        index_c1 = labels_c.clamp_min(0).unsqueeze(-1)
         log_q_cV = torch.log_softmax(logits_cV, -1)
         loss = -(log_q_cV.gather(-1, index_c1) * share_c1).sum()
         if self.differentiate and self.weights.ce:
@@ -133,7 +165,8 @@ class _Job:
 
 
 class _ChunkedLosses(torch.autograd.Function):
-    """Losses forward; their gradients are made on the way, and handed out, once, by the backward pass."""
+    """Losses forward; their gradients are made on the way, and handed out, once, by the backward
+    pass."""
 
     @staticmethod
     def forward(
@@ -142,14 +175,20 @@ class _ChunkedLosses(torch.autograd.Function):
         wanted = [bool(job.differentiate and needed) for needed in ctx.needs_input_grad[:3]]
         gradients = _Gradients(source, weight_VX, bias_V, wanted, job.dtype)
         sums = torch.zeros(2, device=source.device)
-        vocabulary = source.shape[-1] if weight_VX is None else weight_VX.shape[0]
+        if weight_VX is None:
+            vocabulary = source.shape[-1]
+        else:
+            vocabulary = weight_VX.shape[0]
         with torch.autocast(source.device.type, enabled=False):
-            for part in chunks(len(source), vocabulary, job.elements):
+            for part in row_chunks(len(source), vocabulary, job.elements):
                 x_cX = source[part]
-                logits_cV = x_cX.float() if weight_VX is None else head_logits(x_cX, weight_VX, bias_V, job.dtype)
-                *parts, gradient_cV = job.compare(part, logits_cV)
+                if weight_VX is None:
+                    logits_cV = x_cX.float()
+                else:
+                    logits_cV = head_logits(x_cX, weight_VX, bias_V, job.dtype)
+                *parts, gradient_cV = job.compare_chunk(part, logits_cV)
                 sums += torch.stack(parts)
-                gradients.add(part, gradient_cV)
+                gradients.add_chunk(part, gradient_cV)
         ctx.gradients = gradients.made
         total = job.weights.kl * job.weights.temperature**2 * sums[0] + job.weights.ce * sums[1]
         kl, ce = sums.clone().unbind()
@@ -161,12 +200,15 @@ class _ChunkedLosses(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the gradients of a chunked loss are handed out once: compute the loss again")
+            raise RuntimeError(
+                "the gradients of a chunked loss are handed out once: compute the loss again"
+            )
         return (*(None if g is None else g.mul_(d_total.to(g.dtype)) for g in gradients), None)
 
 
 class _Gradients:
-    """Of hidden states (or logits), weight and bias, gathered chunk by chunk; ``made`` holds None where not wanted."""
+    """Of hidden states (or logits), weight and bias, gathered chunk by chunk; ``made`` holds None
+    where not wanted."""
 
     def __init__(
         self,
@@ -181,7 +223,7 @@ class _Gradients:
         pairs = zip(tensors, wanted, strict=True)
         self.made = [torch.zeros_like(t) if t is not None and want else None for t, want in pairs]
 
-    def add(self, part: slice, gradient_cV: Tensor) -> None:
+    def add_chunk(self, part: slice, gradient_cV: Tensor) -> None:
         """Take in d loss / d logits of a chunk."""
         d_source, d_weight, d_bias = self.made
         if self.weight is None:

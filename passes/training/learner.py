@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.passes.training.chunked import Weights, chunked_losses
+from secateur.passes.training.chunked import Weights, compute_chunked_losses
 from secateur.passes.training.network import Network, Output
 from secateur.passes.training.rows import Rows
 
@@ -22,8 +22,9 @@ Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
-    """What the teacher says about a batch: distributions of its tokens, and hidden states where they are compared."""
+class TeacherTargets:
+    """What the teacher says about a batch: distributions of its tokens, and hidden states where
+    they are compared."""
 
     rows: Rows | None
     states: tuple[Tensor, ...] = ()
@@ -31,7 +32,9 @@ class Lesson:
 
 @dataclass(frozen=True, eq=False)
 class StepLosses:
-    """total: with a gradient.   kl, ce, states: means without, 0 where not asked for."""
+    """total: with a gradient.
+    kl, ce, states: means without, 0 where not asked for.
+    """
 
     total: Tensor
     kl: Tensor
@@ -43,29 +46,41 @@ class Learner(nn.Module):
     """A network with its losses.
 
     weights: of KL and cross entropy.
-    pairs: (teacher, student) numbers of hidden states to bring together; 0 is the embeddings, negative ones count from
-        the end.
-    widths: (student, teacher) width of the hidden states; where they differ, one learned projection serves all pairs.
+    pairs: (teacher, student) numbers of hidden states to bring together; 0 is the embeddings,
+        negative ones count from the end.
+    widths: (student, teacher) width of the hidden states; where they differ, one learned projection
+        serves all pairs.
     """
 
     def __init__(
-        self, network: Network, weights: Weights, pairs: Sequence[Pair] = (), widths: Pair | None = None
+        self,
+        network: Network,
+        weights: Weights,
+        pairs: Sequence[Pair] = (),
+        widths: Pair | None = None,
     ) -> None:
         super().__init__()
         self.network, self.weights, self.pairs = network, weights, tuple(pairs)
-        self.projection = nn.Linear(*widths, bias=False) if pairs and widths and widths[0] != widths[1] else None
+        self.projection = (
+            nn.Linear(*widths, bias=False) if pairs and widths and widths[0] != widths[1] else None
+        )
         inner = {type(module).__name__ for module in network.modules()}
-        self._no_split_modules = sorted(inner & set(getattr(network.body, "_no_split_modules", None) or ()))
+        self._no_split_modules = sorted(
+            inner & set(getattr(network.body, "_no_split_modules", None) or ())
+        )
 
-    def forward(self, batch: Batch, lesson: Lesson) -> StepLosses:
+    def forward(self, batch: Batch, lesson: TeacherTargets) -> StepLosses:
         """The losses of a batch.
 
-        Args: batch: ``inputs`` of the model; ``labels`` [b, t] of each position or None; ``counted`` [b, t] bool or
-            None (all).   lesson: what the teacher says about it.
+        Args:
+            batch: ``inputs`` of the model; ``labels`` [b, t] of each position or None; ``counted``
+                [b, t] bool or None (all).
+            lesson: what the teacher says about it.
         """
         output = self.network(batch["inputs"], bool(self.pairs))
-        labels, counted = batch.get("labels"), batch.get("counted")
-        found = chunked_losses(
+        labels = batch.get("labels")
+        counted = batch.get("counted")
+        found = compute_chunked_losses(
             output.rows,
             lesson.rows,
             None if labels is None else labels.reshape(-1),
@@ -74,15 +89,21 @@ class Learner(nn.Module):
         )
         if not self.pairs:
             return StepLosses(found.total, found.kl, found.ce, torch.zeros_like(found.kl))
-        apart = self._apart(output, lesson, counted)
-        # Minitron's dynamic weight: the two losses count the same, whatever their scales; the KL as it stands in the
-        # total, with its weight and the square of its temperature.
+        apart = self._hidden_distance(output, lesson, counted)
+        # Minitron's dynamic weight: the two losses count the same, whatever their scales; the KL as
+        # it stands in the total, with its weight and the square of its temperature.
         logits = self.weights.kl * self.weights.temperature**2 * found.kl
         share = logits / apart.detach().clamp_min(1e-8)
         return StepLosses(found.total + share * apart, found.kl, found.ce, apart.detach())
 
-    def _apart(self, output: Output, lesson: Lesson, counted: Tensor | None) -> Tensor:
-        """Mean over pairs and tokens of 1 - cosine.  Source: Muralidharan et al. 2024, arXiv:2407.14679, section 3."""
+    def _hidden_distance(
+        self, output: Output, lesson: TeacherTargets, counted: Tensor | None
+    ) -> Tensor:
+        """Mean over pairs and tokens of 1 - cosine.
+
+        Source:
+            Muralidharan et al. 2024, arXiv:2407.14679, section 3.
+        """
         losses = []
         for teacher, student in self.pairs:
             mine = output.states[student].float()

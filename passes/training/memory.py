@@ -1,4 +1,5 @@
-"""All that a training run is at one step, as tensors and JSON: what a killed run needs to go on bit for bit."""
+"""All that a training run is at one step, as tensors and JSON: what a killed run needs to go on bit
+for bit."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 JSON = dict[str, Any]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of one that may be spread over processes (then on the CPU); every process must call this."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor of one that may be spread over processes (then on the CPU); every process
+    must call this."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     full: Tensor = tensor.full_tensor()
@@ -33,8 +35,9 @@ def spread_like(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements)  # type: ignore[attr-defined]
 
 
-def settle(model: nn.Module) -> None:
-    """Spread what a forward pass without a backward one left gathered; nothing to do in one process."""
+def gather_sharded_params(model: nn.Module) -> None:
+    """Spread what a forward pass without a backward one left gathered; nothing to do in one
+    process."""
     for module in model.modules():
         reshard: Any = getattr(module, "reshard", None)
         if reshard is not None:
@@ -43,11 +46,11 @@ def settle(model: nn.Module) -> None:
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters that are trained and persistent buffers by name, each once, whole."""
-    settle(model)
+    gather_sharded_params(model)
     named: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     persistent = model.state_dict().keys()
     named |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    return {name: whole(tensor.detach()) for name, tensor in named.items()}
+    return {name: full_tensor(tensor.detach()) for name, tensor in named.items()}
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -61,18 +64,30 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], JSON]:
     """Its tensors, named by parameter number and key, and its groups."""
     state = optimizer.state_dict()
-    tensors = {f"{at}.{key}": whole(value) for at, own in state["state"].items() for key, value in own.items()}
+    tensors = {}
+    for at, own in state["state"].items():
+        for key, value in own.items():
+            tensors[f"{at}.{key}"] = full_tensor(value)
     return tensors, {"groups": state["param_groups"]}
 
 
-def put_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: JSON) -> None:
-    """The inverse of ``optimizer_state``; the optimizer has the same parameters in the same order."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+def put_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: JSON
+) -> None:
+    """The inverse of ``optimizer_state``; the optimizer has the same parameters in the same
+    order."""
+    parameters = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            parameters.append(p)
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         at, _, key = name.partition(".")
         like = parameters[int(at)]
-        state.setdefault(int(at), {})[key] = spread_like(value, like) if value.shape == like.shape else value
+        if value.shape == like.shape:
+            state.setdefault(int(at), {})[key] = spread_like(value, like)
+        else:
+            state.setdefault(int(at), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
 
 
@@ -97,7 +112,7 @@ def put_random_state(tensors: Mapping[str, Tensor], facts: JSON) -> None:
 
 
 @contextmanager
-def own_randomness() -> Iterator[None]:
+def isolate_randomness() -> Iterator[None]:
     """Whatever is drawn or seeded in here does not show outside."""
     tensors, facts = random_state()
     try:
@@ -106,11 +121,15 @@ def own_randomness() -> Iterator[None]:
         put_random_state(tensors, json.loads(json.dumps(facts)))
 
 
-def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names with a prefix, so that several sets share one file."""
     return {f"{prefix}/{name}": value for name, value in tensors.items()}
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of ``prefixed``: those of one set."""
-    return {name.removeprefix(f"{prefix}/"): v for name, v in tensors.items() if name.startswith(f"{prefix}/")}
+    return {
+        name.removeprefix(f"{prefix}/"): v
+        for name, v in tensors.items()
+        if name.startswith(f"{prefix}/")
+    }

@@ -14,7 +14,7 @@ from pydantic import Field
 from secateur.graph import Program
 from secateur.graph.errors import PipelineError
 from secateur.passes.base import Context, Cost, Pass
-from secateur.passes.training.text import Text, read_windows, split
+from secateur.passes.training.text import TrainingText, read_windows, split_held_out
 
 Precision = Literal["auto", "float32", "bfloat16"]
 LOW = (torch.bfloat16, torch.float16)
@@ -22,21 +22,25 @@ LOW = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class TrainingPass(Pass):
-    """A pass that trains: AdamW (0.9, 0.95), linear warm-up, then a cosine down to a part of the rate.
+    """A pass that trains: AdamW (0.9, 0.95), linear warm-up, then a cosine down to a part of the
+    rate.
 
     tokens: to train on; text that holds fewer is seen more than once.
     lr: highest learning rate.
     batch_tokens: tokens of an optimizer step, over all processes.
     micro_batch: sequences that a process takes at once, at most.
-    window: tokens of a sequence where data names a file; calibration sequences keep their own length.
-    data: a file to train on instead of the calibration data: .txt, .jsonl (field text), or .safetensors (input_ids).
-    held_out: sequences held back from training to measure KL and perplexity by, at most one in five.
+    window: tokens of a sequence where data names a file; calibration sequences keep their own
+        length.
+    data: a file to train on instead of the calibration data: .txt, .jsonl (field text), or
+        .safetensors (input_ids).
+    held_out: sequences held back from training to measure KL and perplexity by, at most one in
+        five.
     evaluations: how often to measure.
     warmup: part of the steps in which the learning rate rises.
     final_lr: part of lr that the cosine ends at.
     weight_decay, clip: of AdamW; largest norm of a step's gradient.
-    precision: of matrix products, the teacher's too: float32, bfloat16, or auto (bfloat16 where weights are of low
-        precision; those are held as float32 while they are trained).
+    precision: of matrix products, the teacher's too: float32, bfloat16, or auto (bfloat16 where
+        weights are of low precision; those are held as float32 while they are trained).
     checkpointing: recompute activations in the backward pass, which saves memory.
     compile: backend of torch.compile for the student: off, inductor or aot_eager.
     save_every: steps from one checkpoint to the next, in a run that can be resumed.
@@ -65,7 +69,9 @@ class TrainingPass(Pass):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return () if self.data is None else (Path(self.data).expanduser(),)
+        if self.data is None:
+            return ()
+        return (Path(self.data).expanduser(),)
 
     @property
     def cost(self) -> Cost:
@@ -74,26 +80,36 @@ class TrainingPass(Pass):
 
     def requires(self, program: Program) -> list[str]:
         on_meta = any(p.is_meta for _, p in program.named_parameters())
-        return super().requires(program) + ["the weights are on the meta device: open the model with weights"] * on_meta
+        return (
+            super().requires(program)
+            + ["the weights are on the meta device: open the model with weights"] * on_meta
+        )
 
-    def text(self, program: Program, context: Context) -> Text:
+    def load_text(self, program: Program, context: Context) -> TrainingText:
         """The windows to train on and those held back.
 
-        Raises: TextError: there is none, or the file cannot be read.
+        Raises:
+            TextError: there is none, or the file cannot be read.
         """
         if self.data is None:
-            return split(context.data or (), self.held_out)
+            return split_held_out(context.data or (), self.held_out)
         wanted = self.tokens + self.held_out * self.window
         file = Path(self.data).expanduser()
-        return split(read_windows(file, program, tokens=wanted, window=self.window, seed=context.seed), self.held_out)
+        return split_held_out(
+            read_windows(file, program, tokens=wanted, window=self.window, seed=context.seed),
+            self.held_out,
+        )
 
 
 @dataclass(frozen=True)
-class Pace:
+class StepPlan:
     """Steps of a run.
 
-    steps: optimizer steps.   micro: sequences a process takes at once.   accumulate: such takes a step.
-    warmup: steps in which the rate rises.   evaluate, save: steps from one to the next.   world: processes.
+    steps: optimizer steps.
+    micro: sequences a process takes at once.
+    accumulate: such takes a step.
+    warmup: steps in which the rate rises.
+    evaluate, save: steps from one to the next.   world: processes.
     """
 
     steps: int
@@ -110,23 +126,27 @@ class Pace:
         return self.micro * self.accumulate * self.world
 
 
-def pace(options: TrainingPass, window: int, tokens: int) -> Pace:
-    """The steps that ``tokens`` take, in batches of as near ``batch_tokens`` as whole micro-batches come.
+def plan_steps(options: TrainingPass, window: int, tokens: int) -> StepPlan:
+    """The steps that ``tokens`` take, in batches of as near ``batch_tokens`` as whole micro-batches
+    come.
 
     With several processes the batch is shared out among them.
-    Raises: PipelineError: the processes do not divide the batch.
+
+    Raises:
+        PipelineError: the processes do not divide the batch.
     """
     world = world_size()
     sequences = max(1, round(options.batch_tokens / window))
     if sequences % world:
         raise PipelineError(
-            f"{options.name}: {sequences} sequences of {window} tokens a step do not divide among {world} processes: "
+            f"{options.name}: {sequences} sequences of {window} tokens a step do not divide among "
+            f"{world} processes: "
             f"choose batch_tokens as a multiple of {world * window}"
         )
     each = sequences // world
     micro = next(m for m in range(min(options.micro_batch, each), 0, -1) if each % m == 0)
     steps = math.ceil(tokens / (sequences * window))
-    return Pace(
+    return StepPlan(
         steps=steps,
         micro=micro,
         accumulate=each // micro,
@@ -142,7 +162,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def autocast(precision: Precision, dtypes: set[torch.dtype]) -> torch.dtype | None:
-    """The dtype of matrix products, None for the weights' own; weights of low precision are trained as float32."""
-    table = {"float32": None, "bfloat16": torch.bfloat16, "auto": torch.bfloat16 if dtypes & set(LOW) else None}
+def autocast_dtype(precision: Precision, dtypes: set[torch.dtype]) -> torch.dtype | None:
+    """The dtype of matrix products, None for the weights' own; weights of low precision are trained
+    as float32."""
+    table = {
+        "float32": None,
+        "bfloat16": torch.bfloat16,
+        "auto": torch.bfloat16 if dtypes & set(LOW) else None,
+    }
     return table[precision]

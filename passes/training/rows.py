@@ -1,7 +1,8 @@
-"""Next-token distributions, row by row: made of what a model gave when a chunk of rows asks, never all at once.
+"""Next-token distributions, row by row: made of what a model gave when a chunk of rows asks, never
+all at once.
 
-T rows (tokens of a batch), V vocabulary, X width of the last hidden state, k tokens kept of a distribution, c rows of a
-chunk.
+T rows (tokens of a batch), V vocabulary, X width of the last hidden state, k tokens kept of a
+distribution, c rows of a chunk.
 """
 
 from __future__ import annotations
@@ -20,15 +21,22 @@ class Rows(Protocol):
     """Distributions of T rows, and how far another one is from them."""
 
     @property
-    def count(self) -> int:
+    def count_rows(self) -> int:
         """T."""
         ...
 
-    def divergence(self, part: slice, log_q_cV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Forward KL of these rows to ``log_q``, and the distribution whose difference to q is the gradient.
+    def divergence(
+        self, part: slice, log_q_cV: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Forward KL of these rows to ``log_q``, and the distribution whose difference to q is the
+        gradient.
 
-        Args: part: the rows.   log_q_cV: [c, V] float32, log probabilities at this temperature.
-        Returns: ([c] float32 nats, [c, V] float32): d KL / d logits = (q - the second) / temperature.
+        Args:
+            part: the rows.
+            log_q_cV: [c, V] float32, log probabilities at this temperature.
+
+        Returns:
+            ([c] float32 nats, [c, V] float32): d KL / d logits = (q - the second) / temperature.
         """
         ...
 
@@ -40,14 +48,16 @@ class LogitRows:
     logits_TV: Tensor
 
     @property
-    def count(self) -> int:
+    def count_rows(self) -> int:
         return len(self.logits_TV)
 
     def logits(self, part: slice) -> Tensor:
         """[c, V] float32."""
         return self.logits_TV[part].float()
 
-    def divergence(self, part: slice, log_q_cV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def divergence(
+        self, part: slice, log_q_cV: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
         return _full_divergence(self.logits(part), log_q_cV, temperature)
 
 
@@ -55,7 +65,10 @@ class LogitRows:
 class HeadRows:
     """Logits as hidden state times head, computed when asked for.
 
-    hidden_TX: [T, X].   weight_VX: [V, X].   bias_V: [V] or None.   dtype: of the product; None is that of the weight.
+    hidden_TX: [T, X].
+    weight_VX: [V, X].
+    bias_V: [V] or None.
+    dtype: of the product; None is that of the weight.
     """
 
     hidden_TX: Tensor
@@ -64,33 +77,39 @@ class HeadRows:
     dtype: torch.dtype | None = None
 
     @property
-    def count(self) -> int:
+    def count_rows(self) -> int:
         return len(self.hidden_TX)
 
     def logits(self, part: slice) -> Tensor:
         """[c, V] float32."""
         return head_logits(self.hidden_TX[part], self.weight_VX, self.bias_V, self.dtype)
 
-    def divergence(self, part: slice, log_q_cV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def divergence(
+        self, part: slice, log_q_cV: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
         return _full_divergence(self.logits(part), log_q_cV, temperature)
 
 
 @dataclass(frozen=True, eq=False)
 class TopRows:
-    """The k likeliest tokens of each row; all others count together as one more outcome, so that no mass is invented.
+    """The k likeliest tokens of each row; all others count together as one more outcome, so that no
+    mass is invented.
 
-    indices_Tk: [T, k] integer.   log_probs_Tk: [T, k] log probabilities under the whole vocabulary, at the temperature
-    that they are compared at.
+    indices_Tk: [T, k] integer.
+    log_probs_Tk: [T, k] log probabilities under the whole vocabulary, at the temperature that they
+        are compared at.
     """
 
     indices_Tk: Tensor
     log_probs_Tk: Tensor
 
     @property
-    def count(self) -> int:
+    def count_rows(self) -> int:
         return len(self.indices_Tk)
 
-    def divergence(self, part: slice, log_q_cV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def divergence(
+        self, part: slice, log_q_cV: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
         device = log_q_cV.device
         index_ck = self.indices_Tk[part].to(device, torch.int64)
         log_p_ck = self.log_probs_Tk[part].to(device, torch.float32)
@@ -106,37 +125,48 @@ class TopRows:
 def top_rows(rows: HeadRows | LogitRows, k: int, temperature: float = 1.0) -> TopRows:
     """The k likeliest tokens of each row, int32 and float32, computed chunk by chunk."""
     found = []
-    for part in chunks(rows.count, _vocabulary(rows)):
+    for part in row_chunks(rows.count_rows, _vocabulary_size(rows)):
         log_p_cV = torch.log_softmax(rows.logits(part) / temperature, -1)
         found.append(log_p_cV.topk(min(k, log_p_cV.shape[-1]), -1))
     indices = torch.cat([part.indices for part in found]).to(torch.int32)
     return TopRows(indices, torch.cat([part.values for part in found]))
 
 
-def chunks(rows: int, vocabulary: int, elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
+def row_chunks(rows: int, vocabulary: int, elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
     """Slices of the rows, each of about ``elements`` logits."""
     size = max(1, elements // vocabulary)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def head_logits(x_cX: Tensor, weight_VX: Tensor, bias_V: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def head_logits(
+    x_cX: Tensor, weight_VX: Tensor, bias_V: Tensor | None, dtype: torch.dtype | None
+) -> Tensor:
     """x W^T + b, [c, V] float32; multiplied in ``dtype``."""
     wide = dtype or weight_VX.dtype
     logits_cV = (x_cX.to(wide) @ weight_VX.to(wide).T).float()
-    return logits_cV if bias_V is None else logits_cV.add_(bias_V.float())
+    if bias_V is None:
+        return logits_cV
+    return logits_cV.add_(bias_V.float())
 
 
-def _vocabulary(rows: HeadRows | LogitRows) -> int:
-    return rows.weight_VX.shape[0] if isinstance(rows, HeadRows) else rows.logits_TV.shape[-1]
+def _vocabulary_size(rows: HeadRows | LogitRows) -> int:
+    if isinstance(rows, HeadRows):
+        return rows.weight_VX.shape[0]
+    return rows.logits_TV.shape[-1]
 
 
-def _full_divergence(logits_cV: Tensor, log_q_cV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _full_divergence(
+    logits_cV: Tensor, log_q_cV: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     if logits_cV.shape != log_q_cV.shape:
         raise ValueError(
-            f"the teacher gives {logits_cV.shape[-1]} logits a token and the student {log_q_cV.shape[-1]}: "
+            f"the teacher gives {logits_cV.shape[-1]} logits a token and the student "
+            f"{log_q_cV.shape[-1]}: "
             "distillation compares them token by token, so leave the vocabulary unpruned"
         )
     log_p_cV = torch.log_softmax(logits_cV.to(log_q_cV.device) / temperature, -1)
     p_cV = log_p_cV.exp()
-    gap_cV = log_p_cV.sub_(log_q_cV).masked_fill_(p_cV == 0, 0.0)  # 0 * (-inf - -inf) where both forbid a token
+    gap_cV = log_p_cV.sub_(log_q_cV).masked_fill_(
+        p_cV == 0, 0.0
+    )  # 0 * (-inf - -inf) where both forbid a token
     return gap_cV.mul_(p_cV).sum(-1), p_cV

@@ -1,4 +1,5 @@
-"""Where a teacher's word comes from: a model that runs along, or top-k rows that it wrote down before."""
+"""Where a teacher's word comes from: a model that runs along, or top-k rows that it wrote down
+before."""
 
 from __future__ import annotations
 
@@ -11,57 +12,73 @@ import torch
 from torch import Tensor, nn
 
 from secateur.passes.base import Progress
-from secateur.passes.data import Sample
-from secateur.passes.journal import Journal
+from secateur.passes.calibration.data import Sample
 from secateur.passes.opening import open_model_folder
-from secateur.passes.training.learner import Batch, Lesson
+from secateur.passes.storage.journal import Journal
+from secateur.passes.training.learner import Batch, TeacherTargets
 from secateur.passes.training.network import Network
 from secateur.passes.training.rows import TopRows, top_rows
-from secateur.passes.training.text import collate
+from secateur.passes.training.text import collate_batch
 
 
 class Teacher(Protocol):
     """Answers for a batch; ``move`` is told once where the student trains."""
 
-    def __call__(self, batch: Batch) -> Lesson: ...
+    def __call__(self, batch: Batch) -> TeacherTargets: ...
 
-    def move(self, device: torch.device) -> None: ...
+    def move_to(self, device: torch.device) -> None: ...
 
 
 class NoTeacher:
     """For losses that need none."""
 
-    def __call__(self, batch: Batch) -> Lesson:
-        return Lesson(None)
+    def __call__(self, batch: Batch) -> TeacherTargets:
+        return TeacherTargets(None)
 
-    def move(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         return None
 
 
 class LiveTeacher:
     """A network that runs along, without gradients.
 
-    network: on any device, in any dtype.   states: whether hidden states are asked for.
-    top_k: only the k likeliest tokens count; 0 for all.   stays: whether it keeps its device.
+    network: on any device, in any dtype.
+    states: whether hidden states are asked for.
+    top_k: only the k likeliest tokens count; 0 for all.
+    stays: whether it keeps its device.
     """
 
     def __init__(
-        self, network: Network, *, states: bool = False, top_k: int = 0, temperature: float = 1.0, stays: bool = False
+        self,
+        network: Network,
+        *,
+        states: bool = False,
+        top_k: int = 0,
+        temperature: float = 1.0,
+        stays: bool = False,
     ) -> None:
         self.network, self.states, self.top_k = network.eval(), states, top_k
         self.temperature, self.stays = temperature, stays
 
-    def move(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         if not self.stays:
             self.network.to(device)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Lesson:
+    def __call__(self, batch: Batch) -> TeacherTargets:
         device = next(self.network.parameters()).device
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch["inputs"].items()}
+        inputs = {}
+        for k, v in batch["inputs"].items():
+            if isinstance(v, Tensor):
+                inputs[k] = v.to(device)
+            else:
+                inputs[k] = v
         output = self.network(inputs, self.states)
-        rows = top_rows(output.rows, self.top_k, self.temperature) if self.top_k else output.rows
-        return Lesson(rows, output.states)
+        if self.top_k:
+            rows = top_rows(output.rows, self.top_k, self.temperature)
+        else:
+            rows = output.rows
+        return TeacherTargets(rows, output.states)
 
 
 class StoredTeacher:
@@ -70,28 +87,38 @@ class StoredTeacher:
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
 
-    def move(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         return None
 
-    def __call__(self, batch: Batch) -> Lesson:
-        found = [self._rows(int(window)) for window in batch["window"]]
+    def __call__(self, batch: Batch) -> TeacherTargets:
+        found = [self._read_rows(int(window)) for window in batch["window"]]
         longest = max(len(rows.indices_Tk) for rows in found)
-        parts = [_padded(rows, longest) for rows in found]
-        return Lesson(TopRows(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])))
+        parts = [_pad_rows(rows, longest) for rows in found]
+        return TeacherTargets(
+            TopRows(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+        )
 
-    def _rows(self, window: int) -> TopRows:
-        entry = self.journal.read(_name(window))
-        assert entry is not None, f"window {window} was stored and is gone from {self.journal.folder}"
+    def _read_rows(self, window: int) -> TopRows:
+        entry = self.journal.read(_entry_name(window))
+        assert entry is not None, (
+            f"window {window} was stored and is gone from {self.journal.folder}"
+        )
         return TopRows(entry.tensors["indices"], entry.tensors["log_probs"])
 
 
-def store(
-    teacher: LiveTeacher, samples: Sequence[Sample], folder: Path, about: dict[str, Any], progress: Progress
+def store_answers(
+    teacher: LiveTeacher,
+    samples: Sequence[Sample],
+    folder: Path,
+    about: dict[str, Any],
+    progress: Progress,
 ) -> StoredTeacher:
     """Write down what a teacher says about each sequence; those that stand there already are left.
 
-    Args: folder: one file a sequence, and ``about``.   about: what the rows depend on; where the folder holds rows of
-        something else, they are replaced.
+    Args:
+        folder: one file a sequence, and ``about``.
+        about: what the rows depend on; where the folder holds rows of something else, they are
+            replaced.
     """
     journal = Journal(folder)
     known = journal.read("about")
@@ -101,42 +128,51 @@ def store(
         journal.write("about", facts=about)
     device = next(teacher.network.parameters()).device
     done = set(journal.names())
-    todo = [window for window in range(len(samples)) if _name(window) not in done]
+    todo = [window for window in range(len(samples)) if _entry_name(window) not in done]
     for window in progress(todo, "teacher", len(todo)):
-        batch = collate([{"window": window, "sample": samples[window]}])
-        rows = teacher({**batch, "inputs": _moved(batch["inputs"], device)}).rows
+        batch = collate_batch([{"window": window, "sample": samples[window]}])
+        rows = teacher({**batch, "inputs": _move_inputs(batch["inputs"], device)}).rows
         assert isinstance(rows, TopRows)
-        journal.write(_name(window), {"indices": rows.indices_Tk, "log_probs": rows.log_probs_Tk})
+        journal.write(
+            _entry_name(window), {"indices": rows.indices_Tk, "log_probs": rows.log_probs_Tk}
+        )
     return StoredTeacher(journal)
 
 
 def open_teacher(folder: str | Path) -> Any:
-    """The stock model of a folder, in eval mode and its stored dtype, with every check of the student's opening.
+    """The stock model of a folder, in eval mode and its stored dtype, with every check of the
+    student's opening.
 
     Args:
         folder: with config.json and safetensors; no code of it is run.
+
     Raises:
         PipelineError: it is no model folder, or it is not sound.
     """
     return open_model_folder(folder, "teacher")
 
 
-def placed(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> nn.Module:
-    """The model in another dtype or on another device, as a copy; itself where neither is asked for."""
+def place_model(
+    model: nn.Module, dtype: torch.dtype | None, device: torch.device | None
+) -> nn.Module:
+    """The model in another dtype or on another device, as a copy; itself where neither is asked
+    for."""
     if dtype is None and device is None:
         return model
     return copy.deepcopy(model).to(device=device, dtype=dtype)
 
 
-def _name(window: int) -> str:
+def _entry_name(window: int) -> str:
     return f"rows-{window:08d}"
 
 
-def _moved(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _move_inputs(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
 
 
-def _padded(rows: TopRows, length: int) -> tuple[Tensor, Tensor]:
+def _pad_rows(rows: TopRows, length: int) -> tuple[Tensor, Tensor]:
     """Rows up to a length; what is added is never counted."""
     pad = (0, 0, 0, length - len(rows.indices_Tk))
-    return torch.nn.functional.pad(rows.indices_Tk, pad), torch.nn.functional.pad(rows.log_probs_Tk, pad)
+    return torch.nn.functional.pad(rows.indices_Tk, pad), torch.nn.functional.pad(
+        rows.log_probs_Tk, pad
+    )

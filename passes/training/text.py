@@ -1,4 +1,5 @@
-"""Text to train on: windows of tokens, some held back to measure by, and the order in which they are seen."""
+"""Text to train on: windows of tokens, some held back to measure by, and the order in which they
+are seen."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.graph import Program, SecateurError
-from secateur.passes.data import IGNORED, Sample, main_input
-from secateur.passes.journal import digest
+from secateur.passes.calibration.data import IGNORED, Sample, main_input
 from secateur.passes.opening import open_tokenizer
+from secateur.passes.storage.journal import hash_tensor
 
 BREAK = "\n\n\n"  # between the documents of a plain text file
 DOCUMENTS_AT_ONCE = 256
@@ -28,7 +29,7 @@ class TextError(SecateurError):
 
 
 @dataclass(frozen=True, eq=False)
-class Text:
+class TrainingText:
     """train, held_out: sequences to learn from, and to measure by; none is in both."""
 
     train: tuple[Sample, ...]
@@ -44,43 +45,56 @@ class Text:
         found = hashlib.sha256(str(len(self.train)).encode())
         for sample in (*self.train, *self.held_out):
             for name, value in sample.inputs.items():
-                found.update(f"{name} {digest(value) if isinstance(value, Tensor) else value} ".encode())
+                found.update(
+                    f"{name} {hash_tensor(value) if isinstance(value, Tensor) else value} ".encode()
+                )
         return found.hexdigest()
 
 
-def split(sequences: Sequence[Sample], held_out: int) -> Text:
-    """The first ``held_out`` sequences held back, fewer where that would be more than one in five: the same ones
-    however many follow.
+def split_held_out(sequences: Sequence[Sample], held_out: int) -> TrainingText:
+    """The first ``held_out`` sequences held back, fewer where that would be more than one in five:
+    the same ones however many follow.
 
-    Raises: TextError: no sequence to train on.
+    Raises:
+        TextError: no sequence to train on.
     """
     back = min(held_out, len(sequences) // 5)
     kept = tuple(sequences[back:])
     if not kept:
         raise TextError("there is no sequence to train on: give calibration data or data=FILE")
-    return Text(kept, tuple(sequences[:back]))
+    return TrainingText(kept, tuple(sequences[:back]))
 
 
-def read_windows(file: Path, program: Program, *, tokens: int, window: int, seed: int) -> tuple[Sample, ...]:
+def read_windows(
+    file: Path, program: Program, *, tokens: int, window: int, seed: int
+) -> tuple[Sample, ...]:
     """Windows of a file in the tokens of the model, at least one and at most enough for ``tokens``.
 
     Args:
-        file: ``.safetensors`` with ``input_ids`` [n, window] of any integer dtype (tokenised before); ``.jsonl`` with
-            the text under ``text``; any other file is UTF-8 text, documents apart by two empty lines.  Text is
-            tokenised by the tokenizer in the model's folder, in a seeded order of the documents, an end token after
-            each, and cut into windows without overlap.
+        file: ``.safetensors`` with ``input_ids`` [n, window] of any integer dtype (tokenised
+            before); ``.jsonl`` with the text under ``text``; any other file is UTF-8 text,
+            documents apart by two empty lines.  Text is tokenised by the tokenizer in the model's
+            folder, in a seeded order of the documents, an end token after each, and cut into
+            windows without overlap.
         tokens: stop when there are so many; less text is seen more than once.
-    Raises: TextError: the file or the tokenizer cannot be read, or not one window comes out.
+
+    Raises:
+        TextError: the file or the tokenizer cannot be read, or not one window comes out.
     """
     if file.suffix == ".safetensors":
         ids = _read_ids(file)
         window = min(window, ids.shape[1])
     else:
-        ids = _tokenise(file, program, tokens, seed)
+        ids = _tokenize_file(file, program, tokens, seed)
     count = min(ids.numel() // window if ids.dim() == 1 else len(ids), -(-tokens // window))
     if count < 1:
-        raise TextError(f"{file} holds {ids.numel()} tokens, less than one window of {window}: give more text")
-    rows = ids[: count * window].view(count, window) if ids.dim() == 1 else ids[:count, :window]
+        raise TextError(
+            f"{file} holds {ids.numel()} tokens, less than one window of {window}: give more text"
+        )
+    if ids.dim() == 1:
+        rows = ids[: count * window].view(count, window)
+    else:
+        rows = ids[:count, :window]
     name = main_input(program)
     return tuple(Sample({name: row[None].long()}) for row in rows)
 
@@ -89,20 +103,28 @@ def _read_ids(file: Path) -> Tensor:
     try:
         ids = load_file(file)["input_ids"]
     except (OSError, SafetensorError, KeyError) as error:
-        raise TextError(f"{file}: expected safetensors with a tensor input_ids [n, window]: {error!r}") from error
+        raise TextError(
+            f"{file}: expected safetensors with a tensor input_ids [n, window]: {error!r}"
+        ) from error
     if ids.dim() != 2 or ids.is_floating_point():
-        raise TextError(f"{file}: input_ids is {list(ids.shape)} {ids.dtype}, expected integers [n, window]")
+        raise TextError(
+            f"{file}: input_ids is {list(ids.shape)} {ids.dtype}, expected integers [n, window]"
+        )
     return ids
 
 
-def _tokenise(file: Path, program: Program, tokens: int, seed: int) -> Tensor:
+def _tokenize_file(file: Path, program: Program, tokens: int, seed: int) -> Tensor:
     if program.source.folder is None:
-        raise TextError(f"{file} is text, and the model came from no folder with a tokenizer: give .safetensors")
+        raise TextError(
+            f"{file} is text, and the model came from no folder with a tokenizer: give .safetensors"
+        )
     tokenizer = open_tokenizer(program.source.folder, TextError)
     if tokenizer.eos_token_id is None:
-        raise TextError("the tokenizer has no end token (eos_token) to put between documents: set one")
+        raise TextError(
+            "the tokenizer has no end token (eos_token) to put between documents: set one"
+        )
     stream: list[int] = []
-    for chunk in _chunks(_documents(file), seed):
+    for chunk in _document_chunks(_read_documents(file), seed):
         for ids in tokenizer(chunk, add_special_tokens=False)["input_ids"]:
             stream += [*ids, tokenizer.eos_token_id]
         if len(stream) >= tokens:
@@ -110,28 +132,37 @@ def _tokenise(file: Path, program: Program, tokens: int, seed: int) -> Tensor:
     return torch.tensor(stream)
 
 
-def _chunks(documents: list[str], seed: int) -> Iterator[list[str]]:
+def _document_chunks(documents: list[str], seed: int) -> Iterator[list[str]]:
     order = sorted(documents, key=lambda text: hashlib.sha256(f"{seed}/{text}".encode()).digest())
     return (order[at : at + DOCUMENTS_AT_ONCE] for at in range(0, len(order), DOCUMENTS_AT_ONCE))
 
 
-def _documents(file: Path) -> list[str]:
+def _read_documents(file: Path) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8")
-        parts = (
-            [json.loads(line)["text"] for line in text.splitlines() if line.strip()] if file.suffix == ".jsonl" else []
-        )
+        if file.suffix == ".jsonl":
+            parts = []
+            for line in text.splitlines():
+                if line.strip():
+                    parts.append(json.loads(line)["text"])
+        else:
+            parts = []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        wanted = 'one JSON object with "text" a line' if file.suffix == ".jsonl" else "UTF-8 text"
+        if file.suffix == ".jsonl":
+            wanted = 'one JSON object with "text" a line'
+        else:
+            wanted = "UTF-8 text"
         raise TextError(f"{file} cannot be read, expected {wanted}: {error}") from error
     parts = parts or text.replace("\r\n", "\n").split(BREAK)
     return [part.strip() for part in parts if part.strip()]
 
 
-class Schedule(torch.utils.data.Dataset[dict[str, Any]]):
-    """The sequences in the order of training: as many passes as it takes, each in an order of its own.
+class TrainingOrder(torch.utils.data.Dataset[dict[str, Any]]):
+    """The sequences in the order of training: as many passes as it takes, each in an order of its
+    own.
 
-    The order depends on seed and number of sequences alone, so that a run can go on at any place of it.
+    The order depends on seed and number of sequences alone, so that a run can go on at any place of
+    it.
     """
 
     def __init__(self, samples: Sequence[Sample], length: int, seed: int) -> None:
@@ -150,19 +181,25 @@ class Schedule(torch.utils.data.Dataset[dict[str, Any]]):
         return {"window": window, "sample": self.samples[window]}
 
 
-def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: ``inputs`` of the model, ``labels`` (next tokens) and ``counted`` where known, numbers of the windows.
+def collate_batch(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch: ``inputs`` of the model, ``labels`` (next tokens) and ``counted`` where known,
+    numbers of the windows.
 
-    Sequences of different lengths are padded at their ends, and padding is not counted.  It is not masked: a causal
-    model cannot see it, and others should be given sequences of one length.
+    Sequences of different lengths are padded at their ends, and padding is not counted.  It is not
+    masked: a causal model cannot see it, and others should be given sequences of one length.
     """
     samples = [item["sample"] for item in items]
-    inputs = {name: _joined([s.inputs[name] for s in samples]) for name in samples[0].inputs}
-    batch: dict[str, Any] = {"inputs": inputs, "window": torch.tensor([item["window"] for item in items])}
-    ids = [_predicted(sample) for sample in samples]
+    inputs = {
+        name: _join_sequences([s.inputs[name] for s in samples]) for name in samples[0].inputs
+    }
+    batch: dict[str, Any] = {
+        "inputs": inputs,
+        "window": torch.tensor([item["window"] for item in items]),
+    }
+    ids = [_predicted_tokens(sample) for sample in samples]
     if all(v is not None for v in ids):
         lengths = [v.shape[1] for v in ids if v is not None]
-        batch["labels"] = _joined([_next_tokens(v) for v in ids if v is not None], IGNORED)
+        batch["labels"] = _join_sequences([_next_tokens(v) for v in ids if v is not None], IGNORED)
         if len(set(lengths)) > 1:
             batch["counted"] = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return batch
@@ -173,10 +210,13 @@ def _next_tokens(ids: Tensor) -> Tensor:
     return torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
 
 
-def _predicted(sample: Sample) -> Tensor | None:
-    """[1, t] tokens whose next ones are to be predicted: those of the decoder where there is one."""
+def _predicted_tokens(sample: Sample) -> Tensor | None:
+    """[1, t] tokens whose next ones are to be predicted: those of the decoder where there is
+    one."""
     if sample.labels is not None:
-        return sample.labels if sample.labels.dim() == 2 else None
+        if sample.labels.dim() == 2:
+            return sample.labels
+        return None
     names = ("decoder_input_ids", "input_ids", "ids")
     found = next((sample.inputs[name] for name in names if name in sample.inputs), None)
     if found is None:
@@ -185,11 +225,17 @@ def _predicted(sample: Sample) -> Tensor | None:
     return found if whole else None
 
 
-def _joined(values: Sequence[Any], filler: int = 0) -> Any:
-    """One tensor of all sequences, padded where their lengths differ; what is no tensor must be the same for all."""
+def _join_sequences(values: Sequence[Any], filler: int = 0) -> Any:
+    """One tensor of all sequences, padded where their lengths differ; what is no tensor must be the
+    same for all."""
     if not isinstance(values[0], Tensor):
         return values[0]
-    longest = max(v.shape[1] for v in values) if values[0].dim() > 1 else 0
+    if values[0].dim() > 1:
+        longest = max(v.shape[1] for v in values)
+    else:
+        longest = 0
     pad = torch.nn.functional.pad
     uneven = values[0].dim() == 2
-    return torch.cat([pad(v, (0, longest - v.shape[1]), value=filler) if uneven else v for v in values])
+    return torch.cat(
+        [pad(v, (0, longest - v.shape[1]), value=filler) if uneven else v for v in values]
+    )

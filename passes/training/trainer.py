@@ -1,7 +1,8 @@
 """transformers' Trainer with our losses, our order of the text, and checkpoints without pickle.
 
-Trainer does the loop, gradient accumulation, clipping, schedules and, through accelerate, FSDP2.  Its own checkpoints
-are pickles, so what it would write and read is written and read here, as safetensors and JSON.
+Trainer does the loop, gradient accumulation, clipping, schedules and, through accelerate, FSDP2.
+Its own checkpoints are pickles, so what it would write and read is written and read here, as
+safetensors and JSON.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from secateur.graph.errors import SecateurError
-from secateur.passes.journal import Entry, Journal
-from secateur.passes.training.learner import Learner, Lesson
-from secateur.passes.training.mask_schedule import MaskSchedule
+from secateur.passes.storage.journal import Entry, Journal
+from secateur.passes.training.learner import Learner, TeacherTargets
+from secateur.passes.training.masks.schedule import MaskSchedule
 from secateur.passes.training.memory import (
+    add_prefix,
+    gather_sharded_params,
     optimizer_state,
-    prefixed,
     put_optimizer_state,
     put_random_state,
     put_weights,
     random_state,
-    settle,
     weights_of,
     with_prefix,
 )
-from secateur.passes.training.plan import Pace, TrainingPass, world_size
+from secateur.passes.training.plan import StepPlan, TrainingPass, world_size
 from secateur.passes.training.teachers import Teacher
-from secateur.passes.training.text import Schedule, Text, collate
+from secateur.passes.training.text import TrainingOrder, TrainingText, collate_batch
 
 STATE = "training"
 TRAINER_STATE = "trainer_state.json"
@@ -48,23 +49,25 @@ class TrainingError(SecateurError):
     """Training cannot go on: a loss is no number, or what was kept belongs to another run."""
 
 
-class Tutor(Trainer):
+class DistillationTrainer(Trainer):
     """Trains a Learner on what a Teacher says.
 
-    curve: one record a step: step, tokens, loss, kl, ce, states, lr, grad_norm; losses are means over the step's
-        tokens, before the step.
+    curve: one record a step: step, tokens, loss, kl, ce, states, lr, grad_norm; losses are means
+        over the step's tokens, before the step.
     held_out: one record an evaluation: step, tokens, kl, ce, perplexity.
     first_step: the step that was kept from a run before, or 0.
     masks: of weights that are trained under them, or None.
-    Raises: TrainingError: what was kept is of another run.
+
+    Raises:
+        TrainingError: what was kept is of another run.
     """
 
     def __init__(
         self,
         learner: Learner,
         teacher: Teacher,
-        text: Text,
-        pace: Pace,
+        text: TrainingText,
+        pace: StepPlan,
         options: TrainingPass,
         lr: float,
         journal: Journal,
@@ -75,7 +78,13 @@ class Tutor(Trainer):
         masks: MaskSchedule | None = None,
     ) -> None:
         self.masks = masks
-        self.teacher, self.text, self.pace, self.journal, self.fingerprint = teacher, text, pace, journal, fingerprint
+        self.teacher, self.text, self.pace, self.journal, self.fingerprint = (
+            teacher,
+            text,
+            pace,
+            journal,
+            fingerprint,
+        )
         self.curve: list[dict[str, float]] = []
         self.held_out: list[dict[str, float]] = []
         self._parts: list[Tensor] = []
@@ -87,42 +96,58 @@ class Tutor(Trainer):
             self.first_step = int(json.loads(self._kept.facts["trainer"])["global_step"])
         super().__init__(
             model=learner,
-            args=arguments(options, lr, pace, seed, folder, use_cpu, bool(text.held_out)),
-            data_collator=collate,
-            train_dataset=Schedule(text.train, pace.steps * pace.sequences, seed),
+            args=training_arguments(options, lr, pace, seed, folder, use_cpu, bool(text.held_out)),
+            data_collator=collate_batch,
+            train_dataset=TrainingOrder(text.train, pace.steps * pace.sequences, seed),
             eval_dataset=list(text.held_out) or None,
-            optimizer_cls_and_kwargs=self._masked_optimizer(lr),
+            optimizer_cls_and_kwargs=self._mask_optimizer(lr),
         )
-        self.model_accepts_loss_kwargs = False  # the loss is the mean of a micro-batch: Trainer divides by their number
+        self.model_accepts_loss_kwargs = (
+            False  # the loss is the mean of a micro-batch: Trainer divides by their number
+        )
         self.remove_callback(PrinterCallback)
-        teacher.move(self.args.device)
+        teacher.move_to(self.args.device)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """accelerate shards on accelerators alone and quietly replicates on the CPU: have it shard there, too."""
+        """accelerate shards on accelerators alone and quietly replicates on the CPU: have it shard
+        there, too."""
         from accelerate import PartialState
         from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
-        if state.distributed_type == DistributedType.MULTI_CPU and self.args.fsdp_plugin_args is not None:
-            state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        if (
+            state.distributed_type == DistributedType.MULTI_CPU
+            and self.args.fsdp_plugin_args is not None
+        ):
+            state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+                **self.args.fsdp_plugin_args
+            )
             for shared in (state._shared_state, PartialState._shared_state):
                 shared["distributed_type"] = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
-    def _masked_optimizer(self, lr: float) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    def _mask_optimizer(
+        self, lr: float
+    ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
         """The optimizer that masked weights need, or None for Trainer's own AdamW."""
         if self.masks is None:
             return None
-        kind, made_with = self.masks.optimizer
+        kind, made_with = self.masks.optimizer_class
         return kind, {"lr": lr, "betas": BETAS, **made_with}
 
-    # ------------------------------------------------------------------ what is learned
+    # What is learned
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Tensor:
         self._kept = None  # all of it was put where it belongs before the first step
-        losses = model(inputs, self.teacher(inputs) if self.learns_from_teacher else Lesson(None))
+        losses = model(
+            inputs, self.teacher(inputs) if self.learns_from_teacher else TeacherTargets(None)
+        )
         parts = (losses.total.detach(), losses.kl, losses.ce, losses.states)
         self._parts.append(torch.stack([part.float() for part in parts]))
         return losses.total  # type: ignore[no-any-return]
@@ -133,29 +158,33 @@ class Tutor(Trainer):
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """KL and cross entropy on the text held back; every process measures all of it."""
-        model, sums, count = self._learner.eval(), torch.zeros(2), 0
-        for batch in DataLoader(_Held(self.text), batch_size=self.pace.micro, collate_fn=collate):
+        model = self._inner_learner.eval()
+        sums = torch.zeros(2)
+        count = 0
+        for batch in DataLoader(
+            _HeldOutText(self.text), batch_size=self.pace.micro, collate_fn=collate_batch
+        ):
             batch = self._prepare_inputs(batch)
             losses = model(batch, self.teacher(batch))
             size = len(batch["window"])
             sums += size * torch.stack([losses.kl, losses.ce]).float().cpu()
             count += size
-        settle(model.train())
+        gather_sharded_params(model.train())
         self.control.should_evaluate = False
         kl, ce = (sums / count).tolist()
         record = {"kl": kl, "ce": ce, "perplexity": math.exp(min(ce, 700.0))}
-        self.held_out.append({"step": self.state.global_step, "tokens": self.seen, **record})
+        self.held_out.append({"step": self.state.global_step, "tokens": self.tokens_seen, **record})
         return {f"eval_{name}": value for name, value in record.items()}
 
     @property
-    def seen(self) -> int:
+    def tokens_seen(self) -> int:
         """Tokens trained on so far, over all processes."""
         return int(self.state.global_step * self.pace.sequences * self.text.window)
 
     @property
-    def seen_here(self) -> int:
+    def tokens_seen_now(self) -> int:
         """Those of this call, which may have gone on with an older run."""
-        return self.seen - self._before
+        return self.tokens_seen - self._before
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep the record of a step; Trainer's other messages are not kept."""
@@ -164,22 +193,30 @@ class Tutor(Trainer):
         means = self.accelerator.reduce(torch.stack(self._parts).mean(0), "mean")
         self._parts.clear()
         loss, kl, ce, states = means.tolist()
-        record = {"step": self.state.global_step, "tokens": self.seen, "loss": loss, "kl": kl, "ce": ce}
+        record = {
+            "step": self.state.global_step,
+            "tokens": self.tokens_seen,
+            "loss": loss,
+            "kl": kl,
+            "ce": ce,
+        }
         record |= {"states": states} if states else {}
         record |= self.masks.record if self.masks else {}
         record |= {"lr": logs["learning_rate"], "grad_norm": float(logs["grad_norm"])}
         if not math.isfinite(loss) or not math.isfinite(record["grad_norm"]):
             raise TrainingError(
-                f"step {self.state.global_step}: loss {loss}, gradient {record['grad_norm']}: lower lr (now "
+                f"step {self.state.global_step}: loss {loss}, gradient {record['grad_norm']}: "
+                "lower lr (now "
                 f"{self.args.learning_rate:g}), or precision=float32; nothing of this step was kept"
             )
         self.curve.append(record)
 
-    # ------------------------------------------------------------------ what outlives a kill
-    def run(self) -> None:
+    # What outlives a kill
+    def run_training(self) -> None:
         """Train, from the last step that was kept.
 
-        Raises: TrainingError: a loss is no number.
+        Raises:
+            TrainingError: a loss is no number.
         """
         if self._kept is None:
             self.train()
@@ -197,17 +234,17 @@ class Tutor(Trainer):
             self.train(resume_from_checkpoint=folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        optimizer, groups = optimizer_state(_bare(self.optimizer))
+        optimizer, groups = optimizer_state(_inner_optimizer(self.optimizer))
         drawn, generators = random_state()
         tensors = {
-            **prefixed("weights", weights_of(self._learner)),
-            **prefixed("optimizer", optimizer),
-            **prefixed("random", drawn),
+            **add_prefix("weights", weights_of(self._inner_learner)),
+            **add_prefix("optimizer", optimizer),
+            **add_prefix("random", drawn),
         }
         facts = {
             "fingerprint": self.fingerprint,
             "trainer": json.dumps(dataclasses.asdict(self.state)),
-            "schedule": self._schedule.state_dict(),
+            "schedule": self._make_schedule.state_dict(),
             "curve": self.curve,
             "held_out": self.held_out,
             "masks": self.masks.facts() if self.masks else None,
@@ -217,45 +254,51 @@ class Tutor(Trainer):
         if self.is_world_process_zero():
             self.journal.write(STATE, tensors, facts)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        put_weights(self._learner, with_prefix("weights", self._entry.tensors))
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        put_weights(self._inner_learner, with_prefix("weights", self._checkpoint_entry.tensors))
         if self.masks:
-            self.masks.restore(self._entry.facts["masks"])
+            self.masks.restore(self._checkpoint_entry.facts["masks"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            tensors = with_prefix("optimizer", self._entry.tensors)
-            put_optimizer_state(_bare(self.optimizer), tensors, self._entry.facts)
-            self._schedule.load_state_dict(self._entry.facts["schedule"])
+            tensors = with_prefix("optimizer", self._checkpoint_entry.tensors)
+            put_optimizer_state(
+                _inner_optimizer(self.optimizer), tensors, self._checkpoint_entry.facts
+            )
+            self._make_schedule.load_state_dict(self._checkpoint_entry.facts["schedule"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            put_random_state(with_prefix("random", self._entry.tensors), self._entry.facts)
+            put_random_state(
+                with_prefix("random", self._checkpoint_entry.tensors), self._checkpoint_entry.facts
+            )
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         return None
 
     @property
-    def _learner(self) -> nn.Module:
+    def _inner_learner(self) -> nn.Module:
         """What is trained, as accelerate left it."""
         assert self.model is not None
         return self.model
 
     @property
-    def _schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+    def _make_schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
         assert self.lr_scheduler is not None
         return self.lr_scheduler
 
     @property
-    def _entry(self) -> Entry:
+    def _checkpoint_entry(self) -> Entry:
         assert self._kept is not None
         return self._kept
 
 
-class _Held(torch.utils.data.Dataset[dict[str, Any]]):
+class _HeldOutText(torch.utils.data.Dataset[dict[str, Any]]):
     """The sequences held back, in order; numbered on from the last training sequence."""
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: TrainingText) -> None:
         self.samples, self.first = text.held_out, len(text.train)
 
     def __len__(self) -> int:
@@ -265,8 +308,9 @@ class _Held(torch.utils.data.Dataset[dict[str, Any]]):
         return {"window": self.first + at, "sample": self.samples[at]}
 
 
-class Ticks(TrainerCallback):
-    """Moves a reporter on by one at each step.  ticks: an iterator of as many items as steps are left."""
+class ProgressTicks(TrainerCallback):
+    """Moves a reporter on by one at each step.  ticks: an iterator of as many items as steps are
+    left."""
 
     def __init__(self, ticks: Iterator[Any]) -> None:
         self.ticks = ticks
@@ -278,11 +322,20 @@ class Ticks(TrainerCallback):
         next(self.ticks, None)
 
 
-def arguments(
-    options: TrainingPass, lr: float, pace: Pace, seed: int, folder: str, use_cpu: bool, measured: bool
+def training_arguments(
+    options: TrainingPass,
+    lr: float,
+    pace: StepPlan,
+    seed: int,
+    folder: str,
+    use_cpu: bool,
+    measured: bool,
 ) -> TrainingArguments:
     """What Trainer is told.  Several processes share weights, gradients and moments by FSDP2."""
-    sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if world_size() > 1 else {}
+    if world_size() > 1:
+        sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
+    else:
+        sharded = {}
     found = TrainingArguments(
         output_dir=folder,
         num_train_epochs=1,
@@ -313,24 +366,31 @@ def arguments(
         use_cpu=use_cpu,
         **sharded,
     )
-    found._n_gpu = min(found.n_gpu, 1)  # one process, one device: several are several processes, never DataParallel
+    found._n_gpu = min(
+        found.n_gpu, 1
+    )  # one process, one device: several are several processes, never DataParallel
     return found
 
 
 def check_same(kept: dict[str, str], now: dict[str, str]) -> None:
     """Refuse to go on with what belongs to another run.
 
-    Raises: TrainingError: names what differs.
+    Raises:
+        TrainingError: names what differs.
     """
-    differ = [f"{name} (kept {kept.get(name)}, now {now.get(name)})" for name in now if kept.get(name) != now[name]]
+    differ = []
+    for name in now:
+        if kept.get(name) != now[name]:
+            differ.append(f"{name} (kept {kept.get(name)}, now {now.get(name)})")
     if differ:
         raise TrainingError(
-            f"the steps kept from before belong to another run: {'; '.join(differ)} differ. Remove the folder to start "
+            f"the steps kept from before belong to another run: {'; '.join(differ)} differ. Remove "
+            "the folder to start "
             "afresh, or give back what was changed"
         )
 
 
-def _bare(optimizer: Any) -> torch.optim.Optimizer:
+def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside accelerate's wrapper."""
     found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return found

@@ -1,10 +1,13 @@
-"""An out-of-tree plug-in for vLLM: ``vllm serve DIR --quantization secateur`` runs a lowered model on packed weights.
+"""An out-of-tree plug-in for vLLM: ``vllm serve DIR --quantization secateur`` runs a lowered model
+on packed weights.
 
-vLLM finds ``register`` through the entry point ``vllm.general_plugins``.  It loads the stock checkpoint as always; once
-a linear layer's weight is loaded, the layer is packed as the plan in the artifact's manifest says, if its numbers allow
-it, and the dense weight is dropped.  Nothing in ``config.json`` names the plug-in, so every other loader is unaffected.
+vLLM finds ``register`` through the entry point ``vllm.general_plugins``.  It loads the stock
+checkpoint as always; once a linear layer's weight is loaded, the layer is packed as the plan in the
+artifact's manifest says, if its numbers allow it, and the dense weight is dropped.  Nothing in
+``config.json`` names the plug-in, so every other loader is unaffected.
 
-Interfaces used: ``register_quantization_config``, ``QuantizationConfig``, ``LinearBase``, ``UnquantizedLinearMethod``.
+Interfaces used: ``register_quantization_config``, ``QuantizationConfig``, ``LinearBase``,
+    ``UnquantizedLinearMethod``.
 """
 
 from __future__ import annotations
@@ -15,12 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.passes.lower import Lowering
-from secateur.passes.lower_cost import DENSE
-from secateur.runtime.artifact import MANIFEST
-from secateur.runtime.serving.packing import packed_linear, plan_of_manifest, planned_kind, product, warm_up
+from secateur.passes.lowering.cost import DENSE
+from secateur.passes.lowering.lower import Lowering
+from secateur.runtime.save.artifact import MANIFEST
+from secateur.runtime.serving.packing import (
+    find_planned_kind,
+    make_packed_linear,
+    multiply_packed,
+    plan_of_manifest,
+    warm_up,
+)
 
-log = logging.getLogger("vllm.secateur")  # below vLLM's own logger, so that its settings show the lines
+log = logging.getLogger(
+    "vllm.secateur"
+)  # below vLLM's own logger, so that its settings show the lines
 
 NAME = "secateur"
 
@@ -48,14 +59,14 @@ def make_config_class() -> type:
         def process_weights_after_loading(self, layer: nn.Module) -> None:
             """Pack the loaded weight, or leave it dense and say why."""
             weight: Any = layer.weight
-            module, why = packed_linear(self.kind, self.layer_name, weight.detach())
+            module, why = make_packed_linear(self.kind, self.layer_name, weight.detach())
             if module is None:
                 log.warning("%s stays dense: %s", self.layer_name, why)
                 super().process_weights_after_loading(layer)
                 return
             del layer.weight
             if module.values.is_cuda:
-                module.rearrange()
+                module.arrange_for_gpu()
                 warm_up(module, weight.dtype)
             layer.packed = module
 
@@ -65,7 +76,7 @@ def make_config_class() -> type:
             if packed is None:
                 dense: Tensor = super().apply(layer, x, bias)
                 return dense
-            return product(packed, x, bias)
+            return multiply_packed(packed, x, bias)
 
     class SecateurConfig(QuantizationConfig):  # type: ignore[misc]
         """Which layers are packed, from the manifest of an artifact."""
@@ -93,10 +104,13 @@ def make_config_class() -> type:
             return cls(plan_of_manifest(config))
 
         def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-            """A packed method for the linear layers that the plan packs; vLLM's own for all others."""
+            """A packed method for the linear layers that the plan packs; vLLM's own for all
+            others."""
             if not isinstance(layer, LinearBase):
                 return None
-            kind, why = planned_kind(self.plan, stacked_names(prefix, self.packed_modules_mapping))
+            kind, why = find_planned_kind(
+                self.plan, split_stacked_name(prefix, self.packed_modules_mapping)
+            )
             if kind == DENSE:
                 log.info("%s stays dense: %s", prefix, why)
                 return UnquantizedLinearMethod()
@@ -105,7 +119,8 @@ def make_config_class() -> type:
     return SecateurConfig
 
 
-def stacked_names(prefix: str, mapping: dict[str, list[str]]) -> list[str]:
-    """The checkpoint's layers in one of vLLM's: ``a.qkv_proj`` is ``a.q_proj``, ``a.k_proj`` and ``a.v_proj``."""
+def split_stacked_name(prefix: str, mapping: dict[str, list[str]]) -> list[str]:
+    """The checkpoint's layers in one of vLLM's: ``a.qkv_proj`` is ``a.q_proj``, ``a.k_proj`` and
+    ``a.v_proj``."""
     path, _, leaf = prefix.rpartition(".")
     return [f"{path}.{name}" if path else name for name in mapping.get(leaf, [leaf])]

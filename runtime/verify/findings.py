@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from secateur.runtime.census import Census
+from secateur.runtime.verify.census import Census
 
 Level = Literal["ok", "note", "warning", "fault"]
 LEVELS: tuple[Level, ...] = ("note", "ok", "warning", "fault")
@@ -18,7 +18,10 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found.   says: what and where.   mend: what to do about it."""
+    """One thing that was found.
+    says: what and where.
+    mend: what to do about it.
+    """
 
     level: Level
     says: str
@@ -42,7 +45,8 @@ class Outcome:
 class Verification:
     """What all checks found.
 
-    num_bytes: of the tensors that were counted.   count_seconds: that reading and counting (and hashing) them took.
+    num_bytes: of the tensors that were counted.
+    count_seconds: that reading and counting (and hashing) them took.
     seconds: of everything.
     """
 
@@ -61,16 +65,23 @@ class Verification:
     @property
     def faults(self) -> list[Finding]:
         """Every fault, in the order of the checks."""
-        return [one for outcome in self.outcomes for one in outcome.findings if one.level == "fault"]
+        return [
+            one for outcome in self.outcomes for one in outcome.findings if one.level == "fault"
+        ]
 
     @property
     def gbps(self) -> float:
         """10^9 bytes a second of reading and counting."""
-        return self.num_bytes / 1e9 / self.count_seconds if self.count_seconds else 0.0
+        if self.count_seconds:
+            return self.num_bytes / 1e9 / self.count_seconds
+        return 0.0
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        tensors = [asdict(one) | {"pattern": one.pattern, "share_of_zeros": one.share} for one in self.tensors]
+        tensors = [
+            asdict(one) | {"pattern": one.pattern, "share_of_zeros": one.share}
+            for one in self.tensors
+        ]
         checks = [asdict(one) | {"level": one.level} for one in self.outcomes]
         levels = Counter(finding.level for outcome in self.outcomes for finding in outcome.findings)
         return {
@@ -87,20 +98,26 @@ class Verification:
         }
 
 
-def limited(findings: Sequence[Finding], what: str) -> list[Finding]:
+def limit_findings(findings: Sequence[Finding], what: str) -> list[Finding]:
     """The first few findings of one kind, and how many more there are."""
     more = len(findings) - SHOWN
-    rest = [Finding(findings[SHOWN].level, f"and {more:,} more {what}", findings[SHOWN].mend)] if more > 0 else []
+    if more > 0:
+        rest = [Finding(findings[SHOWN].level, f"and {more:,} more {what}", findings[SHOWN].mend)]
+    else:
+        rest = []
     return [*findings[:SHOWN], *rest]
 
 
-def place(one: Census, where: tuple[int, int], width: int = 1) -> str:
+def describe_place(one: Census, where: tuple[int, int], width: int = 1) -> str:
     """``row 3, columns 8-11 of layers.0.up.weight in model.safetensors``."""
     row, column = where
-    columns = f"column {column}" if width == 1 else f"columns {column}-{min(column + width, one.columns) - 1}"
+    if width == 1:
+        columns = f"column {column}"
+    else:
+        columns = f"columns {column}-{min(column + width, one.columns) - 1}"
     return f"row {row}, {columns} of {one.name} in {one.file}"
 
 
-def counted(levels: Mapping[str, int]) -> str:
+def count_by_level(levels: Mapping[str, int]) -> str:
     """``3 a, 1 b``."""
     return ", ".join(f"{number:,} {name}" for name, number in levels.items())

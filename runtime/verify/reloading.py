@@ -6,76 +6,105 @@ from collections.abc import Iterator
 
 import torch
 
-from secateur.graph.capture import named_inputs
+from secateur.graph.capture.export import name_inputs
 from secateur.graph.errors import CaptureError
-from secateur.passes.lower import DTYPES
-from secateur.runtime import proof, reload
-from secateur.runtime.lowering import FOLDER, has_packed, lowered, read_plan
-from secateur.runtime.raising import TOLERANCE, comparable, difference
-from secateur.runtime.source import REFUSED_FIELDS, open_model
+from secateur.passes.lowering.lower import DTYPES
+from secateur.runtime.open.source import REFUSED_FIELDS, open_model
+from secateur.runtime.packed.store import FOLDER, has_packed, load_lowered, read_plan
+from secateur.runtime.stock.to_transformers import TOLERANCE, comparable_outputs, largest_difference
+from secateur.runtime.verify import proof, reload
 from secateur.runtime.verify.findings import Finding
 from secateur.runtime.verify.subject import Subject
 
 REORDERED = 1e-3
-"""What another order of summation may change in float32; that the weights are the same is another check."""
-MEND = "Do not use the folder; save the model again, and tell the versions of both libraries if it happens again"
+"""What another order of summation may change in float32; that the weights are the same is another
+check."""
+MEND = (
+    "Do not use the folder; save the model again, and tell the versions of both libraries if "
+    "it happens again"
+)
 
 
-def reloaded(subject: Subject) -> Iterator[Finding]:
+def check_reload(subject: Subject) -> Iterator[Finding]:
     """Parameters and outputs of a fresh process, and outputs on the packed weights."""
     if subject.model is None:
         yield Finding("note", "no stock class, so nothing was run")
         return
     if fields := [name for name in REFUSED_FIELDS if subject.config.get(name)]:
-        yield Finding("note", f"not run: {', '.join(fields)} in the configuration needs the library that wrote it")
+        yield Finding(
+            "note",
+            f"not run: {', '.join(fields)} in the configuration needs the library that wrote it",
+        )
         return
     model = open_model(subject.folder)
     try:
-        inputs = named_inputs(model)
+        inputs = name_inputs(model)
     except CaptureError as error:
         yield Finding("note", f"not run: {error}")
         return
     with torch.no_grad():
-        outputs = comparable(model(**inputs))
+        outputs = comparable_outputs(model(**inputs))
     bound = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
-    expected = proof.Expected(
-        loader=proof.loader(model.config, type(model)),
+    expected = proof.ExpectedFolder(
+        loader=proof.loader_name(model.config, type(model)),
         inputs=inputs,
         outputs=outputs,
-        parameters=_digests(subject, model),
+        parameters=_parameter_hashes(subject, model),
         tolerance=bound,
         generate=False,
     )
     del model
-    faults, figures = proof.prove(subject.folder, expected)
+    faults, figures = proof.prove_folder(subject.folder, expected)
     yield from (Finding("fault", fault, MEND) for fault in faults)
     if not faults:
-        says = f"{len(expected.parameters):,} parameters bit-equal, outputs differ by {figures['difference']:.3g}"
+        says = (
+            f"{len(expected.parameters):,} parameters bit-equal, outputs differ by "
+            f"{figures['difference']:.3g}"
+        )
         yield Finding("ok", f"a fresh process ({figures['loader']}): {says}")
-    yield from _packed(subject, inputs, outputs)
+    yield from _compare_packed(subject, inputs, outputs)
 
 
-def _digests(subject: Subject, model: torch.nn.Module) -> dict[str, str]:
-    """Of every parameter: that of the stored tensor of its name, taken from the file, or else of what was loaded."""
+def _parameter_hashes(subject: Subject, model: torch.nn.Module) -> dict[str, str]:
+    """Of every parameter: that of the stored tensor of its name, taken from the file, or else of
+    what was loaded."""
     found = {}
     for name, parameter in model.named_parameters():
         one = subject.tensors.get(subject.stored_name(name) or "")
-        same = one is not None and one.shape == tuple(parameter.shape) and f"torch.{one.dtype}" == str(parameter.dtype)
-        found[name] = one.digest if one is not None and one.digest and same else reload.digest(parameter)
+        same = (
+            one is not None
+            and one.shape == tuple(parameter.shape)
+            and f"torch.{one.dtype}" == str(parameter.dtype)
+        )
+        if one is not None and one.digest and same:
+            found[name] = one.digest
+        else:
+            found[name] = reload.hash_tensor(parameter)
     return found
 
 
-def _packed(subject: Subject, inputs: dict[str, object], outputs: dict[str, torch.Tensor]) -> Iterator[Finding]:
+def _compare_packed(
+    subject: Subject, inputs: dict[str, object], outputs: dict[str, torch.Tensor]
+) -> Iterator[Finding]:
     if not has_packed(subject.folder):
         return
     plan = read_plan(subject.folder / FOLDER)
-    if any(row.rounds for row in plan.packed):
-        yield Finding("note", "packed weights with rounded copies compute something else by design: not compared")
+    if any(row.rounds for row in plan.packed_layers):
+        yield Finding(
+            "note",
+            "packed weights with rounded copies compute something else by design: not compared",
+        )
         return
     with torch.no_grad():
-        found = comparable(lowered(subject.folder)(**inputs))
-    gap, bound = difference(outputs, found), max(REORDERED, TOLERANCE[DTYPES[plan.dtype]])
+        found = comparable_outputs(load_lowered(subject.folder)(**inputs))
+    gap = largest_difference(outputs, found)
+    bound = max(REORDERED, TOLERANCE[DTYPES[plan.dtype]])
     if gap <= bound:
-        yield Finding("ok", f"on packed weights ({plan.dtype}): outputs differ by {gap:.3g}, allowed {bound:.3g}")
+        yield Finding(
+            "ok",
+            f"on packed weights ({plan.dtype}): outputs differ by {gap:.3g}, allowed {bound:.3g}",
+        )
     else:
-        yield Finding("fault", f"on packed weights outputs differ by {gap:.3g}, allowed {bound:.3g}", MEND)
+        yield Finding(
+            "fault", f"on packed weights outputs differ by {gap:.3g}, allowed {bound:.3g}", MEND
+        )

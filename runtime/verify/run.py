@@ -9,11 +9,11 @@ from pathlib import Path
 
 from secateur.graph.errors import SecateurError, SourceError
 from secateur.graph.sparse import SparseWeights
-from secateur.runtime.branches import BASE, is_branched
+from secateur.runtime.save.branches import BASE, is_branched
 from secateur.runtime.verify import checks
 from secateur.runtime.verify.claims import Claim
 from secateur.runtime.verify.findings import Finding, Outcome, Verification
-from secateur.runtime.verify.reloading import reloaded
+from secateur.runtime.verify.reloading import check_reload
 from secateur.runtime.verify.subject import Progress, Subject
 
 FETCH_AGAIN = "Fetch, copy or save the model again"
@@ -21,22 +21,24 @@ FETCH_AGAIN = "Fetch, copy or save the model again"
 
 @dataclass(frozen=True)
 class Check:
-    """One question about a folder.   needs: checks that must have found no fault before."""
+    """One question about a folder.
+    needs: checks that must have found no fault before.
+    """
 
     ask: Callable[[Subject], Iterator[Finding]]
     needs: tuple[str, ...] = ()
 
 
 CHECKS: Mapping[str, Check] = {
-    "files": Check(checks.files),
-    "checkpoint": Check(checks.checkpoint),
-    "numbers": Check(checks.numbers, ("checkpoint",)),
-    "patterns": Check(checks.patterns, ("checkpoint",)),
-    "packed weights": Check(checks.packed, ("checkpoint",)),
-    "manifest": Check(checks.manifest),
-    "configuration": Check(checks.configuration),
-    "parameters": Check(checks.parameters, ("checkpoint", "configuration")),
-    "reload": Check(reloaded, ("checkpoint", "configuration", "parameters")),
+    "files": Check(checks.check_files),
+    "checkpoint": Check(checks.check_checkpoint),
+    "numbers": Check(checks.check_numbers, ("checkpoint",)),
+    "patterns": Check(checks.check_patterns, ("checkpoint",)),
+    "packed weights": Check(checks.check_packed, ("checkpoint",)),
+    "manifest": Check(checks.check_manifest),
+    "configuration": Check(checks.check_configuration),
+    "parameters": Check(checks.check_parameters, ("checkpoint", "configuration")),
+    "reload": Check(check_reload, ("checkpoint", "configuration", "parameters")),
 }
 STORED = ("numbers", "patterns", "packed weights")
 
@@ -44,13 +46,19 @@ STORED = ("numbers", "patterns", "packed weights")
 def verify_folder(
     folder: str | Path, *, quick: bool = False, progress: Progress = lambda items, *_: items
 ) -> Verification:
-    """Read a model folder, of ours or not, and say whether it is what it claims to be; with the checkpoint in it, where
-    the folder holds branches beside one.
+    """Read a model folder, of ours or not, and say whether it is what it claims to be; with the
+    checkpoint in it, where the folder holds branches beside one.
 
-    Nothing of the folder is run: no code, no pickle.  Tensors are read one after another, so that a folder may be
-    larger than memory, but for the last check, which opens the model as its users do.
-    Args:  quick: leave out that check.   progress: wraps what takes long.
-    Raises: SourceError: it is no folder."""
+    Nothing of the folder is run: no code, no pickle.  Tensors are read one after another, so that a
+    folder may be larger than memory, but for the last check, which opens the model as its users do.
+
+    Args:
+        quick: leave out that check.
+        progress: wraps what takes long.
+
+    Raises:
+        SourceError: it is no folder.
+    """
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise SourceError(f"{path} is no folder: give a folder with a model in it")
@@ -59,11 +67,15 @@ def verify_folder(
     outcomes = dict[str, Outcome]()
     for name, check in CHECKS.items():
         if not (quick and name == "reload"):
-            outcomes[name] = _outcome(name, check, subject, outcomes)
-    inner = verify_folder(path / BASE, quick=quick, progress=progress) if is_branched(path) else None
-    found = tuple(outcomes.values()) + (_within(BASE, inner.outcomes) if inner else ())
+            outcomes[name] = _run_check(name, check, subject, outcomes)
+    inner = None
+    if is_branched(path):
+        inner = verify_folder(path / BASE, quick=quick, progress=progress)
+    found = tuple(outcomes.values()) + (_run_checks(BASE, inner.outcomes) if inner else ())
     sound = outcomes["checkpoint"].level != "fault"
-    tensors = tuple(subject.__dict__.get("tensors", {}).values())  # of what was counted, if anything could be
+    tensors = tuple(
+        subject.__dict__.get("tensors", {}).values()
+    )  # of what was counted, if anything could be
     return Verification(
         folder=path,
         outcomes=found,
@@ -74,25 +86,36 @@ def verify_folder(
     )
 
 
-def _within(folder: str, outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
+def _run_checks(folder: str, outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
     return tuple(Outcome(f"{folder}: {one.check}", one.findings) for one in outcomes)
 
 
-def stored_faults(folder: Path, sparse: SparseWeights) -> list[str]:
-    """What is wrong with stored weights that are said to be sparse; for a folder that is just being written.
+def find_stored_faults(folder: Path, sparse: SparseWeights) -> list[str]:
+    """What is wrong with stored weights that are said to be sparse; for a folder that is just being
+    written.
 
-    Args:  sparse: by the names that the weights are stored under."""
+    Args:
+        sparse: by the names that the weights are stored under.
+    """
     claims = tuple(Claim("the program", name, one.pattern) for name, one in sparse.items())
-    subject, outcomes = Subject(folder, given=claims), dict[str, Outcome]()
+    subject = Subject(folder, given=claims)
+    outcomes = dict[str, Outcome]()
     for name in ("checkpoint", *STORED):
-        outcomes[name] = _outcome(name, CHECKS[name], subject, outcomes)
-    return [one.says for outcome in outcomes.values() for one in outcome.findings if one.level == "fault"]
+        outcomes[name] = _run_check(name, CHECKS[name], subject, outcomes)
+    return [
+        one.says
+        for outcome in outcomes.values()
+        for one in outcome.findings
+        if one.level == "fault"
+    ]
 
 
-def _outcome(name: str, check: Check, subject: Subject, before: Mapping[str, Outcome]) -> Outcome:
+def _run_check(name: str, check: Check, subject: Subject, before: Mapping[str, Outcome]) -> Outcome:
     """What a check found, or that it could not be asked."""
     if broken := [need for need in check.needs if before[need].level == "fault"]:
-        return Outcome(name, (Finding("note", f"not looked at: first mend {' and '.join(broken)}"),))
+        return Outcome(
+            name, (Finding("note", f"not looked at: first mend {' and '.join(broken)}"),)
+        )
     found = list[Finding]()
     try:
         found.extend(check.ask(subject))

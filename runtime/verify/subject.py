@@ -1,4 +1,5 @@
-"""A folder under examination: each thing that checks look at is read once, when the first of them asks."""
+"""A folder under examination: each thing that checks look at is read once, when the first of them
+asks."""
 
 from __future__ import annotations
 
@@ -16,11 +17,19 @@ from transformers import PreTrainedModel
 
 from secateur.graph.errors import SecateurError, SourceError
 from secateur.graph.pattern import Pattern
-from secateur.runtime.artifact import Manifest, read_manifest
-from secateur.runtime.census import BITMASK, PATTERNS, Census, census_of_file
-from secateur.runtime.checkpoint import INDEX, PICKLES, SINGLE, TensorRecord, read_checkpoint, read_header, read_json
-from secateur.runtime.classes import BUILD_FAILURES, build_on_meta
-from secateur.runtime.source import CONFIG, REFUSED_FIELDS, stock_class
+from secateur.runtime.open.checkpoint import (
+    INDEX,
+    PICKLES,
+    SINGLE,
+    TensorRecord,
+    read_checkpoint,
+    read_header,
+    read_json,
+)
+from secateur.runtime.open.classes import BUILD_FAILURES, build_on_meta
+from secateur.runtime.open.source import CONFIG, REFUSED_FIELDS, stock_class
+from secateur.runtime.save.artifact import Manifest, read_manifest
+from secateur.runtime.verify.census import BITMASK, PATTERNS, Census, census_of_file
 from secateur.runtime.verify.claims import OURS, Claim, Overall, from_config, sparsity_configs
 
 JSON = dict[str, Any]
@@ -31,7 +40,8 @@ Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 class Subject:
     """A folder.
 
-    given: claims beside those that the folder makes.   digests: take the SHA-256 of each tensor while it is counted.
+    given: claims beside those that the folder makes.
+    digests: take the SHA-256 of each tensor while it is counted.
     """
 
     folder: Path
@@ -44,7 +54,9 @@ class Subject:
     @cached_property
     def files(self) -> list[Path]:
         """Every file, relative to the folder."""
-        found = sorted(file for file in self.folder.rglob("*") if file.is_file() or file.is_symlink())
+        found = sorted(
+            file for file in self.folder.rglob("*") if file.is_file() or file.is_symlink()
+        )
         return [file.relative_to(self.folder) for file in found]
 
     @cached_property
@@ -57,14 +69,21 @@ class Subject:
 
     @cached_property
     def config(self) -> JSON:
-        """config.json; empty where there is none.  Raises: SourceError: damaged."""
-        return read_json(self.folder / CONFIG) if (self.folder / CONFIG).is_file() else {}
+        """config.json; empty where there is none.
+
+        Raises:
+            SourceError: damaged.
+        """
+        if (self.folder / CONFIG).is_file():
+            return read_json(self.folder / CONFIG)
+        return {}
 
     @cached_property
-    def stored(self) -> dict[str, TensorRecord]:
+    def stored_tensors(self) -> dict[str, TensorRecord]:
         """The tensors that a loader would read; those of every file where no file has a usual name.
 
-        Raises: SourceError: no weights, or files that are damaged.
+        Raises:
+            SourceError: no weights, or files that are damaged.
         """
         loose = sorted(self.folder.glob("*.safetensors"))
         if (self.folder / SINGLE).is_file() or (self.folder / INDEX).is_file() or not loose:
@@ -73,7 +92,9 @@ class Subject:
         for file in loose:
             records = read_header(file)
             if twice := sorted(found.keys() & records.keys()):
-                raise SourceError(f"{file} and {found[twice[0]].file.name} both hold {twice[0]}: keep one of them")
+                raise SourceError(
+                    f"{file} and {found[twice[0]].file.name} both hold {twice[0]}: keep one of them"
+                )
             found |= records
         return found
 
@@ -81,16 +102,23 @@ class Subject:
     def model(self) -> PreTrainedModel | None:
         """The stock class on the meta device, or None where no configuration leads to one."""
         try:
-            return self.build() if self.config else None
+            if self.config:
+                return self.build()
+            return None
         except (SecateurError, *BUILD_FAILURES):
             return None
 
     def build(self) -> PreTrainedModel:
         """The stock class on the meta device, whatever the stored weights are.
 
-        Raises: SourceError: no such class.   Any of BUILD_FAILURES: the class dislikes its configuration.
+        Raises:
+            SourceError: no such class.   Any of BUILD_FAILURES: the class dislikes its
+                configuration.
         """
-        data = {name: value for name, value in self.config.items() if name not in REFUSED_FIELDS}
+        data = {}
+        for name, value in self.config.items():
+            if name not in REFUSED_FIELDS:
+                data[name] = value
         config, cls = stock_class(data, self.folder / CONFIG)
         return build_on_meta(cls, config)
 
@@ -98,29 +126,45 @@ class Subject:
     def ties(self) -> list[list[str]]:
         """Names of parameters that are one and the same in the class."""
         groups: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False) if self.model is not None else ():
+        for name, parameter in (
+            self.model.named_parameters(remove_duplicate=False) if self.model is not None else ()
+        ):
             groups.setdefault(id(parameter), []).append(name)
         return [names for names in groups.values() if len(names) > 1]
 
     def stored_name(self, name: str) -> str | None:
-        """Under which name a parameter is stored: its own, or one that it is tied to, with or without the prefix that
-        transformers gives the inner model."""
+        """Under which name a parameter is stored: its own, or one that it is tied to, with or
+        without the prefix that transformers gives the inner model."""
         alike = next((names for names in self.ties if name in names), [])
-        prefix = f"{self.model.base_model_prefix}." if self.model is not None else ""
-        tried = [name, *alike, *(one.removeprefix(prefix) for one in (name, *alike)), prefix + name, name + BITMASK]
-        return next((one for one in tried if one in self.stored), None)
+        if self.model is not None:
+            prefix = f"{self.model.base_model_prefix}."
+        else:
+            prefix = ""
+        tried = [
+            name,
+            *alike,
+            *(one.removeprefix(prefix) for one in (name, *alike)),
+            prefix + name,
+            name + BITMASK,
+        ]
+        return next((one for one in tried if one in self.stored_tensors), None)
 
     @cached_property
     def claims(self) -> tuple[tuple[Claim, ...], tuple[Overall, ...]]:
         """All claims: of single weights, and of weights together.
 
-        Raises: ArtifactError, SourceError, PatternError: a file that makes claims is damaged, or not to be understood.
+        Raises:
+            ArtifactError, SourceError, PatternError: a file that makes claims is damaged, or not to
+                be understood.
         """
         single = [*self.given, *(claim for source in OURS for claim in source(self.folder))]
         overall = list[Overall]()
         for where, value in sparsity_configs(self.config).items():
             if self.model is None:
-                raise SourceError(f"{CONFIG}: {where} cannot be checked: no stock class says which modules it means")
+                raise SourceError(
+                    f"{CONFIG}: {where} cannot be checked: no stock class says which modules "
+                    "it means"
+                )
             made = from_config(f"{CONFIG}: {where}", value, self.model)
             single += made if isinstance(made, list) else []
             overall += [made] if isinstance(made, Overall) else []
@@ -128,25 +172,33 @@ class Subject:
 
     @cached_property
     def tensors(self) -> dict[str, Census]:
-        """Every stored tensor counted, file by file; files that a manifest lists are hashed on the way."""
+        """Every stored tensor counted, file by file; files that a manifest lists are hashed on the
+        way."""
         by_file: dict[Path, dict[str, TensorRecord]] = {}
-        for name, record in self.stored.items():
+        for name, record in self.stored_tensors.items():
             by_file.setdefault(record.file, {})[name] = record
-        began, patterns = time.perf_counter(), self._patterns()
+        began = time.perf_counter()
+        patterns = self._claimed_patterns()
         found: dict[str, Census] = {}
-        for one in self.progress(self._counted(by_file, patterns), "counting zeros", len(self.stored)):
+        for one in self.progress(
+            self._count_tensors(by_file, patterns), "counting zeros", len(self.stored_tensors)
+        ):
             found[one.name] = one
         self.count_seconds = time.perf_counter() - began
         return found
 
-    def _counted(self, by_file: Mapping[Path, Mapping[str, TensorRecord]], patterns: Any) -> Iterable[Census]:
+    def _count_tensors(
+        self, by_file: Mapping[Path, Mapping[str, TensorRecord]], patterns: Any
+    ) -> Iterable[Census]:
         for file, records in by_file.items():
-            whole = hashlib.sha256() if self.manifest is not None else None
+            whole = None
+            if self.manifest is not None:
+                whole = hashlib.sha256()
             yield from census_of_file(file, records, patterns, whole=whole, digests=self.digests)
             if whole is not None:
                 self.hashes[file.relative_to(self.folder).as_posix()] = whole.hexdigest()
 
-    def _patterns(self) -> dict[str, dict[str, tuple[int, int]]]:
+    def _claimed_patterns(self) -> dict[str, dict[str, tuple[int, int]]]:
         """Claimed patterns that are not counted anyway."""
         found: dict[str, dict[str, tuple[int, int]]] = {}
         try:
@@ -154,7 +206,8 @@ class Subject:
         except SecateurError:  # told by the check of patterns
             return {}
         for claim in claims:
-            name, one = self.stored_name(claim.tensor), claim.pattern
+            name = self.stored_name(claim.tensor)
+            one = claim.pattern
             if name is not None and isinstance(one, Pattern) and str(one) not in PATTERNS:
                 found.setdefault(name, {})[str(one)] = (one.kept, one.of)
         return found
@@ -162,15 +215,21 @@ class Subject:
     @property
     def num_bytes(self) -> int:
         """Of the files that hold the tensors."""
-        return sum(file.stat().st_size for file in {record.file for record in self.stored.values()})
+        return sum(
+            file.stat().st_size for file in {record.file for record in self.stored_tensors.values()}
+        )
 
     def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor."""
-        with safe_open(self.stored[name].file, "pt") as held:
+        with safe_open(self.stored_tensors[name].file, "pt") as held:
             tensor: torch.Tensor = held.get_tensor(name)
         return tensor
 
     @property
     def pickles(self) -> list[str]:
         """Files that can run code when they are read."""
-        return [file.as_posix() for file in self.files if any(file.match(pattern) for pattern in PICKLES)]
+        return [
+            file.as_posix()
+            for file in self.files
+            if any(file.match(pattern) for pattern in PICKLES)
+        ]

@@ -1,4 +1,5 @@
-"""The property that everything stands on: pruned equals masked, for random architectures, groups and units."""
+"""The property that everything stands on: pruned equals masked, for random architectures, groups
+and units."""
 
 from __future__ import annotations
 
@@ -10,10 +11,25 @@ from zoo.checks import captured, compare, logits, other_inputs
 
 import secateur.graph as graph
 
-KINDS = ["llama", "gpt2", "qwen3", "mixtral", "gemma2", "bloom", "falcon", "phi3", "t5", "bert", "nano_gpt", "conv_net"]
+KINDS = [
+    "llama",
+    "gpt2",
+    "qwen3",
+    "mixtral",
+    "gemma2",
+    "bloom",
+    "falcon",
+    "phi3",
+    "t5",
+    "bert",
+    "nano_gpt",
+    "conv_net",
+]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 10_000), data=st.data())
 def test_pruned_equals_masked(kind: str, seed: int, data: st.DataObject) -> None:
     _, program = captured(kind)
@@ -30,7 +46,8 @@ def test_pruned_equals_masked(kind: str, seed: int, data: st.DataObject) -> None
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "nano_gpt"])
 def test_masking_neurons_is_zeroing_their_weights(kind: str) -> None:
-    """The oracle itself against plain zeroing of the source model's parameters, where no norm sees the units."""
+    """The oracle itself against plain zeroing of the source model's parameters, where no norm sees
+    the units."""
     model, program = captured(kind)
     group = next(g for g in graph.coupled_groups(program) if g.family == "mlp")
     dropped = list(range(0, group.units, 3))
@@ -47,13 +64,16 @@ def test_masking_neurons_is_zeroing_their_weights(kind: str) -> None:
 
 
 def test_an_absent_channel_does_not_count_in_a_norm() -> None:
-    """A hidden channel that goes leaves a norm over the others: the same model built narrow agrees."""
+    """A hidden channel that goes leaves a norm over the others: the same model built narrow
+    agrees."""
     torch.manual_seed(0)
     wide = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 5))
     program = graph.capture(wide, torch.randn(2, 6))
     group = next(g for g in graph.coupled_groups(program) if g.units == 8)
     kept = [0, 2, 3, 5, 7]
-    narrow = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 5))
+    narrow = torch.nn.Sequential(
+        torch.nn.Linear(6, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 5)
+    )
     with torch.no_grad():
         narrow[0].weight.copy_(wide[0].weight[kept])
         narrow[0].bias.copy_(wide[0].bias[kept])

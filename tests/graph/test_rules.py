@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import secateur.graph as graph
+from secateur.graph.axes.rules import RULES, axis_rule, find_rule
+from secateur.graph.axes.rules.pointwise import POINTWISE_NAMES
 from secateur.graph.errors import UnsupportedOp
-from secateur.graph.rules import RULES, axis_rule, find_rule
-from secateur.graph.rules.pointwise import POINTWISE_NAMES
 
 
 def test_every_row_names_an_op() -> None:
@@ -17,7 +17,11 @@ def test_every_row_names_an_op() -> None:
     missing = []
     for name in RULES:
         space, _, op = name.partition("::")
-        if space == "aten" and op.split(".")[0] not in loose and not hasattr(torch.ops.aten, op.split(".")[0]):
+        if (
+            space == "aten"
+            and op.split(".")[0] not in loose
+            and not hasattr(torch.ops.aten, op.split(".")[0])
+        ):
             missing.append(name)
     of_other_versions = {"aten::grouped_mm", "aten::_fused_rms_norm"}
     assert set(missing) <= of_other_versions
@@ -49,7 +53,9 @@ def test_an_op_without_a_rule_is_refused_by_name_with_its_module() -> None:
             return torch.linalg.pinv(x)
 
     program = graph.capture(Odd(), torch.randn(4, 4))
-    with pytest.raises(UnsupportedOp, match=r"linalg_pinv.*module solver.*axis_rule\('aten::linalg_pinv'\)"):
+    with pytest.raises(
+        UnsupportedOp, match=r"linalg_pinv.*module solver.*axis_rule\('aten::linalg_pinv'\)"
+    ):
         graph.coupled_groups(program)
 
 
@@ -89,7 +95,9 @@ FREES = {
 def test_an_op_that_goes_by_position_locks_its_axis_and_says_so(name: str) -> None:
     program = graph.capture(_Case(LOCKS[name]), torch.randn(2, 6))
     between = [
-        g for g in graph.coupled_groups(program) if any(m.parameter == "up.weight" and m.dim == 0 for m in g.members)
+        g
+        for g in graph.coupled_groups(program)
+        if any(m.parameter == "up.weight" and m.dim == 0 for m in g.members)
     ]
     assert between and all(g.locked for g in between)
 
@@ -99,10 +107,14 @@ def test_an_op_with_a_meaning_for_fewer_units_leaves_them_free(name: str) -> Non
     torch.manual_seed(0)
     program = graph.capture(_Case(FREES[name]), torch.randn(2, 6))
     between = [
-        g for g in graph.coupled_groups(program) if any(m.parameter == "up.weight" and m.dim == 0 for m in g.members)
+        g
+        for g in graph.coupled_groups(program)
+        if any(m.parameter == "up.weight" and m.dim == 0 for m in g.members)
     ]
     assert between and not any(g.locked for g in between)
     x = torch.randn(2, 6)
     for group in between:
         edit = {group: range(1, group.units)}
-        torch.testing.assert_close(graph.keep(program, edit)(x), graph.masked_call(program, edit, x))
+        torch.testing.assert_close(
+            graph.keep(program, edit)(x), graph.masked_call(program, edit, x)
+        )

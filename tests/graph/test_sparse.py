@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 from zoo.models import tiny_model
 
-from secateur.graph import Pattern, Program, Sparse, blocks, capture, drop, keep, verify, with_parameters
+from secateur.graph import (
+    Pattern,
+    Program,
+    Sparse,
+    blocks,
+    capture,
+    drop,
+    keep,
+    verify,
+    with_parameters,
+)
 from secateur.graph.errors import EditError, VerificationError
-from secateur.graph.sparse import faults
+from secateur.graph.sparse import find_faults
 
 DOWN, UP = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"
 MLP = "mlp@model.layers.0.mlp"
@@ -23,9 +33,11 @@ def sparse_program(program: Program, *names: str) -> Program:
     known, values, told = dict(program.named_parameters()), dict[str, Tensor](), dict[str, Sparse]()
     for name in names:
         dense = known[name].detach()
-        mask = TWO.mask(dense.abs())
+        mask = TWO.select_mask(dense.abs())
         values[name] = torch.where(mask, dense, 0.0)
-        told[name] = Sparse(TWO, norms=torch.ones(dense.shape[1]), removed=torch.where(mask, 0.0, dense))
+        told[name] = Sparse(
+            TWO, norms=torch.ones(dense.shape[1]), removed=torch.where(mask, 0.0, dense)
+        )
     return with_parameters(program, values).replace(sparse=told)
 
 
@@ -48,7 +60,9 @@ def test_a_sparse_program_is_sound(llama: Program, sparse: Program) -> None:
 
 
 def test_inputs_of_a_sparse_weight_stay(sparse: Program) -> None:
-    with pytest.raises(EditError, match=f"{DOWN} is 2:4 sparse along its inputs.*prune widths first"):
+    with pytest.raises(
+        EditError, match=f"{DOWN} is 2:4 sparse along its inputs.*prune widths first"
+    ):
         keep(sparse, {MLP: range(48)})
 
 
@@ -70,7 +84,12 @@ def test_a_dropped_layer_takes_its_sparse_weights_with_it(llama: Program) -> Non
 
 @pytest.mark.parametrize(
     ("value", "fault"),
-    [(1.0, "is not 2:4: 1 of"), (math.nan, "is not 2:4: 1 of"), (1e-45, "is not 2:4: 1 of"), (-0.0, "negative zeros")],
+    [
+        (1.0, "is not 2:4: 1 of"),
+        (math.nan, "is not 2:4: 1 of"),
+        (1e-45, "is not 2:4: 1 of"),
+        (-0.0, "negative zeros"),
+    ],
 )
 def test_a_value_that_should_be_zero(sparse: Program, value: float, fault: str) -> None:
     weight = dict(sparse.named_parameters())[DOWN].detach().clone()
@@ -90,10 +109,14 @@ def test_what_is_kept_beside_a_weight_must_fit_it(sparse: Program) -> None:
     broken(DOWN, Sparse(Pattern(3, 5)), "no multiple of 5")
     broken(DOWN, Sparse(TWO, norms=torch.ones(3)), "norms of shape")
     broken(DOWN, Sparse(TWO, removed=torch.ones(3, 4)), "removed values of shape")
-    broken(DOWN, Sparse(TWO, removed=torch.ones(64, 96)), "other values where removed ones are kept")
+    broken(
+        DOWN, Sparse(TWO, removed=torch.ones(64, 96)), "other values where removed ones are kept"
+    )
 
 
 def test_a_weight_without_numbers_is_checked_for_its_shape() -> None:
     weight = torch.empty(64, 96, device="meta")
-    assert list(faults(weight, Sparse(TWO))) == []
-    assert list(faults(weight, Sparse(Pattern(3, 5)))) == ["cannot be 3:5: 96 inputs are no multiple of 5"]
+    assert list(find_faults(weight, Sparse(TWO))) == []
+    assert list(find_faults(weight, Sparse(Pattern(3, 5)))) == [
+        "cannot be 3:5: 96 inputs are no multiple of 5"
+    ]

@@ -12,12 +12,23 @@ from torch import Tensor, nn
 from torch.library import opcheck
 from zoo.sparse24 import quantized, weight_24
 
-from secateur.kernels.sparse24 import FormatError, PackedLinear, cpu, linear, op_of, ops, pack, pack_dense
+from secateur.kernels.sparse24 import (
+    FormatError,
+    PackedLinear,
+    cpu,
+    linear,
+    op_of,
+    ops,
+    pack,
+    pack_dense,
+)
 
 ROOT = Path(__file__).parents[2]
 
 
-def arguments(kind: str, sparse: bool, rows: int = 24, columns: int = 100) -> tuple[Tensor, tuple[Tensor, ...]]:
+def arguments(
+    kind: str, sparse: bool, rows: int = 24, columns: int = 100
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(dense weight, packed tensors of the op without x and bias)."""
     weight = weight_24(rows, columns)
     if kind == "float32":
@@ -27,8 +38,8 @@ def arguments(kind: str, sparse: bool, rows: int = 24, columns: int = 100) -> tu
     packed = pack(levels, kind, scale)
     if sparse:
         assert packed.scale is not None
-        return packed.dense(), (packed.values, packed.mask, packed.scale)
-    return packed.dense(), pack_dense(levels, scale)
+        return packed.to_dense(), (packed.values, packed.mask, packed.scale)
+    return packed.to_dense(), pack_dense(levels, scale)
 
 
 LAYOUTS = [("float32", True), ("int8", True), ("int4", True), ("int8", False), ("int4", False)]
@@ -61,7 +72,9 @@ def test_gradients_for_x_and_bias_are_those_of_the_dense_layer(kind: str, sparse
     dense.backward()
     assert torch.allclose(loss, dense, rtol=1e-5)
     for mine, theirs in zip(found, wanted, strict=True):
-        assert mine.grad is not None and torch.allclose(mine.grad, theirs.grad, rtol=1e-4, atol=1e-3)
+        assert mine.grad is not None and torch.allclose(
+            mine.grad, theirs.grad, rtol=1e-4, atol=1e-3
+        )
 
 
 class Net(nn.Module):
@@ -77,12 +90,16 @@ class Net(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_compile_fullgraph(backend: str) -> None:
     net, x = Net(), torch.randn(3, 100)
     compiled = torch.compile(net, fullgraph=True, backend=backend)
     assert torch.allclose(compiled(x), net(x), atol=1e-5)
-    assert torch.allclose(compiled(torch.randn(5, 100).fill_(0.5)), net(torch.full((5, 100), 0.5)), atol=1e-5)
+    assert torch.allclose(
+        compiled(torch.randn(5, 100).fill_(0.5)), net(torch.full((5, 100), 0.5)), atol=1e-5
+    )
 
 
 def exported() -> tuple[Net, torch.export.ExportedProgram]:
@@ -117,11 +134,14 @@ def test_a_packed_layer_stands_in_for_linear() -> None:
         layer.weight.copy_(weight_24(12, 40))
     packed, x = PackedLinear.from_linear(layer), torch.randn(2, 5, 40)
     assert torch.allclose(packed(x), layer(x), atol=1e-5) and packed.bias is layer.bias
-    assert torch.equal(packed.packed.dense(), layer.weight) and "kind='2:4'" in repr(packed)
+    assert torch.equal(packed.to_packed.to_dense(), layer.weight) and "kind='2:4'" in repr(packed)
     again = PackedLinear.from_packed(pack(torch.zeros(12, 40)), torch.zeros(12))
     again.load_state_dict(packed.state_dict())
     assert torch.equal(again(x), packed(x))
-    assert packed.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16 and packed.packed.kind == "bfloat16"
+    assert (
+        packed.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+        and packed.to_packed.kind == "bfloat16"
+    )
     with pytest.raises(FormatError, match="not 2:4"):
         PackedLinear.from_linear(nn.Linear(40, 12))
 
@@ -131,7 +151,11 @@ def test_casting_a_quantised_layer_keeps_its_scale() -> None:
     layer = PackedLinear.from_linear(nn.Linear(40, 12), levels, scale)
     before = layer.scale
     layer.to(torch.bfloat16)
-    assert layer.scale is not None and torch.equal(layer.scale, before) and layer.scale.dtype == torch.float32
+    assert (
+        layer.scale is not None
+        and torch.equal(layer.scale, before)
+        and layer.scale.dtype == torch.float32
+    )
     assert layer(torch.randn(2, 40).bfloat16()).dtype == torch.bfloat16
 
 
@@ -146,12 +170,22 @@ def test_casting_a_quantised_layer_keeps_its_scale() -> None:
         ({"mask": torch.zeros(24, 12, dtype=torch.uint8)}, "mask is not"),
     ],
 )
-def test_operands_that_disagree_are_refused_while_tracing_too(change: dict[str, Tensor], message: str) -> None:
+def test_operands_that_disagree_are_refused_while_tracing_too(
+    change: dict[str, Tensor], message: str
+) -> None:
     _, (values, mask) = arguments("float32", True)
-    given = {"x": torch.randn(2, 100), "values": values, "mask": mask, "scale": None, "bias": None} | change
+    given = {
+        "x": torch.randn(2, 100),
+        "values": values,
+        "mask": mask,
+        "scale": None,
+        "bias": None,
+    } | change
     with pytest.raises(ValueError, match=message):
         ops.check_operands(**given, name="linear_24")
-    fake = {name: None if t is None else t.to("meta") for name, t in given.items() if name != "scale"}
+    fake = {
+        name: None if t is None else t.to("meta") for name, t in given.items() if name != "scale"
+    }
     with pytest.raises(ValueError, match=message):
         torch.ops.secateur.linear_24(*fake.values())
 
@@ -199,14 +233,19 @@ for batch in (1, 5):
 @pytest.mark.slow
 def test_a_package_ahead_of_time_runs_with_and_without_this_library(tmp_path: Path) -> None:
     net, program = exported()
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "net.pt2"))
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "net.pt2")
+    )
     inputs = [torch.arange(b * 100).view(b, 100).remainder(7).float() for b in (1, 5)]
     wanted = [net(x).flatten() for x in inputs]
     library = cpu.backend().library
     for how in ["python", *([str(library)] if library else [])]:
         command = [sys.executable, "-P", "-c", PACKAGE, package, how]
         done = subprocess.run(
-            command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "HOME": str(Path.home())}
+            command,
+            capture_output=True,
+            text=True,
+            env={"PYTHONPATH": str(ROOT), "HOME": str(Path.home())},
         )
         assert done.returncode == 0, done.stderr[-2000:]
         for line, row in zip(done.stdout.splitlines(), wanted, strict=True):

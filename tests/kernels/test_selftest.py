@@ -1,4 +1,5 @@
-"""The check that every kernel must pass is green for the reference and red for every planted fault."""
+"""The check that every kernel must pass is green for the reference and red for every planted
+fault."""
 
 from __future__ import annotations
 
@@ -10,16 +11,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from secateur.kernels.sparse24 import reference, selftest
-from secateur.kernels.sparse24.selftest import RawLinear, cases, failures, layouts
+from secateur.kernels.sparse24.selftest import (
+    RawLinear,
+    find_failures,
+    iterate_cases,
+    iterate_layouts,
+)
 
 Maybe = Tensor | None
 Arguments = tuple[Tensor, Tensor, Maybe, Maybe, Maybe]
 
 
 def raw(
-    change: Callable[[Arguments], Arguments] = lambda a: a, spoil: Callable[[Tensor], None] = lambda y: None
+    change: Callable[[Arguments], Arguments] = lambda a: a,
+    spoil: Callable[[Tensor], None] = lambda y: None,
 ) -> RawLinear:
-    """The reference as a raw kernel whose arguments are changed before, or whose output is spoiled after."""
+    """The reference as a raw kernel whose arguments are changed before, or whose output is spoiled
+    after."""
 
     def run(x: Tensor, values: Tensor, mask: Maybe, scale: Maybe, bias: Maybe, y: Tensor) -> None:
         before = y.clone()
@@ -47,7 +55,11 @@ def next_row_scale(a: Arguments) -> Arguments:
 
 
 def next_group_scale(a: Arguments) -> Arguments:
-    return (*a[:3], None if a[3] is None or a[3].ndim < 2 else a[3].roll(1, 1), a[4]) if a[3] is not None else a
+    return (
+        (*a[:3], None if a[3] is None or a[3].ndim < 2 else a[3].roll(1, 1), a[4])
+        if a[3] is not None
+        else a
+    )
 
 
 def swapped_nibbles(a: Arguments) -> Arguments:
@@ -86,35 +98,42 @@ FAULTS = {
 
 
 def test_the_reference_is_green() -> None:
-    assert failures(raw()) == []
+    assert find_failures(raw()) == []
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_red(fault: str) -> None:
-    assert failures(FAULTS[fault])
+    assert find_failures(FAULTS[fault])
 
 
 def test_an_unwritten_output_is_reported_as_such() -> None:
-    assert "1 of " in failures(FAULTS["one output not written"])[0]
-    assert "not written" in failures(FAULTS["one output not written"])[0]
+    assert "1 of " in find_failures(FAULTS["one output not written"])[0]
+    assert "not written" in find_failures(FAULTS["one output not written"])[0]
 
 
 def test_the_cases_cover_every_layout_batch_and_an_incomplete_group() -> None:
-    made = list(cases())
+    made = list(iterate_cases())
     assert {c.name.split(", N")[0] for c in made} == {
-        f"{kind} {'2:4' if sparse else 'dense'}, x {str(dtype)[6:]}" for kind, dtype, sparse in layouts()
+        f"{kind} {'2:4' if sparse else 'dense'}, x {str(dtype)[6:]}"
+        for kind, dtype, sparse in iterate_layouts()
     }
     assert {len(c.x) for c in made} == set(selftest.BATCHES)
-    assert any(c.mask is not None and bool((c.values.float() == 0).any()) for c in made if c.scale is None)
+    assert any(
+        c.mask is not None and bool((c.values.float() == 0).any()) for c in made if c.scale is None
+    )
 
 
 @pytest.mark.parametrize("index", range(0, 150, 7))
 def test_the_reference_agrees_with_double_precision(index: int) -> None:
-    case = list(cases())[index]
-    weight = reference.weight(case.values, case.mask, case.scale, torch.float32).double()[:, : case.x.shape[1]]
+    case = list(iterate_cases())[index]
+    weight = reference.dense_weight(case.values, case.mask, case.scale, torch.float32).double()[
+        :, : case.x.shape[1]
+    ]
     bias = 0 if case.bias is None else case.bias.double()
     wanted = case.x.double() @ weight.T + bias
     found = reference.linear(case.x, case.values, case.mask, case.scale, case.bias)
     size = case.x.double().abs() @ weight.abs().T + abs(bias)
     assert found.dtype == case.x.dtype
-    assert bool(((found.double() - wanted).abs() <= {2: 2**-8, 4: 1e-6}[found.element_size()] * size).all())
+    assert bool(
+        ((found.double() - wanted).abs() <= {2: 2**-8, 4: 1e-6}[found.element_size()] * size).all()
+    )

@@ -14,7 +14,8 @@ from secateur.graph import Program, capture
 
 
 class TwoLayers(nn.Module):
-    """Embedding, one hidden layer with a rectifier, a head: three groups, every score a short formula."""
+    """Embedding, one hidden layer with a rectifier, a head: three groups, every score a short
+    formula."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from secateur.graph import Program
 from secateur.graph.errors import EditError, PipelineError, VerificationError
 from secateur.passes import PASSES, Context, Hooks, Pass, PassResult, Pipeline, PruneWidth, Score
 from secateur.passes.importance import IMPORTANCES, Activation, Magnitude, Random, Taylor
-from secateur.passes.options import options_table
+from secateur.passes.language.options import options_table
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,21 @@ class Fail(Pass):
         raise self.error
 
 
-metrics = st.one_of(st.builds(Random), st.builds(Magnitude, st.sampled_from([1, 2])), st.builds(Taylor))
-scores = st.builds(Score, metrics, st.sampled_from(["sum", "max"]), st.sampled_from(["none", "standard"]))
+metrics = st.one_of(
+    st.builds(Random), st.builds(Magnitude, st.sampled_from([1, 2])), st.builds(Taylor)
+)
+scores = st.builds(
+    Score, metrics, st.sampled_from(["sum", "max"]), st.sampled_from(["none", "standard"])
+)
 amounts = st.one_of(st.floats(0, 0.99), st.integers(1, 4096))
 prunes = st.builds(
     PruneWidth,
     mlp=amounts,
     hidden=st.one_of(st.none(), amounts),
     groups=st.dictionaries(st.text(min_size=1), amounts, max_size=2),
-    round_to=st.one_of(st.integers(1, 256), st.dictionaries(st.sampled_from(["mlp", "hidden"]), st.just(32))),
+    round_to=st.one_of(
+        st.integers(1, 256), st.dictionaries(st.sampled_from(["mlp", "hidden"]), st.just(32))
+    ),
     uniform=st.booleans(),
 )
 
@@ -73,7 +79,9 @@ def test_every_pass_is_documented_and_named_in_kebab_case(cls: type[Any]) -> Non
 
 
 def test_run_records_what_was_done(llama: Program, ids: Tensor) -> None:
-    smaller = Pipeline.parse("score{metric=taylor},prune-width{mlp=0.25}").run(llama, data=[ids], seed=7)
+    smaller = Pipeline.parse("score{metric=taylor},prune-width{mlp=0.25}").run(
+        llama, data=[ids], seed=7
+    )
     first, second = smaller.history
     assert first.name == "score" and first.options["metric"]["taylor"]["form"] == "element"
     assert first.figures["tokens"] == ids.numel()
@@ -135,7 +143,11 @@ def test_hooks_name_passes_that_run(two_layers: Program) -> None:
 
 
 def test_plan_follows_the_shapes_through_the_passes(llama: Program) -> None:
-    pipeline = Pipeline.parse("score{metric=random},prune-width{mlp=0.5},score{metric=random},prune-width{mlp=0.5}")
-    assert [(edit.units, edit.kept) for edit in pipeline.plan(llama)] == [(96, 48)] * 2 + [(48, 24)] * 2
+    pipeline = Pipeline.parse(
+        "score{metric=random},prune-width{mlp=0.5},score{metric=random},prune-width{mlp=0.5}"
+    )
+    assert [(edit.units, edit.kept) for edit in pipeline.plan(llama)] == [(96, 48)] * 2 + [
+        (48, 24)
+    ] * 2
     shapes = {name: p.shape for name, p in pipeline.preview(llama).named_parameters()}
     assert shapes["model.layers.1.mlp.down_proj.weight"] == torch.Size([64, 24])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.graph import Program
 from secateur.passes import Context, Importance, Score, samples
-from secateur.passes.plugins import load_class
+from secateur.passes.language.plugins import load_class
 
 PAGE = Path(__file__).parents[2] / "docs" / "plugins.md"
 

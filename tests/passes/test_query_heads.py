@@ -1,4 +1,5 @@
-"""Query heads ranked under each key/value head: scores, kept heads, folding, repair, what is stored."""
+"""Query heads ranked under each key/value head: scores, kept heads, folding, repair, what is
+stored."""
 
 from __future__ import annotations
 
@@ -9,14 +10,14 @@ from zoo.models import tiny_model
 
 from secateur.graph import CoupledGroup, Program, capture, coupled_groups
 from secateur.passes import Context, Pipeline, PruneWidth, Repair, Score, samples
-from secateur.passes.allocate import Allocate
-from secateur.passes.fill_widths import FillWidths
-from secateur.passes.fold_heads import fold_pairs
 from secateur.passes.importance import Activation, Magnitude, Obs, Perplexity, Random, Taylor, Wanda
 from secateur.passes.importance.base import Importance
-from secateur.passes.width_shares import global_counts, top_units, unit_values
-from secateur.runtime.resume_fingerprint import digests
-from secateur.runtime.resume_state import rebuilt, state_of
+from secateur.passes.width.allocate import Allocate
+from secateur.passes.width.fill_widths import FillWidths
+from secateur.passes.width.fold_heads import fold_pairs
+from secateur.passes.width.shares import global_counts, top_units, unit_values
+from secateur.runtime.resume.fingerprint import hash_parameters
+from secateur.runtime.resume.state import rebuild_program, state_of
 
 HEADS, GROUPS, WIDTH = 48, 8, 4
 
@@ -24,7 +25,12 @@ HEADS, GROUPS, WIDTH = 48, 8, 4
 @pytest.fixture(scope="module")
 def nemotron() -> Program:
     """48 query heads over 8 key/value heads, as Nemotron-4 15B has."""
-    shape = {"hidden_size": 96, "num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "head_dim": WIDTH}
+    shape = {
+        "hidden_size": 96,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": GROUPS,
+        "head_dim": WIDTH,
+    }
     return capture(tiny_model("llama", **shape))
 
 
@@ -54,7 +60,9 @@ def head_scores(program: Program, context: Context, layer: int) -> Tensor:
         for sample in context.data or ():
             model(**sample.inputs)
     hook.remove()
-    norms = torch.cat(seen).unflatten(-1, (HEADS, WIDTH)).norm(dim=-1)  # [sequences, positions, heads]
+    norms = (
+        torch.cat(seen).unflatten(-1, (HEADS, WIDTH)).norm(dim=-1)
+    )  # [sequences, positions, heads]
     return norms.mean(1).square().sum(0).sqrt()
 
 
@@ -102,7 +110,9 @@ def test_heads_fold_into_heads_of_their_own_group(nemotron: Program) -> None:
     options = {"groups": {group.name: 4}, "uniform": False}
     folded = PruneWidth(**options, fold_heads=True)(scored)  # type: ignore[arg-type]
     name = "model.layers.0.self_attn.q_proj.weight"
-    before, after = (dict(program.named_parameters())[name].detach() for program in (nemotron, folded))
+    before, after = (
+        dict(program.named_parameters())[name].detach() for program in (nemotron, folded)
+    )
     heads = before.view(GROUPS, 6, WIDTH, -1).clone()
     for column in range(GROUPS):
         for stays, goes in fold_pairs(scores[:, column], 4):
@@ -113,7 +123,8 @@ def test_heads_fold_into_heads_of_their_own_group(nemotron: Program) -> None:
 
 
 def test_repair_compares_with_the_right_heads(nemotron: Program, text: Context) -> None:
-    """Rows of the pruned weights are those of the dense ones, and the refit makes the stream better."""
+    """Rows of the pruned weights are those of the dense ones, and the refit makes the stream
+    better."""
     smaller = run("score{metric=wanda},prune-width{query_heads=3}", nemotron, text)
     repaired = Repair()(smaller, text)
     errors = [figures["error"] for figures in repaired.history[-1].figures["consumers"].values()]
@@ -124,20 +135,28 @@ def test_repair_compares_with_the_right_heads(nemotron: Program, text: Context) 
 def test_sizes_under_a_budget_and_widened_again(nemotron: Program, text: Context) -> None:
     scored = Score(Wanda())(nemotron, text)
     for damage in ("scores", "error"):
-        smaller = Allocate(ratio=0.4, families=("query_heads",), damage=damage, levels=6)(scored, text)  # type: ignore[arg-type]
+        smaller = Allocate(ratio=0.4, families=("query_heads",), damage=damage, levels=6)(
+            scored, text
+        )  # type: ignore[arg-type]
         assert smaller.cut is not None
         kept = smaller.cut.kept
         for group in (group for group in queries(nemotron) if group.name in kept):
-            assert torch.equal(kept[group.name], top_units(scored.scores[group.name], len(kept[group.name])))
+            assert torch.equal(
+                kept[group.name], top_units(scored.scores[group.name], len(kept[group.name]))
+            )
     one = queries(nemotron)[0].name
     narrow = PruneWidth(groups={one: 3}, uniform=False)(scored)
-    wide = FillWidths()(PruneWidth(groups={queries(narrow)[1].name: 5}, uniform=False)(Score(Wanda())(narrow, text)))
+    wide = FillWidths()(
+        PruneWidth(groups={queries(narrow)[1].name: 5}, uniform=False)(Score(Wanda())(narrow, text))
+    )
     assert {group.units for group in queries(wide)} == {5}
 
 
 def test_a_killed_run_builds_it_again(nemotron: Program, text: Context) -> None:
-    smaller = run("score{metric=random},prune-width{query_heads=3},score{metric=random}", nemotron, text)
-    again = rebuilt(nemotron, state_of(smaller, digests(nemotron)))
+    smaller = run(
+        "score{metric=random},prune-width{query_heads=3},score{metric=random}", nemotron, text
+    )
+    again = rebuild_program(nemotron, state_of(smaller, hash_parameters(nemotron)))
     assert smaller.cut is not None and again.cut is not None
     for name, kept in smaller.cut.kept.items():
         assert torch.equal(again.cut.kept[name], kept)

@@ -1,4 +1,5 @@
-"""The recipes that have a name: they parse, say what they are for, and plan on a model of shapes alone."""
+"""The recipes that have a name: they parse, say what they are for, and plan on a model of shapes
+alone."""
 
 from __future__ import annotations
 
@@ -29,17 +30,21 @@ def model() -> Program:
         return capture(tiny_model("llama", **WIDE, num_hidden_layers=20))
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", recipes.recipe_names())
 def test_each_says_what_it_is_and_where_it_comes_from(name: str) -> None:
-    told, text = recipes.told(name), recipes.text(name)
+    told, text = recipes.describe_recipe(name), recipes.recipe_text(name)
     assert len(told["about"]) > 40 and "arXiv:" in told["source"]
     assert sum(line.lstrip().startswith("#") for line in text.splitlines()) >= 2
     pipeline = Pipeline.from_recipe(name)
     assert isinstance(pipeline.data, DataSpec) and pipeline.data.file is None
-    assert pipeline == Pipeline.from_recipe(text) == Pipeline.from_recipe(Path(recipes.FOLDER / f"{name}.yaml"))
+    assert (
+        pipeline
+        == Pipeline.from_recipe(text)
+        == Pipeline.from_recipe(Path(recipes.FOLDER / f"{name}.yaml"))
+    )
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", recipes.recipe_names())
 def test_each_plans_a_smaller_or_sparse_stock_model(name: str, model: Program) -> None:
     pipeline = Pipeline.from_recipe(name)
     smaller = pipeline.preview(model)
@@ -58,6 +63,6 @@ def test_a_name_comes_before_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_an_unknown_name_is_told() -> None:
     with pytest.raises(PipelineError, match="did you mean 'one-shot-best'"):
-        recipes.text("one-shot-bets")
+        recipes.recipe_text("one-shot-bets")
     with pytest.raises(PipelineError, match="`secateur recipes` lists"):
         Pipeline.from_recipe("one-shot-bets")

@@ -1,4 +1,5 @@
-"""What each pass of the table does where weights are sparse: it keeps their zeros, or refuses before any work."""
+"""What each pass of the table does where weights are sparse: it keeps their zeros, or refuses
+before any work."""
 
 from __future__ import annotations
 
@@ -33,7 +34,11 @@ REFUSES = {
     "permute-channels": "put permute-channels before sparsify",
 }
 ASKED: dict[str, dict[str, Any]] = {"prune-width": {"mlp": 0.5}, "search": {"mlp": (48, 96)}}
-ELSEWHERE = {"retrain-sparse", "reconstruct", "adapt-lora"}  # they work on sparse weights; their own tests show it
+ELSEWHERE = {
+    "retrain-sparse",
+    "reconstruct",
+    "adapt-lora",
+}  # they work on sparse weights; their own tests show it
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def test_a_pass_that_keeps_zeros(sparse: Program, data: Context, name: str) -> N
 
 @pytest.mark.parametrize("name", [cls.name for cls in PASSES if cls.name in REFUSES])
 def test_a_pass_that_would_fill_zeros_refuses(sparse: Program, data: Context, name: str) -> None:
-    cls = PASSES.named(name)
+    cls = PASSES.find_class(name)
     assert cls is not None and issubclass(cls, Pass)
     one = cls(**ASKED.get(name, {}))
     scored = sparse.replace(scores={"a group": torch.ones(2)})
@@ -75,15 +80,21 @@ def test_a_pass_that_would_fill_zeros_refuses(sparse: Program, data: Context, na
 
 def test_an_order_that_cannot_be_is_told_before_any_work(llama: Program) -> None:
     text = "sparsify{metric=magnitude},score{metric=magnitude},prune-width{mlp=0.5}"
-    with pytest.raises(PipelineError, match="prune-width: weights are sparse along the inputs that would go"):
+    with pytest.raises(
+        PipelineError, match="prune-width: weights are sparse along the inputs that would go"
+    ):
         Pipeline.parse(text).run(llama)
-    order = Pipeline.parse("score{metric=magnitude},prune-width{mlp=48},sparsify{metric=magnitude}").run(llama)
+    order = Pipeline.parse(
+        "score{metric=magnitude},prune-width{mlp=48},sparsify{metric=magnitude}"
+    ).run(llama)
     assert [step.name for step in order.history] == ["score", "prune-width", "sparsify"]
 
 
 def test_a_width_that_does_not_fit_is_refused_with_the_reason(llama: Program) -> None:
     narrow = Pipeline.parse("score{metric=magnitude},prune-width{mlp=46}").run(llama)
-    with pytest.raises(PipelineError, match=r"down_proj.weight cannot be 2:4: 46 inputs are no multiple of 4"):
+    with pytest.raises(
+        PipelineError, match=r"down_proj.weight cannot be 2:4: 46 inputs are no multiple of 4"
+    ):
         Pipeline.parse("sparsify{metric=magnitude}").run(narrow)
     made = Pipeline.parse("sparsify{metric=magnitude,ignore=down_proj}").run(narrow)
     assert made.sparse and not any("down_proj" in name for name in made.sparse)
@@ -97,7 +108,9 @@ class Densify(Pass):
     numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
 
     def call(self, program: Program, context: Context) -> PassResult:
-        values = {n: p.detach() + 1e-30 for n, p in program.named_parameters() if n in program.sparse}
+        values = {
+            n: p.detach() + 1e-30 for n, p in program.named_parameters() if n in program.sparse
+        }
         return PassResult(with_parameters(program, values), True)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from secateur.graph import capture, coupled_groups, keep
 from secateur.graph.program import Program
-from secateur.runtime.classes import build_on_meta, model_class
+from secateur.runtime.open.classes import build_on_meta, model_class
 
 SMALL = {
     "hidden_size": 64,
@@ -28,7 +28,9 @@ GPT2 = {"n_embd": 64, "n_head": 8, "n_layer": 2, "vocab_size": 96, "n_positions"
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
 
 
-def tiny(config_name: str, class_name: str | None = None, *, meta: bool = False, **fields: Any) -> PreTrainedModel:
+def tiny(
+    config_name: str, class_name: str | None = None, *, meta: bool = False, **fields: Any
+) -> PreTrainedModel:
     """A small model with random weights large enough that every head matters."""
     config = getattr(transformers, config_name)(**fields)
     cls = getattr(transformers, class_name) if class_name else model_class(config)
@@ -43,7 +45,8 @@ def tiny(config_name: str, class_name: str | None = None, *, meta: bool = False,
 
 
 def pruned(model: PreTrainedModel, folder: Path | None = None, **parts: float) -> Program:
-    """The program of a model with this part of the units of each family kept, the same number everywhere."""
+    """The program of a model with this part of the units of each family kept, the same number
+    everywhere."""
     program = capture(model, folder=folder)
     chosen = {}
     for group in coupled_groups(program):

@@ -1,7 +1,10 @@
-"""Malformed files of every kind end in an error of this package: no other exception, no hang, nothing written.
+"""Malformed files of every kind end in an error of this package: no other exception, no hang,
+nothing written.
 
-The readers are called in this process, inside the same boundary that the command line has: what may leave it is
-``SecateurError`` and ``MemoryError``, which it tells in a sentence, and ``OSError``, whose text names the file.
+The readers are called in this process, inside the same boundary that the command line has: what may
+leave it is
+``SecateurError`` and ``MemoryError``, which it tells in a sentence, and ``OSError``, whose text
+names the file.
 """
 
 from __future__ import annotations
@@ -24,32 +27,46 @@ from safetensors.torch import save_file
 
 from secateur.graph.errors import SecateurError
 from secateur.passes import Pipeline
-from secateur.passes.recipe import load_recipe
-from secateur.runtime.checkpoint import INDEX, read_checkpoint, read_header
-from secateur.runtime.declared import declared
-from secateur.runtime.lowering import read_plan
-from secateur.runtime.package import read_facts
-from secateur.runtime.source import open_model
+from secateur.passes.language.recipe import load_recipe
+from secateur.runtime.open.checkpoint import INDEX, read_checkpoint, read_header
+from secateur.runtime.open.declared import read_declared
+from secateur.runtime.open.source import open_model
+from secateur.runtime.packed.store import read_plan
+from secateur.runtime.serving.package import read_facts
 from secateur.runtime.verify import verify_folder
-from secateur.tools.corpus import read_documents
+from secateur.tools.evaluate.corpus import read_documents
 
 LONGEST_SECONDS = 10.0
 SCALE = int(os.environ.get("SECATEUR_FUZZ_EXAMPLES", "180"))
 
 ODD: list[Any] = [None, True, False, 0, -1, 2**31, 2**63, 2**64, 10**30, 10**8, 1 << 40, 1e308]
-ODD += [float("inf"), float("nan"), "", "owner/repo", "auto", "../../etc/passwd", "eval", "bfloat16"]
+ODD += [
+    float("inf"),
+    float("nan"),
+    "",
+    "owner/repo",
+    "auto",
+    "../../etc/passwd",
+    "eval",
+    "bfloat16",
+]
 ODD += ["\ud800", "\x00", "\x1b[2J", "x" * 5000, "flash_attention_2", [], {}, [[]], {"": {}}]
 ODD += [{"": "owner/repo"}]
 SPECIAL = st.sampled_from(ODD)
 VALUES = st.recursive(
     SPECIAL | st.integers() | st.text(max_size=8) | st.floats(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 NAMES = st.sampled_from(
-    "model_type architectures attn_implementation experts_implementation auto_map quantization_config text_config "
-    "rope_parameters rope_scaling dtype torch_dtype generation_config custom_generate compile_config "
-    "eos_token_id pad_token_id num_labels id2label tie_word_embeddings layer_types head_dim hidden_act "
+    "model_type architectures attn_implementation experts_implementation auto_map "
+    "quantization_config text_config "
+    "rope_parameters rope_scaling dtype torch_dtype generation_config custom_generate "
+    "compile_config "
+    "eos_token_id pad_token_id num_labels id2label tie_word_embeddings layer_types "
+    "head_dim hidden_act "
     "kernel_config watermarking_config metadata weight_map __metadata__ "
     "version layers figures history sparse signature use_cache".split()
 )
@@ -69,7 +86,8 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @st.composite
 def mutations(draw: st.DrawFn, sound: Any) -> bytes:
-    """A sound JSON value with one to three values replaced, added or removed; or its bytes cut or changed."""
+    """A sound JSON value with one to three values replaced, added or removed; or its bytes cut or
+    changed."""
     value = json.loads(json.dumps(sound))
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(places(value)))
@@ -105,7 +123,11 @@ def mutations(draw: st.DrawFn, sound: Any) -> bytes:
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
     """Sizes and times of all files around, to see that nothing was written."""
-    return {str(f): (f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.rglob("*")) if f.is_file()}
+    return {
+        str(f): (f.stat().st_size, f.stat().st_mtime_ns)
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
 
 
 def refuses_or_reads(read: Callable[[], Any], around: Path) -> None:
@@ -125,8 +147,16 @@ class Folder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        tiny("LlamaConfig", **SMALL | {"hidden_size": 16, "intermediate_size": 16}).save_pretrained(root)
-        settings_of = {"eos_token_id": 2, "pad_token_id": 0, "temperature": 0.5, "do_sample": True, "top_k": 5}
+        tiny("LlamaConfig", **SMALL | {"hidden_size": 16, "intermediate_size": 16}).save_pretrained(
+            root
+        )
+        settings_of = {
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "temperature": 0.5,
+            "do_sample": True,
+            "top_k": 5,
+        }
         (root / "generation_config.json").write_text(json.dumps(settings_of))
         self.sound = {file.name: file.read_bytes() for file in root.iterdir() if file.is_file()}
 
@@ -183,7 +213,9 @@ def check_generation(folder: Folder, scale: int) -> None:
     @many(1.75, scale)
     @given(mutations(folder.json_of("generation_config.json")))
     def check(data: bytes) -> None:
-        folder.with_file("generation_config.json", data, lambda: open_model(folder.root, weights=False))
+        folder.with_file(
+            "generation_config.json", data, lambda: open_model(folder.root, weights=False)
+        )
 
     check()
 
@@ -197,7 +229,9 @@ def check_header(folder: Folder, scale: int) -> None:
     @given(mutations(header), st.integers(-2, 2))
     def check(data: bytes, off: int) -> None:
         file = struct.pack("<Q", max(0, len(data) + (off if off > 1 else 0))) + data + rest
-        folder.with_file("model.safetensors", file, lambda: read_header(folder.root / "model.safetensors"))
+        folder.with_file(
+            "model.safetensors", file, lambda: read_header(folder.root / "model.safetensors")
+        )
 
     check()
 
@@ -223,7 +257,10 @@ def check_index(folder: Folder, scale: int) -> None:
     place = folder.root / "sharded"
     place.mkdir(exist_ok=True)
     save_file({"a": torch.ones(2), "b": torch.ones(3)}, place / "one.safetensors")
-    index = {"metadata": {"total_size": 20}, "weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}
+    index = {
+        "metadata": {"total_size": 20},
+        "weight_map": {"a": "one.safetensors", "b": "one.safetensors"},
+    }
 
     @many(1.0, scale)
     @given(mutations(index))
@@ -234,20 +271,30 @@ def check_index(folder: Folder, scale: int) -> None:
 
 
 def check_manifest(folder: Folder, scale: int) -> None:
-    manifest = {"format": "secateur-artifact", "version": 1, "versions": {"torch": "2"}, "history": []}
+    manifest = {
+        "format": "secateur-artifact",
+        "version": 1,
+        "versions": {"torch": "2"},
+        "history": [],
+    }
     manifest |= {"files": {"config.json": {"bytes": 3, "sha256": "0" * 64}}}
     manifest |= {"figures": {"sparse": {"a.weight": {"pattern": "2:4", "metric": "wanda"}}}}
 
     @many(1.0, scale)
     @given(mutations(manifest))
     def check(data: bytes) -> None:
-        folder.with_file("secateur.json", data, lambda: declared(folder.root))
+        folder.with_file("secateur.json", data, lambda: read_declared(folder.root))
 
     check()
 
 
 def check_verify(folder: Folder, scale: int) -> None:
-    manifest = {"format": "secateur-artifact", "version": 1, "versions": {}, "history": [{"name": "a", "figures": {}}]}
+    manifest = {
+        "format": "secateur-artifact",
+        "version": 1,
+        "versions": {},
+        "history": [{"name": "a", "figures": {}}],
+    }
     manifest |= {"files": {"config.json": {"bytes": 3, "sha256": "0" * 64}}, "figures": {}}
 
     @many(0.25, scale)
@@ -259,9 +306,23 @@ def check_verify(folder: Folder, scale: int) -> None:
 
 
 def check_plan(folder: Folder, scale: int) -> None:
-    row = {"layer": "a.weight", "kind": "2:4", "shape": [4, 8], "bytes": 1, "dense_bytes": 2, "ms": 1.0}
+    row = {
+        "layer": "a.weight",
+        "kind": "2:4",
+        "shape": [4, 8],
+        "bytes": 1,
+        "dense_bytes": 2,
+        "ms": 1.0,
+    }
     row |= {"dense_ms": 1.0, "measured": False, "reason": "", "rounds": False, "shares": ""}
-    plan = {"version": 1, "dtype": "float32", "machine": "m", "source": "s", "batch": 1, "left_alone": {}}
+    plan = {
+        "version": 1,
+        "dtype": "float32",
+        "machine": "m",
+        "source": "s",
+        "batch": 1,
+        "left_alone": {},
+    }
     plan |= {"layers": [row], "chosen": True}
 
     @many(1.25, scale)
@@ -273,7 +334,13 @@ def check_plan(folder: Folder, scale: int) -> None:
 
 
 def check_package(folder: Folder, scale: int) -> None:
-    facts = {"cache": [[[1, 4], [1, 4]]], "length": 8, "batch": 1, "dtype": "float32", "device": "cpu"}
+    facts = {
+        "cache": [[[1, 4], [1, 4]]],
+        "length": 8,
+        "batch": 1,
+        "dtype": "float32",
+        "device": "cpu",
+    }
     facts |= {"vocabulary": 8, "end": [2], "compiled_for": "x", "ops": False, "version": 1}
 
     @many(0.75, scale)
@@ -285,7 +352,20 @@ def check_package(folder: Folder, scale: int) -> None:
 
 
 TEXT = ["score", "prune-width", "{", "}", "[", "]", ",", "=", "mlp", "0.25", '"', "\\", "metric"]
-TEXT += ["taylor", "1e999", "-", "9" * 5000, "null", "true", "\ud800", "\n", " ", ":", "2:4", "repair"]
+TEXT += [
+    "taylor",
+    "1e999",
+    "-",
+    "9" * 5000,
+    "null",
+    "true",
+    "\ud800",
+    "\n",
+    " ",
+    ":",
+    "2:4",
+    "repair",
+]
 TEXT += ["sparsify", "lower", "distill", "{" * 300]
 PIECES = st.sampled_from(TEXT)
 
@@ -299,7 +379,20 @@ def check_pipeline(folder: Folder, scale: int) -> None:
     check()
 
 
-YAML = ["passes:", "- score", "seed:", "data:", "{", "}", "[", "]", "&a", "*a", "<<: *a", "!!bool x"]
+YAML = [
+    "passes:",
+    "- score",
+    "seed:",
+    "data:",
+    "{",
+    "}",
+    "[",
+    "]",
+    "&a",
+    "*a",
+    "<<: *a",
+    "!!bool x",
+]
 YAML += ["!!int", "!!python/x", "? ", ": ", "\n", "\n  ", "2020-13-99", ".inf", "0x" + "f" * 5000]
 YAML += ["1:60", "'", '"', "#", "|", "null", "[" * 400]
 WORDS = st.sampled_from(YAML)
@@ -311,7 +404,11 @@ def check_recipe(folder: Folder, scale: int) -> None:
     def check_text(pieces: list[str]) -> None:
         refuses_or_reads(lambda: Pipeline.from_recipe(" ".join(pieces) + "\n"), folder.root)
 
-    recipe = {"seed": 0, "data": {"file": "a", "tokens": 9, "window": 3}, "passes": [{"prune-width": {"mlp": 0.25}}]}
+    recipe = {
+        "seed": 0,
+        "data": {"file": "a", "tokens": 9, "window": 3},
+        "passes": [{"prune-width": {"mlp": 0.25}}],
+    }
 
     @many(0.5, scale)
     @given(mutations(recipe))
@@ -351,11 +448,15 @@ CHECKS = [
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_malformed_files_end_in_a_sentence(check: Callable[[Folder, int], None], folder: Folder) -> None:
+def test_malformed_files_end_in_a_sentence(
+    check: Callable[[Folder, int], None], folder: Folder
+) -> None:
     check(folder, SCALE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
-def test_many_malformed_files_end_in_a_sentence(check: Callable[[Folder, int], None], folder: Folder) -> None:
+def test_many_malformed_files_end_in_a_sentence(
+    check: Callable[[Folder, int], None], folder: Folder
+) -> None:
     check(folder, 10 * SCALE)

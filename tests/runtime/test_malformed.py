@@ -1,4 +1,5 @@
-"""Files that others wrote are right or refused in a sentence: numbers, settings, plans, recipes, teachers."""
+"""Files that others wrote are right or refused in a sentence: numbers, settings, plans, recipes,
+teachers."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ from transformers import PreTrainedModel
 from secateur.graph.errors import PipelineError, SecateurError, SourceError
 from secateur.graph.reading import MAX_DEPTH, parse_json, printable, reading, shown
 from secateur.passes import Pipeline
-from secateur.passes.lower import Lowering
+from secateur.passes.lowering.lower import Lowering
 from secateur.passes.training.teachers import open_teacher
-from secateur.runtime.checkpoint import SINGLE
-from secateur.runtime.source import open_model
+from secateur.runtime.open.checkpoint import SINGLE
+from secateur.runtime.open.source import open_model
 from secateur.tools import cli
 
 ANCHORS = "b0: &b0 [x]\n" + "".join(f"b{n}: &b{n} [*b{n - 1}, *b{n - 1}]\n" for n in range(1, 40))
@@ -43,8 +44,12 @@ def settings(folder: Path, **fields: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("value", "word"), [(float("nan"), "1 NaN"), (float("-inf"), "1 infinite")])
-def test_weights_that_are_not_finite_are_named(folder: Path, dtype: torch.dtype, value: float, word: str) -> None:
+@pytest.mark.parametrize(
+    ("value", "word"), [(float("nan"), "1 NaN"), (float("-inf"), "1 infinite")]
+)
+def test_weights_that_are_not_finite_are_named(
+    folder: Path, dtype: torch.dtype, value: float, word: str
+) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     spoil(folder, name, value, dtype)
     with pytest.raises(SourceError, match=rf"not finite: {name} \({word}, the first at \[1, 6\]\)"):
@@ -63,7 +68,7 @@ def test_large_finite_weights_are_opened(folder: Path) -> None:
 def test_masks_of_infinities_are_no_weights(folder: Path) -> None:
     model = open_model(folder)
     model.register_buffer("mask", torch.full((4, 4), float("-inf")))
-    from secateur.runtime.finite import check_finite
+    from secateur.runtime.open.finite import check_finite
 
     check_finite(model.named_parameters(), folder)
     with pytest.raises(SourceError, match="mask"):
@@ -71,7 +76,7 @@ def test_masks_of_infinities_are_no_weights(folder: Path) -> None:
 
 
 def test_eight_bit_floats_are_looked_at(tmp_path: Path) -> None:
-    from secateur.runtime.finite import check_finite
+    from secateur.runtime.open.finite import check_finite
 
     weight = torch.ones(3, 5).to(torch.float8_e4m3fn)
     check_finite([("w", weight)], tmp_path)
@@ -85,7 +90,9 @@ def test_a_teacher_is_opened_with_every_check(folder: Path) -> None:
     tensors = load_file(folder / SINGLE)
     del tensors["model.layers.0.mlp.up_proj.weight"]
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-    with pytest.raises(PipelineError, match=r"teacher=.*without stored weights: model.layers.0.mlp.up_proj"):
+    with pytest.raises(
+        PipelineError, match=r"teacher=.*without stored weights: model.layers.0.mlp.up_proj"
+    ):
         open_teacher(folder)
 
 
@@ -112,7 +119,14 @@ def test_generation_settings_of_a_wrong_type(folder: Path, fields: dict[str, Any
 
 
 def test_sound_generation_settings_are_kept(folder: Path) -> None:
-    settings(folder, eos_token_id=[2, 3], temperature=0.6, do_sample=True, max_length=None, of_ours={"a": 1})
+    settings(
+        folder,
+        eos_token_id=[2, 3],
+        temperature=0.6,
+        do_sample=True,
+        max_length=None,
+        of_ours={"a": 1},
+    )
     assert open_model(folder).generation_config.eos_token_id == [2, 3]
     assert open_model(folder, weights=False).generation_config.temperature == 0.6
 
@@ -141,8 +155,12 @@ def test_a_configuration_names_no_code(folder: Path, fields: dict[str, Any]) -> 
             open_model(folder, weights=weights)
 
 
-@pytest.mark.parametrize("kernel", ["flash_attention_2", "flash_attention_3", {"": "flash_attention_2"}])
-def test_a_hint_of_speed_reaches_no_loader(folder: Path, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "kernel", ["flash_attention_2", "flash_attention_3", {"": "flash_attention_2"}]
+)
+def test_a_hint_of_speed_reaches_no_loader(
+    folder: Path, kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import transformers.integrations.hub_kernels as hub
 
     def fetched(*_: Any, **__: Any) -> None:
@@ -173,7 +191,9 @@ def test_a_pointer_is_named(folder: Path) -> None:
         ({"load_in_4bit": True}, "bitsandbytes"),
     ],
 )
-def test_quantized_folders_are_told_a_way(folder: Path, settings: dict[str, Any], words: str) -> None:
+def test_quantized_folders_are_told_a_way(
+    folder: Path, settings: dict[str, Any], words: str
+) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings}))
     with pytest.raises(SourceError, match=words):
@@ -225,11 +245,32 @@ def test_pipeline_texts_that_are_none(text: str) -> None:
 
 
 def test_a_plan_of_wrong_types() -> None:
-    row = {"layer": "a.weight", "kind": "2:4", "shape": [4, 8], "bytes": 1, "dense_bytes": 2, "ms": 1.0}
+    row = {
+        "layer": "a.weight",
+        "kind": "2:4",
+        "shape": [4, 8],
+        "bytes": 1,
+        "dense_bytes": 2,
+        "ms": 1.0,
+    }
     row |= {"dense_ms": 1.0, "measured": False, "reason": "", "rounds": False, "shares": "a.weight"}
-    plan = {"dtype": "float32", "machine": "m", "source": "s", "batch": 1, "left_alone": {}, "layers": [row]}
+    plan = {
+        "dtype": "float32",
+        "machine": "m",
+        "source": "s",
+        "batch": 1,
+        "left_alone": {},
+        "layers": [row],
+    }
     assert Lowering.from_json(plan).layers[0].shape == (4, 8)
-    for change in ({"shape": [4]}, {"shape": 3}, {"kind": "x"}, {"shares": "b"}, {"bytes": "many"}, {"ms": None}):
+    for change in (
+        {"shape": [4]},
+        {"shape": 3},
+        {"kind": "x"},
+        {"shares": "b"},
+        {"bytes": "many"},
+        {"ms": None},
+    ):
         with pytest.raises(ValueError, match=r"found|form|shape"):
             Lowering.from_json(plan | {"layers": [row | change]})
 
@@ -260,7 +301,11 @@ def test_the_boundary_prints_no_whole_value() -> None:
     with pytest.raises(TextError) as caught, reading("place", TextError):
         raise ValueError("x" * 100_000)
     assert len(str(caught.value)) < 400
-    assert len(shown(list(range(10**6)))) < 90 and len(shown("\x1b]0;" * 99)) < 90 and "\x1b" not in shown("\x1b]0;")
+    assert (
+        len(shown(list(range(10**6)))) < 90
+        and len(shown("\x1b]0;" * 99)) < 90
+        and "\x1b" not in shown("\x1b]0;")
+    )
     assert len(shown(10**6000)) < 90 and printable("a\ud800\x1bb\n") == "a\\ud800\\x1bb\n"
 
 
@@ -271,11 +316,15 @@ def test_what_nobody_expected_is_an_internal_error(
         raise ZeroDivisionError("by nothing")
 
     monkeypatch.setattr(cli, "inspect", broken)
-    assert cli.run(["inspect", str(folder)]) == 70
+    assert cli.run_command(["inspect", str(folder)]) == 70
     err = capsys.readouterr().err
-    assert "internal error: ZeroDivisionError: by nothing" in err and "report" in err and "Traceback" not in err
+    assert (
+        "internal error: ZeroDivisionError: by nothing" in err
+        and "report" in err
+        and "Traceback" not in err
+    )
     monkeypatch.setenv("SECATEUR_DEBUG", "1")
-    assert cli.run(["inspect", str(folder), "--json"]) == 70
+    assert cli.run_command(["inspect", str(folder), "--json"]) == 70
     printed = capsys.readouterr()
     assert "Traceback" in printed.err and json.loads(printed.out)["exit_code"] == 70
 

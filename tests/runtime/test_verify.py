@@ -21,10 +21,10 @@ import secateur
 from secateur.graph import Pattern, Program, Share, Sparse, capture, with_parameters
 from secateur.graph.errors import ArtifactError, SourceError
 from secateur.kernels.sparse24.formats import pack
-from secateur.runtime import huggingface
-from secateur.runtime.checkpoint import SINGLE
-from secateur.runtime.lowering import FOLDER, PLAN, WEIGHTS
-from secateur.runtime.verify import Outcome, Verification, stored_faults, verify_folder
+from secateur.runtime.open.checkpoint import SINGLE
+from secateur.runtime.packed.store import FOLDER, PLAN, WEIGHTS
+from secateur.runtime.save import stock_checkpoint as huggingface
+from secateur.runtime.verify import Outcome, Verification, find_stored_faults, verify_folder
 from secateur.runtime.verify import run as verify_run
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -76,7 +76,12 @@ def outcome(found: Verification, check: str) -> Outcome:
 
 
 def told(found: Verification, level: str) -> str:
-    return "\n".join(f"{o.check}: {f.says}. {f.mend}" for o in found.outcomes for f in o.findings if f.level == level)
+    return "\n".join(
+        f"{o.check}: {f.says}. {f.mend}"
+        for o in found.outcomes
+        for f in o.findings
+        if f.level == level
+    )
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any], file: str = SINGLE) -> None:
@@ -89,7 +94,9 @@ def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def put(value: float, row: int = 3, column: int | None = None, name: str = UP) -> Callable[[dict[str, Tensor]], None]:
+def put(
+    value: float, row: int = 3, column: int | None = None, name: str = UP
+) -> Callable[[dict[str, Tensor]], None]:
     """Plant a number at a zero of a row."""
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -99,16 +106,19 @@ def put(value: float, row: int = 3, column: int | None = None, name: str = UP) -
     return change
 
 
-# ---------------------------------------------------------------------- sound folders
+# Sound folders
 def test_what_was_exported_is_green_with_every_check(exported: Path) -> None:
     found = verify_folder(exported)
     assert found.green and [one.check for one in found.outcomes] == list(verify_run.CHECKS)
     assert told(found, "warning") == told(found, "fault") == ""
     says = told(found, "ok")
     assert (
-        "claimed and true in every group: 14 2:4" in says and "14 packed weights are the stock ones bit for bit" in says
+        "claimed and true in every group: 14 2:4" in says
+        and "14 packed weights are the stock ones bit for bit" in says
     )
-    assert "a fresh process (AutoModelForCausalLM)" in says and "on packed weights (float32)" in says
+    assert (
+        "a fresh process (AutoModelForCausalLM)" in says and "on packed weights (float32)" in says
+    )
     assert sum(one.pattern == "2:4" for one in found.tensors) == 14 and found.gbps > 0
     assert json.loads(json.dumps(found.to_json()))["green"] is True
 
@@ -125,11 +135,16 @@ def test_a_foreign_folder_needs_neither_manifest_nor_configuration(foreign: Path
 def test_shards_are_counted_file_by_file(foreign: Path) -> None:
     tensors = load_file(foreign / SINGLE)
     names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    parts = {
+        "model-00001-of-00002.safetensors": names[:9],
+        "model-00002-of-00002.safetensors": names[9:],
+    }
     for file, own in parts.items():
         save_file({name: tensors[name] for name in own}, foreign / file, metadata={"format": "pt"})
     where = {name: file for file, own in parts.items() for name in own}
-    (foreign / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (foreign / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     assert "loaders take the first" in told(look(foreign), "warning")
     (foreign / SINGLE).unlink()
     assert look(foreign).green and {one.file for one in look(foreign).tensors} == set(parts)
@@ -139,7 +154,7 @@ def test_shards_are_counted_file_by_file(foreign: Path) -> None:
     assert "lacks 1 of 2 shards" in told(look(foreign), "fault")
 
 
-# ---------------------------------------------------------------------- planted faults
+# Planted faults
 def not_a_number(folder: Path) -> None:
     rewrite(folder, put(float("nan"), name="model.embed_tokens.weight", column=5))
 
@@ -172,7 +187,12 @@ def mask_beside(folder: Path) -> None:
 
 
 def unlike_ties(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
+    rewrite(
+        folder,
+        lambda tensors: tensors.update(
+            {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
+        ),
+    )
 
 
 def truncated(folder: Path) -> None:
@@ -201,13 +221,15 @@ def other_shapes(folder: Path) -> None:
 def untrue_claim(folder: Path) -> None:
     claim = {**LLM_COMPRESSOR, "sparsity_structure": "1:4"}
     edit_json(
-        folder / "config.json", quantization_config={"quant_method": "compressed-tensors", "sparsity_config": claim}
+        folder / "config.json",
+        quantization_config={"quant_method": "compressed-tensors", "sparsity_config": claim},
     )
 
 
 def untrue_share(folder: Path) -> None:
     edit_json(
-        folder / "config.json", sparsity_config={**LLM_COMPRESSOR, "sparsity_structure": "0:0", "global_sparsity": 0.6}
+        folder / "config.json",
+        sparsity_config={**LLM_COMPRESSOR, "sparsity_structure": "0:0", "global_sparsity": 0.6},
     )
 
 
@@ -216,7 +238,9 @@ def claim_of_nothing(folder: Path) -> None:
 
 
 def claim_without_pattern(folder: Path) -> None:
-    edit_json(folder / "config.json", sparsity_config={"targets": ["Linear"], "global_sparsity": None})
+    edit_json(
+        folder / "config.json", sparsity_config={"targets": ["Linear"], "global_sparsity": None}
+    )
 
 
 FAULTS: list[tuple[Callable[[Path], None], str, str]] = [
@@ -229,15 +253,23 @@ FAULTS: list[tuple[Callable[[Path], None], str, str]] = [
     (mask_beside, "parameters", "a mask beside a weight"),
     (unlike_ties, "parameters", "are one parameter in the class and differ in the file"),
     (other_shapes, "parameters", "weights disagree with config.json"),
-    (untrue_claim, "patterns", "groups hold over 1 non-zeros; config.json: quantization_config.sparsity_config says"),
+    (
+        untrue_claim,
+        "patterns",
+        "groups hold over 1 non-zeros; config.json: quantization_config.sparsity_config says",
+    ),
     (untrue_share, "patterns", "says that 60.0% are zeros, and 50.0% of 14 weights are"),
     (claim_of_nothing, "patterns", "names no module of LlamaForCausalLM"),
     (claim_without_pattern, "patterns", "says neither a pattern"),
 ]
 
 
-@pytest.mark.parametrize(("plant", "check", "says"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_fault_of_any_folder_is_named(plant: Callable[[Path], None], check: str, says: str, foreign: Path) -> None:
+@pytest.mark.parametrize(
+    ("plant", "check", "says"), FAULTS, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_a_fault_of_any_folder_is_named(
+    plant: Callable[[Path], None], check: str, says: str, foreign: Path
+) -> None:
     assert outcome(look(foreign), check).level in ("ok", "note")
     plant(foreign)
     found = look(foreign)
@@ -305,29 +337,45 @@ OUR_FAULTS: list[tuple[Callable[[Path], None], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("plant", "check", "says"), OUR_FAULTS, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_fault_of_an_artifact_is_named(plant: Callable[[Path], None], check: str, says: str, ours: Path) -> None:
+@pytest.mark.parametrize(
+    ("plant", "check", "says"), OUR_FAULTS, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_a_fault_of_an_artifact_is_named(
+    plant: Callable[[Path], None], check: str, says: str, ours: Path
+) -> None:
     plant(ours)
     found = look(ours)
     assert not found.green and outcome(found, check).level == "fault"
     assert says in told(found, "fault"), told(found, "fault")
     if (ours / "secateur.json").stat().st_size > 10:
-        assert outcome(found, "manifest").level == "fault", "and every change of a file is one of its hash"
+        assert outcome(found, "manifest").level == "fault", (
+            "and every change of a file is one of its hash"
+        )
 
 
 def test_what_is_only_odd_is_a_warning(foreign: Path) -> None:
     (foreign / "modeling_own.py").write_text("raise SystemExit")
     (foreign / "optimizer.pt").write_bytes(b"\x80\x04")
-    edit_json(foreign / "config.json", auto_map={"AutoModel": "modeling_own.Own"}, sparsity_config=LLM_COMPRESSOR)
+    edit_json(
+        foreign / "config.json",
+        auto_map={"AutoModel": "modeling_own.Own"},
+        sparsity_config=LLM_COMPRESSOR,
+    )
     rewrite(foreign, put(2.0))
     rewrite(foreign, put(-0.0, name="model.layers.1.mlp.up_proj.weight"))
-    edit_json(foreign / "config.json", sparsity_config={**LLM_COMPRESSOR, "ignore": ["lm_head", "re:.*up_proj"]})
+    edit_json(
+        foreign / "config.json",
+        sparsity_config={**LLM_COMPRESSOR, "ignore": ["lm_head", "re:.*up_proj"]},
+    )
     found = look(foreign)
     assert found.green, told(found, "fault")
     says = told(found, "warning")
     for words in ("modeling_own.py", "optimizer.pt", "auto_map", "vLLM refuses", "-0.0"):
         assert words in says
-    assert f"almost 2:4: 1 of 1,536 groups hold over 2 non-zeros; the first: row 3, columns 0-3 of {UP}" in says
+    assert (
+        "almost 2:4: 1 of 1,536 groups hold over 2 non-zeros; the first: row 3, columns 0-3 "
+        f"of {UP}" in says
+    )
 
 
 def test_claims_of_a_tied_head_are_about_the_weight_that_is_stored(foreign: Path) -> None:
@@ -335,7 +383,9 @@ def test_claims_of_a_tied_head_are_about_the_weight_that_is_stored(foreign: Path
     assert "embed_tokens.weight in model.safetensors" in told(look(foreign), "fault")
 
 
-def test_a_changed_model_is_seen_when_it_is_reloaded(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_model_is_seen_when_it_is_reloaded(
+    ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The fresh process itself has its tests; here what it says is told."""
     seen = []
 
@@ -343,11 +393,16 @@ def test_a_changed_model_is_seen_when_it_is_reloaded(ours: Path, monkeypatch: py
         seen.append(expected)
         return ["1 parameters differ from those saved: ['x']"], {}
 
-    monkeypatch.setattr("secateur.runtime.proof.prove", prove)
+    monkeypatch.setattr("secateur.runtime.verify.proof.prove_folder", prove)
     other_packed(ours)
     found = verify_folder(ours)
-    assert "1 parameters differ" in told(found, "fault") and "on packed weights outputs differ" in told(found, "fault")
-    stored = {n: secateur.runtime.reload.digest(t) for n, t in load_file(ours / SINGLE).items()}
+    assert "1 parameters differ" in told(
+        found, "fault"
+    ) and "on packed weights outputs differ" in told(found, "fault")
+    stored = {
+        n: secateur.runtime.verify.reload.hash_tensor(t)
+        for n, t in load_file(ours / SINGLE).items()
+    }
     assert dict(seen[0].parameters) == stored, "what is expected comes from the file"
 
 
@@ -356,8 +411,14 @@ def test_the_checkpoint_beside_branches_is_looked_at_too(foreign: Path, tmp_path
     whole.mkdir()
     foreign.rename(whole / "base")
     (whole / "adapter_config.json").write_text("{}")
-    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 8)}, whole / "adapter_model.safetensors")
-    assert look(whole).green and "base: patterns" in told(look(whole), "ok") and len(look(whole).tensors) == 21
+    save_file(
+        {"base_model.model.x.lora_A.weight": torch.ones(2, 8)}, whole / "adapter_model.safetensors"
+    )
+    assert (
+        look(whole).green
+        and "base: patterns" in told(look(whole), "ok")
+        and len(look(whole).tensors) == 21
+    )
     not_a_number(whole / "base")
     assert "base: numbers: model.embed_tokens.weight holds 1 NaN" in told(look(whole), "fault")
 
@@ -377,27 +438,34 @@ def test_plain_modules_are_checked_and_declared_too(tmp_path: Path) -> None:
 
 def test_a_share_of_zeros_is_counted_row_by_row(tmp_path: Path) -> None:
     weight = torch.randn(6, 40)
-    weight = torch.where(Share(0.5).mask(weight.abs()), weight, 0.0)
+    weight = torch.where(Share(0.5).select_mask(weight.abs()), weight, 0.0)
     sparse = {"w": Sparse(Share(0.5)), "gone": Sparse(Pattern(2, 4)), "flat": Sparse(Pattern(2, 4))}
     save_file({"w": weight, "flat": torch.zeros(4)}, tmp_path / SINGLE)
-    faults = stored_faults(tmp_path, sparse)
-    assert len(faults) == 2 and "gone is 2:4; it is not stored" in faults[0] and "no matrix" in faults[1]
+    faults = find_stored_faults(tmp_path, sparse)
+    assert (
+        len(faults) == 2
+        and "gone is 2:4; it is not stored" in faults[0]
+        and "no matrix" in faults[1]
+    )
     weight[4] = 1.0
     save_file({"w": weight}, tmp_path / SINGLE)
     assert (
         "row 4 of w in model.safetensors holds 40 non-zeros, 20 allowed"
-        in stored_faults(tmp_path, {"w": Sparse(Share(0.5))})[0]
+        in find_stored_faults(tmp_path, {"w": Sparse(Share(0.5))})[0]
     )
 
 
 def test_rare_patterns_are_counted_because_they_are_claimed(tmp_path: Path) -> None:
     weight, pattern = torch.randn(5, 48), Pattern(3, 16)
-    weight = torch.where(pattern.mask(weight.abs()), weight, 0.0)
+    weight = torch.where(pattern.select_mask(weight.abs()), weight, 0.0)
     save_file({"w": weight}, tmp_path / SINGLE)
-    assert stored_faults(tmp_path, {"w": Sparse(pattern)}) == []
+    assert find_stored_faults(tmp_path, {"w": Sparse(pattern)}) == []
     weight[2, 16:32] = 1.0
     save_file({"w": weight}, tmp_path / SINGLE)
-    assert "1 of 15 groups hold over 3 non-zeros" in stored_faults(tmp_path, {"w": Sparse(pattern)})[0]
+    assert (
+        "1 of 15 groups hold over 3 non-zeros"
+        in find_stored_faults(tmp_path, {"w": Sparse(pattern)})[0]
+    )
 
 
 def test_weights_that_others_keep_as_bits_and_values_are_counted(foreign: Path) -> None:
@@ -434,7 +502,9 @@ def test_any_changed_byte_of_an_artifact_is_seen(
     exported: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     folder = Path(shutil.copytree(exported, tmp_path_factory.mktemp("changed") / "model"))
-    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    names = sorted(
+        file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
+    )
     file = folder / data.draw(st.sampled_from([name for name in names if name != "secateur.json"]))
     content = bytearray(file.read_bytes())
     early = st.integers(0, min(len(content), 3000) - 1)
@@ -447,7 +517,7 @@ def test_any_changed_byte_of_an_artifact_is_seen(
     assert isinstance(look(folder).green, bool), "without a manifest it is judged all the same"
 
 
-# ---------------------------------------------------------------------- what export writes
+# What export writes
 @pytest.mark.parametrize("plant", [third_of_four, negative_zero], ids=lambda plant: plant.__name__)
 def test_a_wrong_file_is_not_kept(
     plant: Callable[[Path], None], program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

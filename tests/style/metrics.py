@@ -1,6 +1,7 @@
 """Style metrics of Python sources: density of the code and the words of its names.
 
-Run as a script to print a table: ``python -P tests/style/metrics.py [FOLDER ...]``.  The goals are held by
+Run as a script to print a table: ``python -P tests/style/metrics.py [FOLDER ...]``.  The goals are
+    held by
 ``test_style.py``.  All numbers are taken from the syntax tree with the same rules for every file.
 """
 
@@ -18,9 +19,7 @@ FOLDERS = ("graph", "passes", "kernels", "runtime", "tools", "secateur")
 MAX_COLUMNS = 100
 
 # Local names that say nothing of what they hold.
-VAGUE_NAMES = frozenset(
-    "found one at told kept made given held whole there here own left".split()
-)
+VAGUE_NAMES = frozenset("found one at told kept made given held whole there here own left".split())
 # Irregular participles and adjectives that do not name what a function does.
 BARE_WORDS = frozenset(
     """

@@ -9,8 +9,8 @@ from zoo.folders import save_tiny_model, write_letters
 from zoo.models import tiny_model
 
 from secateur.graph import Program, capture
-from secateur.tools import opening
-from secateur.tools.report.console import Voice
+from secateur.tools.commands import common as opening
+from secateur.tools.report.console import CommandConsole
 
 OPENED: dict[bool, Program] = {}
 
@@ -42,7 +42,7 @@ def opened_once(monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> None:
     """The good model is opened and captured once; Programs do not change."""
     real = opening.open_program
 
-    def open_program(model: str, voice: Voice, *, weights: bool) -> Program:
+    def open_program(model: str, voice: CommandConsole, *, weights: bool) -> Program:
         if model != str(model_folder):
             return real(model, voice, weights=weights)
         if weights not in OPENED:

@@ -1,10 +1,13 @@
-"""Run as a script: starts ``secateur compress`` again and again and kills it with SIGKILL, until it ends by itself.
+"""Run as a script: starts ``secateur compress`` again and again and kills it with SIGKILL, until it
+ends by itself.
 
-It imports everything once and forks each run, so that a run costs its own work alone.  Argument: a JSON object with
-``arguments`` (of compress, without -o), ``folder`` (of the outputs) and ``kills``: a list of lists, one a series of
-runs with one output; each entry is the number of the disk operation before which a run dies, or seconds that it may
-live (a number with a point); after the last a run is left alone.  Prints for each series: exit codes (-9: killed),
-SHA-256 of the weights, what lies in the folder, and the number of disk operations of the last run.
+It imports everything once and forks each run, so that a run costs its own work alone.  Argument: a
+JSON object with
+``arguments`` (of compress, without -o), ``folder`` (of the outputs) and ``kills``: a list of lists,
+one a series of runs with one output; each entry is the number of the disk operation before which a
+run dies, or seconds that it may live (a number with a point); after the last a run is left alone.
+Prints for each series: exit codes (-9: killed), SHA-256 of the weights, what lies in the folder,
+    and the number of disk operations of the last run.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from secateur.tools import compress_command
-from secateur.tools.cli import run
+from secateur.tools.cli import run_command
+from secateur.tools.commands import compress as compress_command
 
 OPERATIONS = [
     (os, "replace"),
@@ -65,15 +68,21 @@ def start(arguments: list[str], log: Path, report: Path, kill: float | int | Non
         os.dup2(out, 2)
         compress_command.save = functools.partial(compress_command.save, check=False)
         die_before(kill if isinstance(kill, int) else None, report)
-        os._exit(run(arguments))
+        os._exit(run_command(arguments))
     if isinstance(kill, float):
         time.sleep(kill)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def series(number: int, arguments: list[str], folder: Path, kills: list[float | int]) -> dict[str, Any]:
-    place, log, report = folder / str(number), folder / f"{number}.log", folder / f"{number}.operations"
+def series(
+    number: int, arguments: list[str], folder: Path, kills: list[float | int]
+) -> dict[str, Any]:
+    place, log, report = (
+        folder / str(number),
+        folder / f"{number}.log",
+        folder / f"{number}.operations",
+    )
     place.mkdir(parents=True)
     command = ["compress", *arguments, "-o", str(place / "out")]
     began = time.perf_counter()
@@ -81,7 +90,9 @@ def series(number: int, arguments: list[str], folder: Path, kills: list[float | 
     weights = place / "out" / "model.safetensors"
     return {
         "codes": codes,
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else log.read_text()[-2000:],
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()
+        if weights.is_file()
+        else log.read_text()[-2000:],
         "left": sorted(path.name for path in place.iterdir()),
         "operations": int(report.read_text()),
         "seconds": round(time.perf_counter() - began, 2),
@@ -91,7 +102,10 @@ def series(number: int, arguments: list[str], folder: Path, kills: list[float | 
 
 def main() -> None:
     given = json.loads(sys.argv[1])
-    found = [series(n, given["arguments"], Path(given["folder"]), kills) for n, kills in enumerate(given["kills"])]
+    found = [
+        series(n, given["arguments"], Path(given["folder"]), kills)
+        for n, kills in enumerate(given["kills"])
+    ]
     sys.stdout.write(json.dumps(found) + "\n")
 
 

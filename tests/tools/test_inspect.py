@@ -11,13 +11,13 @@ from zoo.models import tiny_model
 from zoo.sparse import as_sparse
 
 from secateur.graph import Program, SecateurError, capture
-from secateur.tools.inspect import groups_of_block, inspect
+from secateur.tools.inspect import groups_of_block, inspect_program
 from secateur.tools.report import inspection_tables
-from secateur.tools.report.console import Voice
+from secateur.tools.report.console import CommandConsole
 
 
 def test_families_locks_and_blocks(llama: Program) -> None:
-    found = inspect(llama)
+    found = inspect_program(llama)
     families = {family.family: family for family in found.families}
     assert families["mlp"].groups == 2
     assert families["mlp"].units == {96: 2}
@@ -32,22 +32,22 @@ def test_families_locks_and_blocks(llama: Program) -> None:
 
 
 def test_sparse_weights_are_told(llama: Program, capsys: pytest.CaptureFixture[str]) -> None:
-    assert inspect(llama).sparse == {}
+    assert inspect_program(llama).sparse == {}
     assert "sparse weights" not in printed(llama, capsys)
     sparse = as_sparse(llama)
-    assert inspect(sparse).sparse == {"2:4": 14}
+    assert inspect_program(sparse).sparse == {"2:4": 14}
     assert "14 x 2:4" in printed(sparse, capsys)
 
 
 def printed(program: Program, capsys: pytest.CaptureFixture[str]) -> str:
-    Voice().result(None, inspection_tables(inspect(program)))
+    CommandConsole().result(None, inspection_tables(inspect_program(program)))
     return capsys.readouterr().out
 
 
 def test_weights_are_not_needed() -> None:
     with torch.device("meta"):
-        light = inspect(capture(tiny_model("mixtral").to(torch.bfloat16)))
-    heavy = inspect(capture(tiny_model("mixtral").to(torch.bfloat16)))
+        light = inspect_program(capture(tiny_model("mixtral").to(torch.bfloat16)))
+    heavy = inspect_program(capture(tiny_model("mixtral").to(torch.bfloat16)))
     assert replace(light, nodes=0) == replace(heavy, nodes=0)
     assert set(light.dtypes) == {"bfloat16"}
 

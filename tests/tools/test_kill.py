@@ -1,4 +1,5 @@
-"""``secateur compress``, killed at any moment and started again, ends with the same weights, bit for bit."""
+"""``secateur compress``, killed at any moment and started again, ends with the same weights, bit
+for bit."""
 
 from __future__ import annotations
 
@@ -18,10 +19,17 @@ PIPELINE = (
 )
 
 
-def runs(folder: Path, arguments: list[str], kills: list[list[float | int]], seed: int) -> list[dict[str, Any]]:
+def runs(
+    folder: Path, arguments: list[str], kills: list[list[float | int]], seed: int
+) -> list[dict[str, Any]]:
     """What became of series of killed runs, see killed_runs.py, in a process of its own."""
     told = json.dumps({"arguments": arguments, "folder": str(folder), "kills": kills})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": str(seed), "PYTHONSAFEPATH": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONHASHSEED": str(seed),
+        "PYTHONSAFEPATH": "1",
+    }
     command = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), told]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -30,7 +38,17 @@ def runs(folder: Path, arguments: list[str], kills: list[list[float | int]], see
 
 @pytest.fixture(scope="module")
 def arguments(model_folder: Path, text_file: Path) -> list[str]:
-    return [str(model_folder), "-p", PIPELINE, "--data", str(text_file), "--tokens", "512", "--window", "64"]
+    return [
+        str(model_folder),
+        "-p",
+        PIPELINE,
+        "--data",
+        str(text_file),
+        "--tokens",
+        "512",
+        "--window",
+        "64",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +73,20 @@ def test_killed_before_some_disk_operations(arguments: list[str], tmp_path: Path
 
 
 @pytest.mark.slow
-def test_killed_before_every_disk_operation(arguments: list[str], whole: dict[str, Any], tmp_path: Path) -> None:
-    kills: list[list[float | int]] = [[operation] for operation in range(1, whole["operations"] + 1)]
+def test_killed_before_every_disk_operation(
+    arguments: list[str], whole: dict[str, Any], tmp_path: Path
+) -> None:
+    kills: list[list[float | int]] = [
+        [operation] for operation in range(1, whole["operations"] + 1)
+    ]
     for one in runs(tmp_path, arguments, kills, seed=3):
         check(one, whole, 1)
 
 
 @pytest.mark.slow
-def test_thirty_kills_at_random_moments(arguments: list[str], whole: dict[str, Any], tmp_path: Path) -> None:
+def test_thirty_kills_at_random_moments(
+    arguments: list[str], whole: dict[str, Any], tmp_path: Path
+) -> None:
     moments = random.Random(0)
     kills: list[list[float | int]] = [
         [moments.uniform(0.05, 0.9) * whole["seconds"] for _ in range(5)] for _ in range(6)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from secateur.graph import SecateurError
-from secateur.tools.report.search import draw_search, pareto, search_table
+from secateur.tools.report.search import draw_search, pareto_front, search_table
 
 FIGURES: dict[str, Any] = {
     "within": 1200,
@@ -17,14 +17,22 @@ FIGURES: dict[str, Any] = {
     "chosen": {"layers": 3, "mlp": 64},
     "candidates": [
         {"shape": {"layers": 4, "mlp": 48}, "cost": 900.0, "kl": 0.5, "stderr": 0.01},
-        {"shape": {"layers": 3, "mlp": 64}, "cost": 800.0, "kl": 0.6, "stderr": 0.01, "kl_distilled": 0.2},
+        {
+            "shape": {"layers": 3, "mlp": 64},
+            "cost": 800.0,
+            "kl": 0.6,
+            "stderr": 0.01,
+            "kl_distilled": 0.2,
+        },
         {"shape": {"layers": 2, "mlp": 96}, "cost": 700.0, "kl": 0.9, "stderr": 0.02},
     ],
 }
 
 
 def test_the_front_is_what_no_cheaper_candidate_beats() -> None:
-    assert [row["cost"] for row in pareto(FIGURES)] == [700.0, 800.0], "the dearest is beaten after distillation"
+    assert [row["cost"] for row in pareto_front(FIGURES)] == [700.0, 800.0], (
+        "the dearest is beaten after distillation"
+    )
 
 
 def test_the_table_says_which_was_chosen() -> None:

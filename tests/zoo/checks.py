@@ -24,8 +24,9 @@ _FAMILIES = {
 
 @dataclass(frozen=True)
 class Figures:
-    """eager: largest difference of graph and module.  difference: of pruned and masked, relative to the largest logit
-    (at least 1).  moved: how far the edit moves the output.  families: those with an unlocked group."""
+    """eager: largest difference of graph and module.  difference: of pruned and masked, relative to
+    the largest logit (at least 1).  moved: how far the edit moves the output.  families: those with
+    an unlocked group."""
 
     eager: float
     difference: float
@@ -56,7 +57,8 @@ def logits(output: Any) -> Tensor:
 
 
 def other_inputs(program: Program, seed: int = 1) -> dict[str, Any]:
-    """Inputs of another batch and length where those are free, of the captured sizes where they are not."""
+    """Inputs of another batch and length where those are free, of the captured sizes where they are
+    not."""
     generator = torch.Generator().manual_seed(seed)
     sizes = program.gm.meta["call"]["sizes"]
     inputs = {}
@@ -65,25 +67,35 @@ def other_inputs(program: Program, seed: int = 1) -> dict[str, Any]:
             shape = [fixed or free for fixed, free in zip(sizes[name], (3, 9), strict=False)]
             shape += sizes[name][2:]
             whole = not value.is_floating_point()
-            inputs[name] = torch.randint(3, 100, shape, generator=generator) if whole else torch.randn(shape)
+            inputs[name] = (
+                torch.randint(3, 100, shape, generator=generator) if whole else torch.randn(shape)
+            )
         else:
             inputs[name] = value
     return inputs
 
 
-def random_edit(groups: list[CoupledGroup], seed: int = 0, drop: float = 0.3) -> dict[CoupledGroup, Tensor]:
-    """Keep a random part of the units of each group, at least what must stay; for each outer unit another part."""
+def random_edit(
+    groups: list[CoupledGroup], seed: int = 0, drop: float = 0.3
+) -> dict[CoupledGroup, Tensor]:
+    """Keep a random part of the units of each group, at least what must stay; for each outer unit
+    another part."""
     generator = torch.Generator().manual_seed(seed)
     edit = {}
     for group in groups:
         keep = max(group.min_units, group.units - max(1, int(group.units * drop)))
-        columns = [torch.randperm(group.units, generator=generator)[:keep] for _ in range(group.coordinates)]
+        columns = [
+            torch.randperm(group.units, generator=generator)[:keep]
+            for _ in range(group.coordinates)
+        ]
         edit[group] = torch.stack(columns, 1) if group.outer is not None else columns[0]
     return edit
 
 
 @torch.no_grad()
-def compare(program: Program, edit: dict[CoupledGroup, Tensor], inputs: dict[str, Any]) -> tuple[float, Tensor]:
+def compare(
+    program: Program, edit: dict[CoupledGroup, Tensor], inputs: dict[str, Any]
+) -> tuple[float, Tensor]:
     """Relative difference of the pruned Program and the masked one, and the masked output."""
     pruned = logits(graph.keep(program, edit)(**inputs))
     masked = logits(graph.masked_call(program, edit, **inputs))
@@ -109,4 +121,13 @@ def check_all_at_once(kind: str) -> Figures:
     )
 
 
-__all__ = ["NAMED", "PLAIN", "captured", "check_all_at_once", "compare", "logits", "other_inputs", "random_edit"]
+__all__ = [
+    "NAMED",
+    "PLAIN",
+    "captured",
+    "check_all_at_once",
+    "compare",
+    "logits",
+    "other_inputs",
+    "random_edit",
+]

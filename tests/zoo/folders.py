@@ -1,4 +1,5 @@
-"""Folders and files for tests of whole commands: a tiny checkpoint with a tokenizer, and some text."""
+"""Folders and files for tests of whole commands: a tiny checkpoint with a tokenizer, and some
+text."""
 
 from __future__ import annotations
 
@@ -13,12 +14,20 @@ LETTERS = "abcdefghij"
 
 
 def save_tiny_model(folder: Path) -> None:
-    """Save a stock checkpoint: two layers, hidden 64, 96 neurons, 4 heads over 2 key/value heads, a token a letter."""
+    """Save a stock checkpoint: two layers, hidden 64, 96 neurons, 4 heads over 2 key/value heads, a
+    token a letter."""
     tiny_model("llama").save_pretrained(folder)
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{letter: i + 3 for i, letter in enumerate(LETTERS)}}
+    vocabulary = {
+        "<unk>": 0,
+        "<s>": 1,
+        "</s>": 2,
+        **{letter: i + 3 for i, letter in enumerate(LETTERS)},
+    }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    )
     wrapped.save_pretrained(folder)
 
 

@@ -1,4 +1,5 @@
-"""Tiny random models of many architectures, by configuration alone, and two written in plain torch."""
+"""Tiny random models of many architectures, by configuration alone, and two written in plain
+torch."""
 
 from __future__ import annotations
 
@@ -16,13 +17,19 @@ from transformers import (
     PreTrainedModel,
 )
 
-# Sizes that every configuration is shrunk to, where it has the field.  No two axes share a size by accident of rank.
+# Sizes that every configuration is shrunk to, where it has the field.  No two axes share a size by
+# accident of rank.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 128),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size", "lru_width"), 64),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size", "lru_width"),
+        64,
+    ),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff"), 96),
     **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim"), 96),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2
+    ),
     **dict.fromkeys(("decoder_layers", "encoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
@@ -59,7 +66,14 @@ SIZES: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 8,
 }
-MAY_BE_NONE = {"pad_token_id", "n_inner", "num_key_value_heads", "head_dim", "bos_token_id", "eos_token_id"}
+MAY_BE_NONE = {
+    "pad_token_id",
+    "n_inner",
+    "num_key_value_heads",
+    "head_dim",
+    "bos_token_id",
+    "eos_token_id",
+}
 
 # What one shape of sizes cannot serve.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -69,7 +83,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mpt": {"n_heads": 4, "n_layers": 2, "d_model": 64, "expansion_ratio": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0, "laurel_rank": 8},
     "t5": {"decoder_start_token_id": 0},
-    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "dots1": {
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "zaya": {"num_experts_per_tok": 1},
@@ -90,8 +110,10 @@ CLASSES: dict[str, Any] = {
     "vit": AutoModelForImageClassification,
 }
 NAMED = tuple(
-    """llama mistral mixtral qwen2 qwen3 qwen3_moe gemma2 gemma3_text gpt2 gpt_neox gptj opt bloom falcon phi phi3
- stablelm olmo2 cohere starcoder2 granite smollm3 deepseek_v3 bert t5 vit""".split()
+    """
+        llama mistral mixtral qwen2 qwen3 qwen3_moe gemma2 gemma3_text gpt2 gpt_neox gptj opt bloom
+        falcon phi phi3 stablelm olmo2 cohere starcoder2 granite smollm3 deepseek_v3 bert t5 vit
+        """.split()
 )
 
 
@@ -103,10 +125,16 @@ def tiny_config(kind: str, **overrides: Any) -> Any:
     for name, size in SIZES.items():
         known = name in fields or _has(base, name)
         derived = isinstance(getattr(type(base), name, None), property)
-        renamed = name in base.attribute_map and base.attribute_map[name] in fields and name not in fields
+        renamed = (
+            name in base.attribute_map and base.attribute_map[name] in fields and name not in fields
+        )
         if not known:
             continue
-        unset = fields.get(name) is None and getattr(base, name, None) is None and name not in MAY_BE_NONE
+        unset = (
+            fields.get(name) is None
+            and getattr(base, name, None) is None
+            and name not in MAY_BE_NONE
+        )
         if not derived and not renamed and not unset:
             changes[name] = size
     layers = fields.get("layer_types")
@@ -128,8 +156,11 @@ def _has(config: Any, name: str) -> bool:
         return False
 
 
-def tiny_model(kind: str, attention: str = "sdpa", seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A tiny model in eval mode; every parameter is perturbed, so that no identity norm or zero bias hides a fault."""
+def tiny_model(
+    kind: str, attention: str = "sdpa", seed: int = 0, **overrides: Any
+) -> PreTrainedModel:
+    """A tiny model in eval mode; every parameter is perturbed, so that no identity norm or zero
+    bias hides a fault."""
     torch.manual_seed(seed)
     config = tiny_config(kind, **overrides)
     maker = CLASSES.get(kind, AutoModelForCausalLM)
@@ -173,7 +204,11 @@ class NanoBlock(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.norm_1, self.attention = nn.LayerNorm(width), NanoAttention(width, heads)
-        self.norm_2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm_2, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm_1(x))
@@ -183,7 +218,9 @@ class NanoBlock(nn.Module):
 class NanoGPT(nn.Module):
     """A GPT in plain torch: fused qkv, learned positions, tied head."""
 
-    def __init__(self, vocabulary: int = 128, width: int = 64, heads: int = 4, layers: int = 2) -> None:
+    def __init__(
+        self, vocabulary: int = 128, width: int = 64, heads: int = 4, layers: int = 2
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(128, width)
         self.blocks = nn.ModuleList(NanoBlock(width, heads) for _ in range(layers))
@@ -200,11 +237,19 @@ class NanoGPT(nn.Module):
 class ResidualUnit(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv_1, self.norm_1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv_2, self.norm_2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv_1, self.norm_1 = (
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.conv_2, self.norm_2 = (
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
         same = stride == 1 and inputs == outputs
         self.skip = (
-            nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+            nn.Identity()
+            if same
+            else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -218,7 +263,9 @@ class ConvNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.units = nn.Sequential(ResidualUnit(16, 16, 1), ResidualUnit(16, 32, 2), ResidualUnit(32, 32, 1))
+        self.units = nn.Sequential(
+            ResidualUnit(16, 16, 1), ResidualUnit(16, 32, 2), ResidualUnit(32, 32, 1)
+        )
         self.head = nn.Linear(32, 10)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -227,6 +274,9 @@ class ConvNet(nn.Module):
 
 
 PLAIN: dict[str, tuple[type[nn.Module], Tensor]] = {
-    "nano_gpt": (NanoGPT, torch.randint(3, 120, (2, 11), generator=torch.Generator().manual_seed(0))),
+    "nano_gpt": (
+        NanoGPT,
+        torch.randint(3, 120, (2, 11), generator=torch.Generator().manual_seed(0)),
+    ),
     "conv_net": (ConvNet, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))),
 }

@@ -8,23 +8,29 @@ import torch
 from torch import Tensor
 
 from secateur.graph import Pattern, Program, Sparse, with_parameters
-from secateur.passes.lower_layers import linear_layers
+from secateur.passes.lowering.layers import linear_layers
 
 
 def keep_two_of_four(weight: Tensor) -> Tensor:
-    """[N, K] with the two smallest of every four neighbours along K set to zero; K a multiple of 4."""
+    """[N, K] with the two smallest of every four neighbours along K set to zero; K a multiple of
+    4."""
     groups = weight.detach().reshape(len(weight), -1, 4)
     drop = groups.abs().argsort(dim=-1, stable=True)[..., :2]
     return groups.scatter(-1, drop, 0.0).reshape(weight.shape)
 
 
 def made_24(program: Program, but: Iterable[str] = ()) -> Program:
-    """The program with every linear layer 2:4, but heads and those whose name holds one of the words."""
+    """The program with every linear layer 2:4, but heads and those whose name holds one of the
+    words."""
     layers = [
-        one for one in linear_layers(program)[0] if not one.head and not any(word in one.parameter for word in but)
+        one
+        for one in linear_layers(program)[0]
+        if not one.head and not any(word in one.parameter for word in but)
     ]
     known = dict(program.named_parameters())
-    return with_parameters(program, {one.parameter: keep_two_of_four(known[one.parameter]) for one in layers})
+    return with_parameters(
+        program, {one.parameter: keep_two_of_four(known[one.parameter]) for one in layers}
+    )
 
 
 def as_sparse(program: Program, pattern: str = "2:4") -> Program:
@@ -32,7 +38,7 @@ def as_sparse(program: Program, pattern: str = "2:4") -> Program:
     one = Sparse(Pattern.parse(pattern))
     known = dict(program.named_parameters())
     layers = [layer.parameter for layer in linear_layers(program)[0] if not layer.head]
-    kept = {name: one.pattern.mask(known[name].detach().abs()) for name in layers}
+    kept = {name: one.pattern.select_mask(known[name].detach().abs()) for name in layers}
     values = {name: torch.where(mask, known[name].detach(), 0.0) for name, mask in kept.items()}
     return with_parameters(program, values).replace(sparse=dict.fromkeys(layers, one))
 

@@ -30,7 +30,8 @@ def write_tasks(folder: Path) -> None:
     """A multiple-choice task of twelve items."""
     draw = random.Random(0)
     rows = [
-        {"ctx": letters(draw, 8), "endings": [letters(draw, 3) for _ in range(3)], "label": i % 3} for i in range(12)
+        {"ctx": letters(draw, 8), "endings": [letters(draw, 3) for _ in range(3)], "label": i % 3}
+        for i in range(12)
     ]
     (folder / "choice.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "choice.yaml").write_text(CHOICE)

@@ -1,4 +1,5 @@
-"""Every named architecture: captured, grouped, every unlocked group cut at once, and the oracle agrees."""
+"""Every named architecture: captured, grouped, every unlocked group cut at once, and the oracle
+agrees."""
 
 from __future__ import annotations
 
@@ -25,5 +26,7 @@ def test_every_unlocked_group_prunes(kind: str) -> None:
     assert figures.eager == 0, "the graph computes what the module computes, bit for bit"
     assert figures.difference <= 1e-4
     assert figures.moved > 1e-2, "the edit must change the output, or the comparison says nothing"
-    assert expected_families(kind) <= figures.families, "a family that should be free is locked or missing"
+    assert expected_families(kind) <= figures.families, (
+        "a family that should be free is locked or missing"
+    )
     assert not figures.conflicts

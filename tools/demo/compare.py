@@ -1,4 +1,5 @@
-"""The demo's work: prune the real model, save it as a stock checkpoint, and measure both by one protocol."""
+"""The demo's work: prune the real model, save it as a stock checkpoint, and measure both by one
+protocol."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ import torch
 import secateur
 from secateur.passes.base import Progress, no_progress
 from secateur.passes.opening import open_tokenizer
-from secateur.runtime.classes import quiet
-from secateur.tools.corpus import TokenWindows, calibration_windows, token_stream
-from secateur.tools.demo.assets import Text
-from secateur.tools.evaluate import Perplexity, Speed, compare_speed, perplexity
+from secateur.runtime.open.classes import silence_transformers
+from secateur.tools.demo.assets import DemoText
+from secateur.tools.evaluate.corpus import TokenWindows, calibration_windows, token_stream
+from secateur.tools.evaluate.measures import Perplexity, Speed, compare_speed, measure_perplexity
 from secateur.tools.machine import peak_memory_bytes
 
 QUESTION = "Why do gardeners prune fruit trees in winter?"
@@ -26,8 +27,9 @@ ANSWER_TOKENS = 48
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much the demo does: the pipeline, tokens to calibrate on and to evaluate, and rounds of the speed test."""
+class DemoSize:
+    """How much the demo does: the pipeline, tokens to calibrate on and to evaluate, and rounds of
+    the speed test."""
 
     pipeline: str = "score{metric=wanda},prune-width{mlp=0.25},repair"
     calibration_tokens: int = 16_384
@@ -40,12 +42,12 @@ class Size:
 
 
 MODEL = "model"
-FULL = Size()
-SHORT = Size(calibration_tokens=2_048, evaluation_tokens=4_096, new_tokens=16, runs=3)
+FULL = DemoSize()
+SHORT = DemoSize(calibration_tokens=2_048, evaluation_tokens=4_096, new_tokens=16, runs=3)
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelMeasures:
     """One model: its size, its quality on held-out text, its speed, and what it says."""
 
     parameters: int
@@ -60,13 +62,14 @@ class Measured:
 class Comparison:
     """The model before and after, and all that is needed to repeat it.
 
-    history: the passes with their options and figures.   proof: what saving proved in a fresh process.
+    history: the passes with their options and figures.
+    proof: what saving proved in a fresh process.
     peak_memory_bytes: of the whole process, both models and the measurement included.
     """
 
-    before: Measured
-    after: Measured
-    size: Size
+    before: ModelMeasures
+    after: ModelMeasures
+    size: DemoSize
     calibration: dict[str, Any]
     history: list[dict[str, Any]]
     proof: dict[str, Any]
@@ -75,10 +78,10 @@ class Comparison:
     peak_memory_bytes: int
 
 
-def compare(
-    size: Size,
+def compare_models(
+    size: DemoSize,
     original: Path,
-    text: Text,
+    text: DemoText,
     output: Path,
     progress: Progress = no_progress,
     *,
@@ -93,6 +96,7 @@ def compare(
         output: made when missing; its folder ``model`` is made.
         progress: reporter of long work.
         overwrite: replace an earlier ``model``.
+
     Raises:
         SecateurError: a step of the work failed, or there is too little text.
     """
@@ -101,9 +105,13 @@ def compare(
     windows = calibration_windows(
         text.calibration, tokenizer, tokens=size.calibration_tokens, window=size.calibration_window
     )
-    history, saved = _compress(size, original, output / MODEL, windows, seconds, progress, overwrite)
+    history, saved = _compress_model(
+        size, original, output / MODEL, windows, seconds, progress, overwrite
+    )
     gc.collect()
-    before, after = _measure(size, (original, output / MODEL), tokenizer, text.held_out, seconds, progress)
+    before, after = _measure_models(
+        size, (original, output / MODEL), tokenizer, text.held_out, seconds, progress
+    )
     return Comparison(
         before=before,
         after=after,
@@ -117,8 +125,8 @@ def compare(
     )
 
 
-def _compress(
-    size: Size,
+def _compress_model(
+    size: DemoSize,
     original: Path,
     target: Path,
     windows: TokenWindows,
@@ -126,32 +134,35 @@ def _compress(
     progress: Progress,
     overwrite: bool,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Capture, run the pipeline, save; the steps that were applied, and what the saved folder was proved to be."""
-    with _timed(seconds, "capture"):
+    """Capture, run the pipeline, save; the steps that were applied, and what the saved folder was
+    proved to be."""
+    with _record_seconds(seconds, "capture"):
         program = secateur.capture(original)
-    with _timed(seconds, "prune"):
-        smaller = secateur.Pipeline.parse(size.pipeline).run(program, data=windows, progress=progress)
-    with _timed(seconds, "save, and reload in a fresh process"):
+    with _record_seconds(seconds, "prune"):
+        smaller = secateur.Pipeline.parse(size.pipeline).run(
+            program, data=windows, progress=progress
+        )
+    with _record_seconds(seconds, "save, and reload in a fresh process"):
         target.parent.mkdir(parents=True, exist_ok=True)
         saved = secateur.save(smaller, target, overwrite=overwrite)
     return [asdict(step) for step in smaller.history], asdict(saved) | {"path": str(target)}
 
 
-def _measure(
-    size: Size,
+def _measure_models(
+    size: DemoSize,
     folders: tuple[Path, Path],
     tokenizer: Any,
     held_out: list[str],
     seconds: dict[str, float],
     progress: Progress,
-) -> list[Measured]:
+) -> list[ModelMeasures]:
     """Both checkpoints, opened by the stock class and measured on the same text in turns."""
-    with quiet():
+    with silence_transformers():
         models = {str(folder): secateur.open_model(folder) for folder in folders}
     stream, _ = token_stream(held_out, tokenizer, tokens=size.evaluation_tokens)
-    with _timed(seconds, "measure perplexity"):
+    with _record_seconds(seconds, "measure perplexity"):
         quality = {
-            name: perplexity(
+            name: measure_perplexity(
                 model,
                 stream,
                 window=size.evaluation_window,
@@ -160,33 +171,40 @@ def _measure(
             )
             for name, model in models.items()
         }
-    with _timed(seconds, "measure speed"):
+    with _record_seconds(seconds, "measure speed"):
         prompt = stream[: size.prompt_tokens].unsqueeze(0)
-        speed = compare_speed(models, prompt, new_tokens=size.new_tokens, runs=size.runs, progress=progress)
+        speed = compare_speed(
+            models, prompt, new_tokens=size.new_tokens, runs=size.runs, progress=progress
+        )
     return [
-        Measured(
+        ModelMeasures(
             parameters=sum(p.numel() for p in model.parameters()),
             bytes_on_disk=sum(file.stat().st_size for file in Path(name).glob("*.safetensors")),
             perplexity=quality[name],
             prefill=speed[name]["prefill"],
             decode=speed[name]["decode"],
-            answer=answer(model, tokenizer, QUESTION, ANSWER_TOKENS),
+            answer=answer_question(model, tokenizer, QUESTION, ANSWER_TOKENS),
         )
         for name, model in models.items()
     ]
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, question: str, new_tokens: int) -> str:
-    """The model's greedy answer to a question put through its chat template; at most ``new_tokens`` tokens."""
+def answer_question(model: Any, tokenizer: Any, question: str, new_tokens: int) -> str:
+    """The model's greedy answer to a question put through its chat template; at most ``new_tokens``
+    tokens."""
     chat = [{"role": "user", "content": question}]
-    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    asked = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     said = model.generate(**asked, max_new_tokens=new_tokens, do_sample=False)
-    return str(tokenizer.decode(said[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    return str(
+        tokenizer.decode(said[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+    ).strip()
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+def _record_seconds(seconds: dict[str, float], name: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - began, 2)

@@ -13,9 +13,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from secateur.runtime.target import new_file
-from secateur.tools.demo.compare import ANSWER_TOKENS, QUESTION, Comparison, Measured
-from secateur.tools.evaluate import Speed
+from secateur.runtime.save.target import new_file
+from secateur.tools.demo.compare import ANSWER_TOKENS, QUESTION, Comparison, ModelMeasures
+from secateur.tools.evaluate.measures import Speed
 from secateur.tools.machine import describe_machine
 from secateur.tools.report import units
 
@@ -24,53 +24,63 @@ BEFORE_COLOUR, AFTER_COLOUR = "#b8b2a7", "#3f7d58"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table: what it is, how to get its number, how to write it, and its spread where it has one."""
+class TableRow:
+    """One line of the table: what it is, how to get its number, how to write it, and its spread
+    where it has one."""
 
     name: str
-    value: Callable[[Measured], float]
+    value: Callable[[ModelMeasures], float]
     write: Callable[[float], str]
-    spread: Callable[[Measured], str] = lambda measured: ""
+    spread: Callable[[ModelMeasures], str] = lambda measured: ""
     better: str = "less"
 
 
-def _range(speed: Speed) -> str:
+def _speed_range(speed: Speed) -> str:
     return f" [{speed.slowest:,.1f}-{speed.fastest:,.1f}]"
 
 
 ROWS = (
-    Row("parameters", lambda m: m.parameters, units.count),
-    Row("bytes on disk", lambda m: m.bytes_on_disk, units.size),
-    Row(
+    TableRow("parameters", lambda m: m.parameters, units.format_count),
+    TableRow("bytes on disk", lambda m: m.bytes_on_disk, units.format_bytes),
+    TableRow(
         "perplexity, held-out text",
         lambda m: m.perplexity.value,
         lambda v: f"{v:,.2f}",
         lambda m: f" ± {m.perplexity.value * m.perplexity.stderr:,.2f}",
     ),
-    Row(
+    TableRow(
         "prefill, tokens/s",
         lambda m: m.prefill.tokens_per_s,
         lambda v: f"{v:,.1f}",
-        lambda m: _range(m.prefill),
+        lambda m: _speed_range(m.prefill),
         "more",
     ),
-    Row("decode, tokens/s", lambda m: m.decode.tokens_per_s, lambda v: f"{v:,.1f}", lambda m: _range(m.decode), "more"),
+    TableRow(
+        "decode, tokens/s",
+        lambda m: m.decode.tokens_per_s,
+        lambda v: f"{v:,.1f}",
+        lambda m: _speed_range(m.decode),
+        "more",
+    ),
 )
 
 
-def cells(comparison: Comparison) -> list[tuple[str, str, str, str]]:
+def table_cells(comparison: Comparison) -> list[tuple[str, str, str, str]]:
     """(name, before, after, change) of each row."""
     found = []
     for row in ROWS:
         before, after = (row.value(m) for m in (comparison.before, comparison.after))
-        old, new = (row.write(row.value(m)) + row.spread(m) for m in (comparison.before, comparison.after))
-        found.append((row.name, old, new, units.change(before, after)))
+        old, new = (
+            row.write(row.value(m)) + row.spread(m) for m in (comparison.before, comparison.after)
+        )
+        found.append((row.name, old, new, units.format_change(before, after)))
     return found
 
 
-def notes(comparison: Comparison) -> list[str]:
+def protocol_notes(comparison: Comparison) -> list[str]:
     """How the numbers were measured, a line each."""
-    before, size = comparison.before, comparison.size
+    before = comparison.before
+    size = comparison.size
     calibration = comparison.calibration
     return [
         f"pipeline: {size.pipeline}",
@@ -82,36 +92,57 @@ def notes(comparison: Comparison) -> list[str]:
     ]
 
 
-def table(comparison: Comparison) -> Table:
+def make_table(comparison: Comparison) -> Table:
     """The numbers, a row each."""
     shown = Table(title="before and after")
     shown.add_column("")
     for name in ("before", "after", "change"):
         shown.add_column(name, justify="right")
-    for row in cells(comparison):
+    for row in table_cells(comparison):
         shown.add_row(*row)
     return shown
 
 
 def for_a_terminal(comparison: Comparison) -> list[Any]:
     """All that is shown at the end, in order."""
-    return [table(comparison), *map(escape, notes(comparison)), "", *answers(comparison)]
+    return [
+        make_table(comparison),
+        *map(escape, protocol_notes(comparison)),
+        "",
+        *list_answers(comparison),
+    ]
 
 
-def answers(comparison: Comparison) -> list[str]:
+def list_answers(comparison: Comparison) -> list[str]:
     """What each model says to the same question, a line each, and how long the whole took."""
-    said = [(name, m.answer) for name, m in (("before", comparison.before), ("after", comparison.after))]
-    took = ", ".join(f"{name} {units.duration(value)}" for name, value in comparison.seconds.items())
-    return [f"asked: {QUESTION}", *(f"{name}: {escape(text)}" for name, text in said), f"took: {took}"]
+    said = [
+        (name, m.answer) for name, m in (("before", comparison.before), ("after", comparison.after))
+    ]
+    took = ", ".join(
+        f"{name} {units.format_duration(value)}" for name, value in comparison.seconds.items()
+    )
+    return [
+        f"asked: {QUESTION}",
+        *(f"{name}: {escape(text)}" for name, text in said),
+        f"took: {took}",
+    ]
 
 
-def markdown(comparison: Comparison) -> str:
+def to_markdown(comparison: Comparison) -> str:
     """The result for a page."""
-    rows = [("", "before", "after", "change"), ("---", "---:", "---:", "---:"), *cells(comparison)]
+    rows = [
+        ("", "before", "after", "change"),
+        ("---", "---:", "---:", "---:"),
+        *table_cells(comparison),
+    ]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    said = [f"> **{name}**: {m.answer}\n" for name, m in (("before", comparison.before), ("after", comparison.after))]
+    said = []
+    for name, m in (("before", comparison.before), ("after", comparison.after)):
+        said.append(f"> **{name}**: {m.answer}\n")
     asked = f"Asked (chat template, greedy, at most {ANSWER_TOKENS} tokens): {QUESTION}"
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(comparison)), "", asked, "", *said])
+    return "\n".join(
+        [*lines, "", *(f"- {note}" for note in protocol_notes(comparison)), "", asked, "", *said]
+    )
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -120,7 +151,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     return {"date": day, "machine": describe_machine(), **dataclasses.asdict(comparison)}
 
 
-def picture(comparison: Comparison, path: Path) -> None:
+def draw_picture(comparison: Comparison, path: Path) -> None:
     """Bars of each row, before and after, into an image file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -138,7 +169,7 @@ def picture(comparison: Comparison, path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def write(comparison: Comparison, output: Path, *, overwrite: bool = False) -> list[Path]:
+def write_report(comparison: Comparison, output: Path, *, overwrite: bool = False) -> list[Path]:
     """Write the files of a report.
 
     Args:
@@ -150,10 +181,10 @@ def write(comparison: Comparison, output: Path, *, overwrite: bool = False) -> l
         The paths of the files, as ``FILES`` names them.
     """
     paths = [output / name for name in FILES]
-    texts = (json.dumps(to_json(comparison), indent=2) + "\n", markdown(comparison))
+    texts = (json.dumps(to_json(comparison), indent=2) + "\n", to_markdown(comparison))
     for path, text in zip(paths, texts, strict=False):
         with new_file(path, overwrite=overwrite) as part:
             part.write_text(text)
     with new_file(paths[2], overwrite=overwrite) as part:
-        picture(comparison, part)
+        draw_picture(comparison, part)
     return paths

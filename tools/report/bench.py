@@ -10,15 +10,24 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from secateur.tools.bench import Spread
-from secateur.tools.bench_kernels import KernelRow
-from secateur.tools.bench_model import ModelRow
+from secateur.tools.bench.kernels import KernelRow
+from secateur.tools.bench.models import ModelRow
+from secateur.tools.bench.timing import Spread
 from secateur.tools.report.picture import save_figure
-from secateur.tools.report.units import size
+from secateur.tools.report.units import format_bytes
 
 OURS, THEIRS = "#2f7f4f", "#8a8a8a"
 Cells = list[list[str]]
-KERNEL_HEAD = ["shape", "rows", "form", "us [middle 80 %]", "of stream", "x torch fp32", "x torch bf16", "kernel"]
+KERNEL_HEAD = [
+    "shape",
+    "rows",
+    "form",
+    "us [middle 80 %]",
+    "of stream",
+    "x torch fp32",
+    "x torch bf16",
+    "kernel",
+]
 MODEL_HEAD = [
     "model",
     "runs",
@@ -38,9 +47,9 @@ def kernel_cells(rows: Sequence[KernelRow]) -> Cells:
             f"{row.shape[0]}x{row.shape[1]}",
             str(row.batch),
             row.form,
-            _span(row.seconds, 1e6) if row.seconds else row.fault,
+            _span_text(row.seconds, 1e6) if row.seconds else row.fault,
             f"{row.share:.0%}" if row.share is not None else "",
-            *(_ratio(rows, row, base) for base in ("torch fp32", "torch bf16")),
+            *(_ratio_text(rows, row, base) for base in ("torch fp32", "torch bf16")),
             row.backend,
         ]
         for row in rows
@@ -54,9 +63,9 @@ def model_cells(rows: Sequence[ModelRow]) -> Cells:
             row.name,
             row.engine,
             f"{row.prefill.median:.0f}" if row.prefill else row.fault,
-            _span(row.decode, 1.0) if row.decode else "",
+            _span_text(row.decode, 1.0) if row.decode else "",
             f"{row.share:.0%}" if row.share is not None else "",
-            size(row.weight_bytes),
+            format_bytes(row.weight_bytes),
             f"{row.body_bytes / row.dense_bytes:.4f}" if row.dense_bytes else "",
             row.tokens_equal,
         ]
@@ -68,13 +77,15 @@ def bench_tables(kernels: Sequence[KernelRow], models: Sequence[ModelRow]) -> li
     """What was measured, for a terminal."""
     found = []
     if kernels:
-        found.append(_table("one product", KERNEL_HEAD, kernel_cells(kernels)))
+        found.append(_make_table("one product", KERNEL_HEAD, kernel_cells(kernels)))
     if models:
-        found.append(_table("whole models", MODEL_HEAD, model_cells(models)))
+        found.append(_make_table("whole models", MODEL_HEAD, model_cells(models)))
     return found
 
 
-def markdown(facts: dict[str, Any], kernels: Sequence[KernelRow], models: Sequence[ModelRow]) -> str:
+def to_markdown(
+    facts: dict[str, Any], kernels: Sequence[KernelRow], models: Sequence[ModelRow]
+) -> str:
     """What was measured, for a page, with the machine and the protocol."""
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     for title, head, cells in (
@@ -87,15 +98,22 @@ def markdown(facts: dict[str, Any], kernels: Sequence[KernelRow], models: Sequen
     return "\n".join(["# Speed", "", *lines, ""])
 
 
-def to_json(facts: dict[str, Any], kernels: Sequence[KernelRow], models: Sequence[ModelRow]) -> dict[str, Any]:
+def to_json(
+    facts: dict[str, Any], kernels: Sequence[KernelRow], models: Sequence[ModelRow]
+) -> dict[str, Any]:
     """Everything that was measured."""
-    return {**facts, "kernels": [asdict(row) for row in kernels], "models": [asdict(row) for row in models]}
+    return {
+        **facts,
+        "kernels": [asdict(row) for row in kernels],
+        "models": [asdict(row) for row in models],
+    }
 
 
 def draw_bench(kernels: Sequence[KernelRow], models: Sequence[ModelRow], file: Path) -> None:
     """Bars: microseconds of each form for each shape and batch, and tokens a second of each model.
 
-    Raises: SecateurError: neither .png nor .svg, or it cannot be written.
+    Raises:
+        SecateurError: neither .png nor .svg, or it cannot be written.
     """
     groups = list(dict.fromkeys((row.shape, row.batch) for row in kernels if row.seconds))
     panels: list[tuple[str, list[tuple[str, float]], str]] = []
@@ -110,10 +128,15 @@ def draw_bench(kernels: Sequence[KernelRow], models: Sequence[ModelRow], file: P
     figure = Figure(figsize=(8, tall), layout="constrained")
     ratios = [len(bars) + 2 for _, bars, _ in panels] or [1]
     for axes, (title, bars, unit) in zip(
-        figure.subplots(max(len(panels), 1), 1, squeeze=False, height_ratios=ratios)[:, 0], panels, strict=False
+        figure.subplots(max(len(panels), 1), 1, squeeze=False, height_ratios=ratios)[:, 0],
+        panels,
+        strict=False,
     ):
-        names, values = [name for name, _ in bars], [value for _, value in bars]
-        colours = [OURS if name.startswith("ours") or " packed " in name else THEIRS for name in names]
+        names = [name for name, _ in bars]
+        values = [value for _, value in bars]
+        colours = [
+            OURS if name.startswith("ours") or " packed " in name else THEIRS for name in names
+        ]
         drawn = axes.barh(names, values, color=colours)
         axes.bar_label(drawn, [f"{value:.4g}" for value in values], padding=3, fontsize=8)
         axes.invert_yaxis()
@@ -124,19 +147,22 @@ def draw_bench(kernels: Sequence[KernelRow], models: Sequence[ModelRow], file: P
     save_figure(figure, file)
 
 
-def _ratio(rows: Sequence[KernelRow], row: KernelRow, base: str) -> str:
-    same = [r for r in rows if (r.form, r.shape, r.batch) == (base, row.shape, row.batch)]
+def _ratio_text(rows: Sequence[KernelRow], row: KernelRow, base: str) -> str:
+    same = []
+    for r in rows:
+        if (r.form, r.shape, r.batch) == (base, row.shape, row.batch):
+            same.append(r)
     if not same or not same[0].seconds or not row.seconds:
         return ""
     return f"{same[0].seconds.median / row.seconds.median:.2f}"
 
 
-def _span(found: Spread, scale: float) -> str:
+def _span_text(found: Spread, scale: float) -> str:
     middle, low, high = (f"{x * scale:.1f}" for x in (found.median, found.low, found.high))
     return f"{middle} [{low}, {high}]"
 
 
-def _table(title: str, head: Sequence[str], cells: Cells) -> Table:
+def _make_table(title: str, head: Sequence[str], cells: Cells) -> Table:
     table = Table(title=title, title_justify="left")
     for name in head:
         table.add_column(name, overflow="fold")

@@ -1,4 +1,5 @@
-"""How the command line talks: results on stdout, everything else on stderr, exit codes that mean one thing each."""
+"""How the command line talks: results on stdout, everything else on stderr, exit codes that mean
+one thing each."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from secateur.graph import SecateurError
 from secateur.graph.reading import printable, reason_of
@@ -28,7 +36,7 @@ class BadInput(SecateurError):
 
 
 @dataclass(frozen=True)
-class Voice:
+class CommandConsole:
     """Where a command writes.  as_json: stdout carries one JSON document and nothing else."""
 
     as_json: bool = False
@@ -57,11 +65,15 @@ class Voice:
         with self.err.status(what):
             yield
 
-    def progress(self, items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    def progress(
+        self, items: Iterable[T], description: str, total: int | None = None
+    ) -> Iterable[T]:
         """A bar with the time left."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-        with Progress(*columns, *times, console=self.err, transient=True, disable=not self.err.is_terminal) as bar:
+        with Progress(
+            *columns, *times, console=self.err, transient=True, disable=not self.err.is_terminal
+        ) as bar:
             yield from bar.track(items, total=total, description=description)
 
 
@@ -78,7 +90,10 @@ def before_work() -> Iterator[None]:
 
 def report_error(error: BaseException, *, as_json: bool, debug: bool) -> int:
     """Say what went wrong; returns the exit code."""
-    code = BAD_INPUT if isinstance(error, BadInput) else FAILED
+    if isinstance(error, BadInput):
+        code = BAD_INPUT
+    else:
+        code = FAILED
     err = Console(stderr=True, highlight=False, soft_wrap=True)
     if debug:
         err.print_exception()
@@ -101,11 +116,15 @@ def report_internal(error: Exception, *, as_json: bool, debug: bool) -> int:
     if debug:
         err.print_exception()
     frames = traceback.extract_tb(error.__traceback__)
-    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "an unknown place"
+    if frames:
+        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+    else:
+        place = "an unknown place"
     text = f"internal error: {type(error).__name__}: {reason_of(error)} ({place})"
     err.print(printable(text), markup=False, style="red")
     err.print(
-        "This is a fault of secateur: please report it with the command, this line, and what the same command prints "
+        "This is a fault of secateur: please report it with the command, this line, and what the "
+        "same command prints "
         "with --debug. Nothing was written to an output folder that is not whole.",
         markup=False,
     )
@@ -117,5 +136,7 @@ def report_internal(error: Exception, *, as_json: bool, debug: bool) -> int:
 def log_to_stderr(verbose: bool) -> None:
     """Show the library's log: refusals and choices with --verbose, else warnings."""
     logger = logging.getLogger("secateur")
-    logger.handlers = [RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)]
+    logger.handlers = [
+        RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
+    ]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)

@@ -17,8 +17,12 @@ STYLES = ("solid", "dashed", "dotted", "dashdot")
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture beside others.   title: what it shows.   key: of the records.   unit: at its y axis.
-    level: a horizontal line, such as the value of the dense model, and its label; or None."""
+    """One picture beside others.
+    title: what it shows.
+    key: of the records.
+    unit: at its y axis.
+    level: a horizontal line, such as the value of the dense model, and its label; or None.
+    """
 
     title: str
     key: str
@@ -34,11 +38,15 @@ def draw_curves(runs: Runs, panels: Sequence[Panel], file: Path, title: str = ""
     """Curves against tokens, side by side.
 
     Args:
-        runs: by label: the runs that share it (seeds), each a list of records with ``tokens`` and the panels' keys;
-            records without the key are left out.  A label has one colour; its seeds are thin, their mean is thick
-            where they were measured at the same tokens.
-        panels: what is drawn, left to right.   file: .png or .svg.   title: above all.
-    Raises: SecateurError: another ending, nothing to draw, or the file cannot be written.
+        runs: by label: the runs that share it (seeds), each a list of records with ``tokens`` and
+            the panels' keys; records without the key are left out.  A label has one colour; its
+            seeds are thin, their mean is thick where they were measured at the same tokens.
+        panels: what is drawn, left to right.
+        file: .png or .svg.
+        title: above all.
+
+    Raises:
+        SecateurError: another ending, nothing to draw, or the file cannot be written.
     """
     if file.suffix.lower() not in CANVASES:
         raise SecateurError(f"{file.name}: a picture ends in {' or '.join(CANVASES)}")
@@ -47,9 +55,22 @@ def draw_curves(runs: Runs, panels: Sequence[Panel], file: Path, title: str = ""
     figure = Figure(figsize=(6.2 * len(panels), 4.6), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for at, (label, group) in enumerate(runs.items()):
-            _draw_group(axes, panel.key, label, group, COLOURS[at % len(COLOURS)], STYLES[at // len(COLOURS) % 4])
+            _draw_group(
+                axes,
+                panel.key,
+                label,
+                group,
+                COLOURS[at % len(COLOURS)],
+                STYLES[at // len(COLOURS) % 4],
+            )
         if panel.level is not None:
-            axes.axhline(panel.level[0], color="#999999", linewidth=1.0, linestyle="dotted", label=panel.level[1])
+            axes.axhline(
+                panel.level[0],
+                color="#999999",
+                linewidth=1.0,
+                linestyle="dotted",
+                label=panel.level[1],
+            )
         axes.set_title(panel.title, fontsize=11)
         axes.set_xlabel("tokens trained on")
         axes.set_ylabel(panel.unit)
@@ -62,21 +83,33 @@ def draw_curves(runs: Runs, panels: Sequence[Panel], file: Path, title: str = ""
     try:
         CANVASES[file.suffix.lower()](figure).print_figure(file, dpi=130)
     except OSError as error:
-        raise SecateurError(f"the picture {file} cannot be written: {error.strerror or error}") from error
+        raise SecateurError(
+            f"the picture {file} cannot be written: {error.strerror or error}"
+        ) from error
 
 
-def _draw_group(axes: Any, key: str, label: str, group: Sequence[Any], colour: str, style: str) -> None:
+def _draw_group(
+    axes: Any, key: str, label: str, group: Sequence[Any], colour: str, style: str
+) -> None:
     lines = [[(row["tokens"], row[key]) for row in run if key in row] for run in group]
     lines = [line for line in lines if line]
     if not lines:
         return
     alone = len(lines) == 1
     for line in lines:
-        axes.plot(*zip(*line, strict=True), color=colour, linestyle=style, linewidth=1.8 if alone else 0.7,
-                  alpha=1.0 if alone else 0.6, label=label if alone else None)  # fmt: skip
+        axes.plot(
+            *zip(*line, strict=True),
+            color=colour,
+            linestyle=style,
+            linewidth=1.8 if alone else 0.7,
+            alpha=1.0 if alone else 0.6,
+            label=label if alone else None,
+        )
     places = {tuple(x for x, _ in line) for line in lines}
     if not alone and len(places) == 1:
-        means = [sum(values) / len(lines) for values in zip(*([y for _, y in line] for line in lines), strict=True)]
+        means = []
+        for values in zip(*([y for _, y in line] for line in lines), strict=True):
+            means.append(sum(values) / len(lines))
         axes.plot(
             next(iter(places)),
             means,
@@ -86,4 +119,11 @@ def _draw_group(axes: Any, key: str, label: str, group: Sequence[Any], colour: s
             label=f"{label}, mean of {len(lines)}",
         )
     elif not alone:
-        axes.plot([], [], color=colour, linestyle=style, linewidth=2.2, label=f"{label}, {len(lines)} runs")
+        axes.plot(
+            [],
+            [],
+            color=colour,
+            linestyle=style,
+            linewidth=2.2,
+            label=f"{label}, {len(lines)} runs",
+        )

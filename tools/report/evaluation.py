@@ -9,15 +9,17 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from secateur.graph import SecateurError
-from secateur.tools.evaluate_tasks import TaskScore
-from secateur.tools.evaluate_text import Interval, TextReport
+from secateur.tools.evaluate.tasks import TaskScore
+from secateur.tools.evaluate.texts import Interval, TextReport
 from secateur.tools.report.picture import CANVASES, COLOURS, save_figure
-from secateur.tools.report.units import count
+from secateur.tools.report.units import format_count
 
 Tasks = Mapping[str, Sequence[TaskScore]]
 
 
-def evaluation_tables(parameters: Mapping[str, int], text: TextReport | None, tasks: Tasks) -> list[Table | str]:
+def evaluation_tables(
+    parameters: Mapping[str, int], text: TextReport | None, tasks: Tasks
+) -> list[Table | str]:
     """All models in one table each for the text and for the tasks, and their protocols."""
     pieces: list[Table | str] = []
     if text is not None:
@@ -33,27 +35,44 @@ def evaluation_tables(parameters: Mapping[str, int], text: TextReport | None, ta
 
 def _text_table(parameters: Mapping[str, int], text: TextReport) -> Table:
     compared = text.reference is not None
-    table = _table("text", ["model", "parameters", "perplexity", *(["to reference", "same top 1"] if compared else [])])
+    table = _make_table(
+        "text",
+        [
+            "model",
+            "parameters",
+            "perplexity",
+            *(["to reference", "same top 1"] if compared else []),
+        ],
+    )
     for name, scores in text.models.items():
         found = [scores.ratio, scores.agreement]
-        against = [interval(one, 3) if one is not None else "" for one in found] if compared else []
-        table.add_row(name, count(parameters[name]), interval(scores.perplexity, 2), *against)
+        if compared:
+            against = []
+            for one in found:
+                against.append(interval_text(one, 3) if one is not None else "")
+        else:
+            against = []
+        table.add_row(
+            name, format_count(parameters[name]), interval_text(scores.perplexity, 2), *against
+        )
     return table
 
 
 def _distance_table(text: TextReport) -> Table:
-    table = _table("distance", ["model", "KL", "median", "90 %", "99 %", "worst 1 %", "worst 20 %"])
+    table = _make_table(
+        "distance", ["model", "KL", "median", "90 %", "99 %", "worst 1 %", "worst 20 %"]
+    )
     for name, scores in text.models.items():
         if scores.kl is not None and scores.kl_mean is not None:
             quantiles = [f"{value:.4f}" for value in scores.kl.quantiles.values()]
             shares = [f"{value:.0%}" for value in scores.kl.shares.values()]
-            table.add_row(name, interval(scores.kl_mean, 4), *quantiles, *shares)
+            table.add_row(name, interval_text(scores.kl_mean, 4), *quantiles, *shares)
     return table
 
 
 def _task_table(tasks: Tasks) -> Table:
     metrics = [(score.task, score.metric) for score in next(iter(tasks.values()))]
-    table = _table("tasks", ["model", *(f"{task} {metric}" for task, metric in metrics)])
+    table = _make_table("tasks", ["model", *(f"{task} {metric}" for task, metric in metrics)])
     for name, scores in tasks.items():
         by_metric = {(score.task, score.metric): score for score in scores}
         table.add_row(name, *(_task_cell(by_metric[key]) for key in metrics))
@@ -61,23 +80,34 @@ def _task_table(tasks: Tasks) -> Table:
 
 
 def _task_cell(score: TaskScore) -> str:
-    against = "" if score.difference is None else f"\ndifference {interval(score.difference, 3, signed=True)}"
-    return interval(score.result, 3) + against
+    if score.difference is None:
+        against = ""
+    else:
+        against = f"\ndifference {interval_text(score.difference, 3, signed=True)}"
+    return interval_text(score.result, 3) + against
 
 
 def _task_protocol(tasks: Tasks) -> str:
-    lines = dict.fromkeys(f"{s.task}: {s.items} items, {s.shots} shots" for s in next(iter(tasks.values())))
-    return f"protocol: {'; '.join(lines)}; intervals: 95%, items resampled, differences on the same items"
+    lines = dict.fromkeys(
+        f"{s.task}: {s.items} items, {s.shots} shots" for s in next(iter(tasks.values()))
+    )
+    return (
+        f"protocol: {'; '.join(lines)}; intervals: 95%, items resampled, differences on "
+        "the same items"
+    )
 
 
-def interval(found: Interval, digits: int, signed: bool = False) -> str:
+def interval_text(found: Interval, digits: int, signed: bool = False) -> str:
     """14.38 [14.02, 14.77]."""
-    sign = "+" if signed else ""
+    if signed:
+        sign = "+"
+    else:
+        sign = ""
     value, low, high = (f"{x:{sign}.{digits}f}" for x in (found.value, found.low, found.high))
     return f"{value} [{low}, {high}]"
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
+def _make_table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -87,7 +117,8 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 def draw_evaluation(text: TextReport, file: Path) -> None:
     """Left: perplexity with its interval.  Right: what part of the KL the worst tokens carry.
 
-    Raises: SecateurError: the file ends in neither .png nor .svg, or cannot be written.
+    Raises:
+        SecateurError: the file ends in neither .png nor .svg, or cannot be written.
     """
     if file.suffix.lower() not in CANVASES:
         raise SecateurError(f"{file.name}: a picture ends in {' or '.join(CANVASES)}")
@@ -95,7 +126,8 @@ def draw_evaluation(text: TextReport, file: Path) -> None:
     left, right = figure.subplots(1, 2)
     names = list(text.models)
     for at, (name, scores) in enumerate(text.models.items()):
-        found, colour = scores.perplexity, COLOURS[at % len(COLOURS)]
+        found = scores.perplexity
+        colour = COLOURS[at % len(COLOURS)]
         spread = [[max(0.0, found.value - found.low)], [max(0.0, found.high - found.value)]]
         left.errorbar([found.value], [at], xerr=spread, fmt="o", color=colour, capsize=4)
         if scores.curve:

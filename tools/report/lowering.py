@@ -7,22 +7,37 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
-from secateur.passes.lower import LayerPlan, Lowering
-from secateur.runtime.lowering import Running
-from secateur.tools.report.units import size
+from secateur.passes.lowering.lower import LayerPlan, Lowering
+from secateur.runtime.packed.store import LayerReport
+from secateur.tools.report.units import format_bytes
 
 
-def layer_tables(layers: Sequence[Running]) -> list[Table]:
+def layer_tables(layers: Sequence[LayerReport]) -> list[Table]:
     """What runs where: layers that are alike in one row."""
     table = Table(title="what runs where", title_justify="left")
     for column in ("layers", "form", "op", "kernel", "bytes", "dense", "why"):
         table.add_column(column, overflow="fold")
-    alike = Counter((row.kind, row.op, row.backend, _gist(row.reason)) for row in layers)
+    alike = Counter((row.kind, row.op, row.backend, _short_reason(row.reason)) for row in layers)
     for (kind, op, backend, why), times in alike.items():
-        same = [r for r in layers if (r.kind, r.op, r.backend, _gist(r.reason)) == (kind, op, backend, why)]
-        held, dense = sum(r.bytes for r in same), sum(r.dense_bytes for r in same)
-        table.add_row(f"{times} x {_last(same[0].layer)}", kind, op, backend, size(held), size(dense), why)
-    return [table] if layers else []
+        same = [
+            r
+            for r in layers
+            if (r.kind, r.op, r.backend, _short_reason(r.reason)) == (kind, op, backend, why)
+        ]
+        held = sum(r.bytes for r in same)
+        dense = sum(r.dense_bytes for r in same)
+        table.add_row(
+            f"{times} x {_last_part(same[0].layer)}",
+            kind,
+            op,
+            backend,
+            format_bytes(held),
+            format_bytes(dense),
+            why,
+        )
+    if layers:
+        return [table]
+    return []
 
 
 def plan_table(plan: Lowering) -> Table:
@@ -33,25 +48,38 @@ def plan_table(plan: Lowering) -> Table:
         table.add_column(column, overflow="fold")
     groups: dict[tuple[object, ...], list[LayerPlan]] = {}
     for row in plan.layers:
-        groups.setdefault((row.kind, row.shape, _last(row.layer)), []).append(row)
+        groups.setdefault((row.kind, row.shape, _last_part(row.layer)), []).append(row)
     for (kind, shape, name), rows in groups.items():
-        cells = [f"{_sum(rows, 'ms'):.3f}", f"{_sum(rows, 'dense_ms'):.3f}"]
-        cells += [size(_sum(rows, "bytes")), size(_sum(rows, "dense_bytes"))]
-        table.add_row(f"{len(rows)} x {name}", str(list(shape)), str(kind), *cells, _gist(rows[0].reason))  # type: ignore[call-overload]
+        cells = [f"{_sum_field(rows, 'ms'):.3f}", f"{_sum_field(rows, 'dense_ms'):.3f}"]
+        cells += [
+            format_bytes(_sum_field(rows, "bytes")),
+            format_bytes(_sum_field(rows, "dense_bytes")),
+        ]
+        table.add_row(
+            f"{len(rows)} x {name}",
+            str(list(shape)),
+            str(kind),
+            *cells,
+            _short_reason(rows[0].reason),
+        )
     return table
 
 
-def _sum(rows: Iterable[LayerPlan], field: str) -> float:
+def _sum_field(rows: Iterable[LayerPlan], field: str) -> float:
     return float(sum(getattr(row, field) for row in rows))
 
 
-def _last(name: str) -> str:
+def _last_part(name: str) -> str:
     parts = name.removesuffix(".weight").split(".")
     return parts[-1]
 
 
-def _gist(reason: str) -> str:
+def _short_reason(reason: str) -> str:
     """A reason without the numbers of a single layer."""
     if " ms " in reason:
-        return "least time" if not reason.startswith("no packed form") else reason.split(":")[0]
-    return "not 2:4" if reason.startswith("not 2:4") else reason
+        if not reason.startswith("no packed form"):
+            return "least time"
+        return reason.split(":")[0]
+    if reason.startswith("not 2:4"):
+        return "not 2:4"
+    return reason

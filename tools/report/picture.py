@@ -1,4 +1,5 @@
-"""A picture of the coupled groups of one residual layer: which groups hold which parameters together."""
+"""A picture of the coupled groups of one residual layer: which groups hold which parameters
+together."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from secateur.graph import CoupledGroup, SecateurError
-from secateur.tools.inspect import inside
+from secateur.tools.inspect import is_inside
 
 CANVASES = {".png": FigureCanvasAgg, ".svg": FigureCanvasSVG}
 COLOURS = ("#2f7f4f", "#c2703d", "#3d6fa5", "#8a4f9e", "#a8963a", "#4c9a9a", "#b04a5a", "#6b6b6b")
@@ -19,10 +20,15 @@ ROLE_STYLES = {"produces": "solid", "consumes": "dashed", "scales": "dotted", "l
 
 
 def draw_groups(groups: Sequence[CoupledGroup], path: str, file: Path) -> None:
-    """Groups left, the layer's parameters right; a line says that a dim of the parameter belongs to the group.
+    """Groups left, the layer's parameters right; a line says that a dim of the parameter belongs to
+    the group.
 
-    Args: path: of the residual layer, "" for the whole model.   file: .png or .svg.
-    Raises: SecateurError: another ending, or the file cannot be written.
+    Args:
+        path: of the residual layer, "" for the whole model.
+        file: .png or .svg.
+
+    Raises:
+        SecateurError: another ending, or the file cannot be written.
     """
     if file.suffix.lower() not in CANVASES:
         raise SecateurError(f"{file.name}: a picture ends in {' or '.join(CANVASES)}")
@@ -31,10 +37,15 @@ def draw_groups(groups: Sequence[CoupledGroup], path: str, file: Path) -> None:
     right = [node for node, side in graph.nodes(data="side") if side == "parameter"]
     figure = Figure(figsize=(11, 1.2 + 0.42 * max(len(left), len(right), 4)), layout="constrained")
     axes = figure.add_subplot()
-    places = {**_column(left, 0.0), **_column(right, 1.0)}
+    places = {**_place_column(left, 0.0), **_place_column(right, 1.0)}
     colours = {node: COLOURS[i % len(COLOURS)] for i, node in enumerate(left)}
     for one, other, data in graph.edges(data=True):
-        group, parameter = (one, other) if one in colours else (other, one)
+        if one in colours:
+            group = one
+            parameter = other
+        else:
+            group = other
+            parameter = one
         xs, ys = zip(places[group], places[parameter], strict=True)
         style = ROLE_STYLES.get(data["role"], "solid")
         axes.plot(xs, ys, linestyle=style, color=colours[group], linewidth=1.6, alpha=0.8)
@@ -53,34 +64,55 @@ def draw_groups(groups: Sequence[CoupledGroup], path: str, file: Path) -> None:
 
 
 def membership_graph(groups: Sequence[CoupledGroup], path: str) -> nx.MultiGraph:
-    """Bipartite: groups and the parameters inside a module; one edge a member, with dim and role."""
+    """Bipartite: groups and the parameters inside a module; one edge a member, with dim and
+    role."""
     graph = nx.MultiGraph()
     for group in groups:
-        members = [m for m in group.members if inside(m.parameter, path)]
-        lock = f"\nlocked: {group.locked}" if group.locked else ""
+        members = []
+        for m in group.members:
+            if is_inside(m.parameter, path):
+                members.append(m)
+        if group.locked:
+            lock = f"\nlocked: {group.locked}"
+        else:
+            lock = ""
         if members:
-            reach = "" if group.block else ", across layers"
-            label = f"{group.family}: {group.units} units{reach}{_shorten(lock)}"
+            if group.block:
+                reach = ""
+            else:
+                reach = ", across layers"
+            label = f"{group.family}: {group.units} units{reach}{_shorten_label(lock)}"
             graph.add_node(group.name, side="group", label=label)
         for member in members:
-            name = member.parameter.removeprefix(path + ".") if path else member.parameter
+            if path:
+                name = member.parameter.removeprefix(path + ".")
+            else:
+                name = member.parameter
             graph.add_node(member.parameter, side="parameter", label=name)
             graph.add_edge(group.name, member.parameter, dim=member.dim, role=member.role)
     return graph
 
 
-def _shorten(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _shorten_label(text: str, limit: int = 60) -> str:
+    if len(text) <= limit:
+        return text
+    return text[: limit - 1] + "…"
 
 
-def _column(nodes: Sequence[str], x: float) -> dict[str, tuple[float, float]]:
+def _place_column(nodes: Sequence[str], x: float) -> dict[str, tuple[float, float]]:
     return {node: (x, 1.0 - (i + 0.5) / len(nodes)) for i, node in enumerate(nodes)}
 
 
 def save_figure(figure: Figure, file: Path) -> None:
-    """Write a figure; the ending of the file says how.  Raises: SecateurError: it cannot be written."""
+    """Write a figure; the ending of the file says how.
+
+    Raises:
+        SecateurError: it cannot be written.
+    """
     canvas = CANVASES[file.suffix.lower()](figure)
     try:
         canvas.print_figure(file, dpi=130)
     except OSError as error:
-        raise SecateurError(f"the picture {file} cannot be written: {error.strerror or error}") from error
+        raise SecateurError(
+            f"the picture {file} cannot be written: {error.strerror or error}"
+        ) from error

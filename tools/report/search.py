@@ -14,20 +14,39 @@ from secateur.tools.report.picture import CANVASES, save_figure
 
 
 def search_table(figures: Mapping[str, Any]) -> Table:
-    """The candidates of a ``search`` step, the least damage first.  figures: of the step in a Program's history."""
-    table = Table(title=f"{len(figures['candidates'])} of {figures['within']:,} shapes within the budget")
+    """The candidates of a ``search`` step, the least damage first.  figures: of the step in a
+    Program's history."""
+    table = Table(
+        title=f"{len(figures['candidates'])} of {figures['within']:,} shapes within the budget"
+    )
     distilled = any("kl_distilled" in row for row in figures["candidates"])
-    for column in ("shape", figures["budget"], "KL", "+-", *(["KL distilled"] if distilled else []), ""):
+    for column in (
+        "shape",
+        figures["budget"],
+        "KL",
+        "+-",
+        *(["KL distilled"] if distilled else []),
+        "",
+    ):
         table.add_column(column)
-    front = pareto(figures)
-    for row in sorted(figures["candidates"], key=damage):
-        marks = [
-            word
-            for word, holds in {"chosen": row["shape"] == figures["chosen"], "front": row in front}.items()
-            if holds
+    front = pareto_front(figures)
+    for row in sorted(figures["candidates"], key=row_damage):
+        marks = []
+        for word, holds in {
+            "chosen": row["shape"] == figures["chosen"],
+            "front": row in front,
+        }.items():
+            if holds:
+                marks.append(word)
+        cells = [
+            describe_shape(row["shape"]),
+            f"{row['cost']:,.6g}",
+            f"{row['kl']:.4f}",
+            f"{row['stderr']:.4f}",
         ]
-        cells = [said(row["shape"]), f"{row['cost']:,.6g}", f"{row['kl']:.4f}", f"{row['stderr']:.4f}"]
-        cells += [f"{row['kl_distilled']:.4f}" if "kl_distilled" in row else ""] if distilled else []
+        cells += (
+            [f"{row['kl_distilled']:.4f}" if "kl_distilled" in row else ""] if distilled else []
+        )
         table.add_row(*cells, ", ".join(marks))
     return table
 
@@ -37,22 +56,22 @@ def search_tables(program: Program) -> list[Table]:
     return [search_table(step.figures) for step in program.history if step.name == "search"]
 
 
-def pareto(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def pareto_front(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The candidates that no cheaper one beats, the cheapest first."""
     front: list[Mapping[str, Any]] = []
-    for row in sorted(figures["candidates"], key=lambda row: (row["cost"], damage(row))):
-        if not front or damage(row) < damage(front[-1]):
+    for row in sorted(figures["candidates"], key=lambda row: (row["cost"], row_damage(row))):
+        if not front or row_damage(row) < row_damage(front[-1]):
             front.append(row)
     return front
 
 
-def damage(row: Mapping[str, Any]) -> float:
+def row_damage(row: Mapping[str, Any]) -> float:
     """The KL of a candidate, after distillation where it was distilled."""
     found: float = row.get("kl_distilled", row["kl"])
     return found
 
 
-def said(shape: Mapping[str, int]) -> str:
+def describe_shape(shape: Mapping[str, int]) -> str:
     """A shape in words."""
     return ", ".join(f"{name} {count}" for name, count in shape.items())
 
@@ -60,20 +79,37 @@ def said(shape: Mapping[str, int]) -> str:
 def draw_search(figures: Mapping[str, Any], file: Path) -> None:
     """KL against cost of every candidate, the Pareto front as a line.  file: .png or .svg.
 
-    Raises: SecateurError: another ending, or the file cannot be written."""
+    Raises:
+        SecateurError: another ending, or the file cannot be written.
+    """
     if file.suffix.lower() not in CANVASES:
         raise SecateurError(f"{file.name}: a picture ends in {' or '.join(CANVASES)}")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    rows, front = figures["candidates"], pareto(figures)
+    rows = figures["candidates"]
+    front = pareto_front(figures)
     axes.errorbar(
-        [row["cost"] for row in rows], [damage(row) for row in rows], yerr=[row["stderr"] for row in rows],
-        fmt="o", color="#3d6fa5", ecolor="#b9c9da", label="compared",
-    )  # fmt: skip
-    axes.plot([row["cost"] for row in front], [damage(row) for row in front], color="#c2703d", label="front")
+        [row["cost"] for row in rows],
+        [row_damage(row) for row in rows],
+        yerr=[row["stderr"] for row in rows],
+        fmt="o",
+        color="#3d6fa5",
+        ecolor="#b9c9da",
+        label="compared",
+    )
+    axes.plot(
+        [row["cost"] for row in front],
+        [row_damage(row) for row in front],
+        color="#c2703d",
+        label="front",
+    )
     for row in front:
         axes.annotate(
-            said(row["shape"]), (row["cost"], damage(row)), xytext=(4, 6), textcoords="offset points", fontsize=7
+            describe_shape(row["shape"]),
+            (row["cost"], row_damage(row)),
+            xytext=(4, 6),
+            textcoords="offset points",
+            fontsize=7,
         )
     axes.set(xlabel=figures["budget"], ylabel="KL(dense || candidate), nats a token")
     axes.legend(frameon=False)

@@ -10,80 +10,135 @@ from rich.table import Table
 
 from secateur.graph import Program
 from secateur.passes import IMPORTANCES, PASSES, PlannedEdit
-from secateur.passes.lower import planned
-from secateur.passes.options import Options, options_table
-from secateur.tools.advice import Advice
-from secateur.tools.footprint import Footprint
+from secateur.passes.language.options import Options, options_table
+from secateur.passes.lowering.lower import last_lowering
 from secateur.tools.inspect import Inspection
-from secateur.tools.plan import Plan
+from secateur.tools.plan.advice import Advice
+from secateur.tools.plan.footprint import Footprint
+from secateur.tools.plan.plan import Plan
 from secateur.tools.report.lowering import plan_table
-from secateur.tools.report.units import change, count, duration, size
+from secateur.tools.report.units import format_bytes, format_change, format_count, format_duration
 
 
 def inspection_tables(found: Inspection) -> list[Table]:
     """Sizes, and the groups by family."""
-    sizes = _table(f"{found.model}", "", "")
-    sizes.add_row("parameters", f"{count(found.footprint.parameters)}  ({found.footprint.parameters:,})")
-    sizes.add_row("bytes", f"{size(found.footprint.bytes)}  ({', '.join(found.dtypes)})")
-    sizes.add_row("FLOPs a token", f"{count(found.footprint.flops_per_token)}  ({_protocol(found.footprint)})")
-    sizes.add_row("KV cache a token", _cache(found.footprint))
+    sizes = _make_table(f"{found.model}", "", "")
+    sizes.add_row(
+        "parameters",
+        f"{format_count(found.footprint.parameters)}  ({found.footprint.parameters:,})",
+    )
+    sizes.add_row("bytes", f"{format_bytes(found.footprint.bytes)}  ({', '.join(found.dtypes)})")
+    sizes.add_row(
+        "FLOPs a token",
+        f"{format_count(found.footprint.flops_per_token)}  ({_protocol_line(found.footprint)})",
+    )
+    sizes.add_row("KV cache a token", _cache_text(found.footprint))
     sizes.add_row("residual layers", str(len(found.blocks)))
     if found.sparse:
-        sizes.add_row("sparse weights", ", ".join(f"{times} x {pattern}" for pattern, times in found.sparse.items()))
-    families = _table("coupled groups", "family", "groups", "units in each", "parameters touched", "locked, and why")
+        sizes.add_row(
+            "sparse weights",
+            ", ".join(f"{times} x {pattern}" for pattern, times in found.sparse.items()),
+        )
+    families = _make_table(
+        "coupled groups",
+        "family",
+        "groups",
+        "units in each",
+        "parameters touched",
+        "locked, and why",
+    )
     for family in found.families:
-        units = ", ".join(f"{n}" if times == family.groups else f"{times} x {n}" for n, times in family.units.items())
-        locked = "\n".join(f"{times} x {reason}" for reason, times in family.locked.items()) or "none"
-        families.add_row(family.family, str(family.groups), units, count(family.parameters), locked)
+        units = ", ".join(
+            f"{n}" if times == family.groups else f"{times} x {n}"
+            for n, times in family.units.items()
+        )
+        locked = (
+            "\n".join(f"{times} x {reason}" for reason, times in family.locked.items()) or "none"
+        )
+        families.add_row(
+            family.family, str(family.groups), units, format_count(family.parameters), locked
+        )
     return [sizes, families]
 
 
 def plan_tables(plan: Plan) -> list[Table]:
     """Before and after, the edits, and what the job would take."""
     sizes = footprint_table(plan.before, plan.after, "what would come out")
-    edits = _table("what would be cut", "family", "groups", "units", "kept")
+    edits = _make_table("what would be cut", "family", "groups", "units", "kept")
     for row in edit_rows(plan.edits):
         edits.add_row(*row)
-    job = _table("the job itself, roughly", "", "")
+    job = _make_table("the job itself, roughly", "", "")
     job.add_row("calibration tokens", f"{plan.job.tokens:,}")
-    job.add_row("peak memory", size(plan.job.peak_bytes))
-    job.add_row("time", f"{duration(plan.job.seconds)}  (this machine multiplies at {plan.job.gflops:g} GFLOP/s)")
+    job.add_row("peak memory", format_bytes(plan.job.peak_bytes))
+    job.add_row(
+        "time",
+        f"{format_duration(plan.job.seconds)}  (this machine multiplies at "
+        f"{plan.job.gflops:g} GFLOP/s)",
+    )
     for share in plan.job.passes:
-        job.add_row(f"- {share.name}", f"{duration(share.seconds)}, {size(share.bytes)} beside the weights")
-    held = "yes" if plan.misfit is None else f"no: {plan.misfit}"
-    job.add_row("stock checkpoint", f"perhaps: {plan.doubt} The run compares outputs first." if plan.doubt else held)
-    shown = [table for table in (edits, sparse_table(plan)) if table.row_count]
+        job.add_row(
+            f"- {share.name}",
+            f"{format_duration(share.seconds)}, {format_bytes(share.bytes)} beside the weights",
+        )
+    if plan.misfit is None:
+        held = "yes"
+    else:
+        held = f"no: {plan.misfit}"
+    job.add_row(
+        "stock checkpoint",
+        f"perhaps: {plan.doubt} The run compares outputs first." if plan.doubt else held,
+    )
+    shown = []
+    for table in (edits, sparse_table(plan)):
+        if table.row_count:
+            shown.append(table)
     return [sizes, *shown, job, *advice_tables(plan.advice)]
 
 
 def sparse_table(plan: Plan) -> Table:
     """The weights that would be sparse; they keep their shapes, so that sizes do not change."""
-    table = _table("what would be sparse", "pattern", "weights", "parameters in them", "of these zero")
+    table = _make_table(
+        "what would be sparse", "pattern", "weights", "parameters in them", "of these zero"
+    )
     for one in plan.sparse:
-        table.add_row(one.pattern, str(one.weights), count(one.entries), count(one.zeros))
+        table.add_row(
+            one.pattern, str(one.weights), format_count(one.entries), format_count(one.zeros)
+        )
     return table
 
 
 def advice_tables(advice: Iterable[Advice]) -> list[Table]:
     """What practice warns of; no table where it warns of nothing."""
-    table = _table("what practice warns of", "", "", "source")
+    table = _make_table("what practice warns of", "", "", "source")
     for one in advice:
         table.add_row(one.name, escape(one.says), escape(one.source))
-    return [table] if table.row_count else []
+    if table.row_count:
+        return [table]
+    return []
 
 
 def footprint_table(before: Footprint, after: Footprint, title: str) -> Table:
     """Two footprints side by side."""
-    table = _table(title, "", "before", "after", "change")
+    table = _make_table(title, "", "before", "after", "change")
     rows = (
-        ("parameters", before.parameters, after.parameters, count),
-        ("bytes", before.bytes, after.bytes, size),
-        (f"FLOPs a token ({_protocol(before)})", before.flops_per_token, after.flops_per_token, count),
-        ("KV cache bytes a token", before.kv_bytes_per_token, after.kv_bytes_per_token, size),
+        ("parameters", before.parameters, after.parameters, format_count),
+        ("bytes", before.bytes, after.bytes, format_bytes),
+        (
+            f"FLOPs a token ({_protocol_line(before)})",
+            before.flops_per_token,
+            after.flops_per_token,
+            format_count,
+        ),
+        (
+            "KV cache bytes a token",
+            before.kv_bytes_per_token,
+            after.kv_bytes_per_token,
+            format_bytes,
+        ),
     )
     for name, a, b, show in rows:
         if a is not None and b is not None:
-            table.add_row(name, show(a), show(b), change(a, b))
+            table.add_row(name, show(a), show(b), format_change(a, b))
     return table
 
 
@@ -98,14 +153,20 @@ def edit_rows(edits: Iterable[PlannedEdit]) -> list[tuple[str, str, str, str]]:
 
 def run_tables(before: Program, after: Program, old: Footprint, new: Footprint) -> list[Table]:
     """What each pass did, in order, and what came out."""
-    table = _table("what was done", "pass", "seconds", "parameters after", "left alone")
+    table = _make_table("what was done", "pass", "seconds", "parameters after", "left alone")
     for step in after.history[len(before.history) :]:
         parameters = step.figures.get("parameters_after")
-        locked = "\n".join(f"{times} x {reason}" for reason, times in step.figures.get("locked", {}).items())
+        locked = "\n".join(
+            f"{times} x {reason}" for reason, times in step.figures.get("locked", {}).items()
+        )
         seconds = f"{step.figures['seconds']:.2f}"
         table.add_row(step.name, seconds, "" if parameters is None else f"{parameters:,}", locked)
-    plan = planned(after.history[len(before.history) :])
-    return [table, footprint_table(old, new, "what came out"), *([plan_table(plan)] if plan else [])]
+    plan = last_lowering(after.history[len(before.history) :])
+    return [
+        table,
+        footprint_table(old, new, "what came out"),
+        *([plan_table(plan)] if plan else []),
+    ]
 
 
 def pass_tables() -> list[Table | str]:
@@ -115,29 +176,35 @@ def pass_tables() -> list[Table | str]:
 
 def recipe_tables(listed: Iterable[Mapping[str, str]]) -> list[Table]:
     """Recipes by name, with what they are for and their source."""
-    table = _table("recipes", "name", "what it does", "source")
+    table = _make_table("recipes", "name", "what it does", "source")
     for one in listed:
         table.add_row(one["name"], escape(one["about"]), escape(one["source"]))
     return [table]
 
 
 def _options_of(cls: type[Options]) -> list[Table | str]:
-    table = _table("", "option", "default", "meaning")
+    table = _make_table("", "option", "default", "meaning")
     for row in options_table(cls):
         table.add_row(*row)
-    return [f"[bold]{cls.name}[/bold]: {escape(cls.summary())}", *([table] if table.row_count else []), ""]
+    return [
+        f"[bold]{cls.name}[/bold]: {escape(cls.summary())}",
+        *([table] if table.row_count else []),
+        "",
+    ]
 
 
-def _table(title: str, *columns: str) -> Table:
+def _make_table(title: str, *columns: str) -> Table:
     table = Table(title=title or None, title_justify="left", show_header=any(columns))
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
 
 
-def _protocol(found: Footprint) -> str:
+def _protocol_line(found: Footprint) -> str:
     return f"batch {found.batch}, sequence {found.sequence}"
 
 
-def _cache(found: Footprint) -> str:
-    return "none, or not seen" if found.kv_bytes_per_token is None else size(found.kv_bytes_per_token)
+def _cache_text(found: Footprint) -> str:
+    if found.kv_bytes_per_token is None:
+        return "none, or not seen"
+    return format_bytes(found.kv_bytes_per_token)

@@ -1,3 +1,3 @@
-"""2:4 products on NVIDIA GPUs.  Importing this package loads neither Triton nor CUDA: `api` does so at the first
-launch.
+"""2:4 products on NVIDIA GPUs.  Importing this package loads neither Triton nor CUDA: `api` does so
+at the first launch.
 """

@@ -1,16 +1,18 @@
-"""Decode kernel: y[B, N] = x[B, K] @ W[N, K]^T for B <= 8 * NT, W 2:4 in fragment order (fragments.py); meant to be
-bound by memory.
+"""Decode kernel: y[B, N] = x[B, K] @ W[N, K]^T for B <= 8 * NT, W 2:4 in fragment order
+(fragments.py); meant to be bound by memory.
 
-Formula: the weight is the sparse left operand of mma.sp (16 rows x 32 columns a warp), x^T the right one (8 batch
-rows).  int8: the sum is multiplied by the row's scale at the end.  int4: the sum of every 128 columns is multiplied by
-its scale, in fp32.
+Formula: the weight is the sparse left operand of mma.sp (16 rows x 32 columns a warp), x^T the
+right one (8 batch rows).  int8: the sum is multiplied by the row's scale at the end.  int4: the sum
+of every 128 columns is multiplied by its scale, in fp32.
 
-One program owns the 16 * MT rows of weight tiles pid0 * MT .., all B batch rows, and every splits-th chunk of WARPS *
-P k blocks: each warp takes P blocks of a chunk, so that a program reads consecutive memory.  With splits =
-num_programs(1) > 1, program (i, s) writes plane s of the output [splits, B, N], which the caller adds up in a fixed
-order: equal inputs give equal bits. Weights go from global memory to registers, one step ahead of the instruction that
-uses them. Tensors are [P, MT, NT, WARPS, 32 lanes, 4 registers]: the last axis is a fragment, WARPS the warps, the
-rest registers of a lane.
+One program owns the 16 * MT rows of weight tiles pid0 * MT .., all B batch rows, and every
+splits-th chunk of WARPS *
+P k blocks: each warp takes P blocks of a chunk, so that a program reads consecutive memory.  With
+splits = num_programs(1) > 1, program (i, s) writes plane s of the output [splits, B, N], which the
+caller adds up in a fixed
+order: equal inputs give equal bits. Weights go from global memory to registers, one step ahead of
+the instruction that uses them. Tensors are [P, MT, NT, WARPS, 32 lanes, 4 registers]: the last axis
+is a fragment, WARPS the warps, the rest registers of a lane.
 """
 
 # mypy: ignore-errors
@@ -19,14 +21,26 @@ rest registers of a lane.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from secateur.kernels.sparse24.gpu.mma import axis, mma, scale_pair, unit_vectors, unpack_int4, unpack_int8
+from secateur.kernels.sparse24.gpu.mma import (
+    axis,
+    mma,
+    scale_pair,
+    unit_vectors,
+    unpack_int4,
+    unpack_int8,
+)
 
 E_PAD = gl.constexpr(0x44444444)  # index word past the last column: positions 0 and 1 of each group
 
 
 def layout(p: int, mt: int, nt: int, warps: int) -> gl.DistributedLinearLayout:
     """Where the tensors [P, MT, NT, WARPS, 32, 4] lie: registers, lanes, warps."""
-    registers = unit_vectors(6, 5, 4) + unit_vectors(6, 2, nt) + unit_vectors(6, 1, mt) + unit_vectors(6, 0, p)
+    registers = (
+        unit_vectors(6, 5, 4)
+        + unit_vectors(6, 2, nt)
+        + unit_vectors(6, 1, mt)
+        + unit_vectors(6, 0, p)
+    )
     return gl.DistributedLinearLayout(
         registers, unit_vectors(6, 4, 32), unit_vectors(6, 3, warps), [], [p, mt, nt, warps, 32, 4]
     )
@@ -43,7 +57,8 @@ def load(pointers, live, OTHER: gl.constexpr, MASKED: gl.constexpr):
 
 @gluon.jit
 def fetch(vp, ep, sp, xp, live, KIND: gl.constexpr, MASKED: gl.constexpr):
-    """One step's operands: packed values, index words, scales, x of each k tile (two, int4: four)."""
+    """One step's operands: packed values, index words, scales, x of each k tile (two, int4:
+    four)."""
     w0 = load(vp, live, 0, MASKED)
     e0 = load(ep, live, E_PAD, MASKED)
     x0 = load(xp, live, 0, MASKED)
@@ -95,11 +110,23 @@ def decode(
     WARPS: gl.constexpr,
     L: gl.constexpr,
 ):
-    BLOCK: gl.constexpr = 128 if KIND == "int4" else 64  # columns
-    V: gl.constexpr = 256 if KIND == "float" else 128  # words of values in a block of 16 rows
+    # columns
+    if KIND == "int4":
+        BLOCK: gl.constexpr = 128
+    else:
+        BLOCK = 64
+    # words of values in a block of 16 rows
+    if KIND == "float":
+        V: gl.constexpr = 256
+    else:
+        V = 128
     E: gl.constexpr = BLOCK // 2  # words of indices
-    p, mt, nt, warp = axis(P, 0, 6, L), axis(MT, 1, 6, L), axis(NT, 2, 6, L), axis(WARPS, 3, 6, L)
-    lane, reg = axis(32, 4, 6, L), axis(4, 5, 6, L)
+    p = axis(P, 0, 6, L)
+    mt = axis(MT, 1, 6, L)
+    nt = axis(NT, 2, 6, L)
+    warp = axis(WARPS, 3, 6, L)
+    lane = axis(32, 4, 6, L)
+    reg = axis(4, 5, 6, L)
     blocks = K // BLOCK
     stride = gl.num_programs(1) * (WARPS * P)
     block = (gl.program_id(1) * WARPS + warp) * P + p
@@ -112,7 +139,8 @@ def decode(
     sp = s_ptr + (at * 8 + lane // 4)
     xp = x_ptr + (col.to(gl.int64) * (K // 2) + block * (BLOCK // 2) + lane % 4 + reg * 4)
     acc = gl.zeros([P, MT, NT, WARPS, 32, 4], gl.float32, L)
-    # Only the last of the steps may reach past the last block; where the first is the last, one more of zeros follows.
+    # Only the last of the steps may reach past the last block; where the first is the last, one
+    # more of zeros follows.
     step = fetch(vp, ep, sp, xp, block < blocks, KIND, True)
     for _ in range(stride, blocks - stride, stride):
         vp += stride * V
@@ -130,9 +158,14 @@ def decode(
     sp += stride * 8
     xp += stride * (BLOCK // 2)
     acc = multiply(acc, fetch(vp, ep, sp, xp, live, KIND, True), reg, KIND, F16)
-    total = gl.sum(gl.sum(acc, 3), 0)  # over warps, through shared memory, and over P, in registers: [MT, NT, 32, 4]
+    total = gl.sum(
+        gl.sum(acc, 3), 0
+    )  # over warps, through shared memory, and over P, in registers: [MT, NT, 32, 4]
     LT: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, L))
-    mt, nt, lane, reg = axis(MT, 0, 4, LT), axis(NT, 1, 4, LT), axis(32, 2, 4, LT), axis(4, 3, 4, LT)
+    mt = axis(MT, 0, 4, LT)
+    nt = axis(NT, 1, 4, LT)
+    lane = axis(32, 2, 4, LT)
+    reg = axis(4, 3, 4, LT)
     row = (gl.program_id(0) * MT + mt) * 16 + lane // 4 + (reg // 2) * 8
     col = nt * 8 + (lane % 4) * 2 + reg % 2
     if KIND == "int8":

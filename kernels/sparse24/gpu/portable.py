@@ -1,12 +1,16 @@
-"""The same products on the same fragment-order weights in plain Triton, without the sparse tensor cores.
+"""The same products on the same fragment-order weights in plain Triton, without the sparse tensor
+cores.
 
-For devices that the Gluon kernels do not serve, for checks (Triton's interpreter runs these on CPU), and, `expand`, for
-prefill: a dense copy of the weight that a vendor's product then reads.  They are right, not fast: selecting the columns
-costs more instructions than the memory that 2:4 saves on a chip with the bandwidth of a Hopper.
+For devices that the Gluon kernels do not serve, for checks (Triton's interpreter runs these on
+CPU), and, `expand`, for
+prefill: a dense copy of the weight that a vendor's product then reads.  They are right, not fast:
+selecting the columns costs more instructions than the memory that 2:4 saves on a chip with the
+bandwidth of a Hopper.
 
-A program looks at 16 rows x 64 * U columns as a flat array of U * 256 kept pairs, one of each group of four columns, in
-the order (block of 64 columns, k tile of 32, lane, register) of the float kinds.  x is read and dense weights are
-written as words of two 16-bit floats, widened by shifts: Triton's interpreter is wrong on bf16 arithmetic.
+A program looks at 16 rows x 64 * U columns as a flat array of U * 256 kept pairs, one of each group
+of four columns, in the order (block of 64 columns, k tile of 32, lane, register) of the float
+kinds.  x is read and dense weights are written as words of two 16-bit floats, widened by shifts:
+Triton's interpreter is wrong on bf16 arithmetic.
 """
 
 # mypy: ignore-errors
@@ -47,10 +51,16 @@ def store(pointers, value, mask, F16: tl.constexpr):
 
 
 @triton.jit
-def load_pairs(v_ptr, e_ptr, s_ptr, tile, first, blocks, U: tl.constexpr, KIND: tl.constexpr, F16: tl.constexpr):
-    """Kept pairs in fp32, int4 scales applied, and their codes: U blocks from `first`, zeros past the end."""
+def load_pairs(
+    v_ptr, e_ptr, s_ptr, tile, first, blocks, U: tl.constexpr, KIND: tl.constexpr, F16: tl.constexpr
+):
+    """Kept pairs in fp32, int4 scales applied, and their codes: U blocks from `first`, zeros past
+    the end."""
     i = tl.arange(0, U * 256)
-    register, lane, odd, block = i & 3, (i >> 2) & 31, (i >> 7) & 1, first + (i >> 8)
+    register = i & 3
+    lane = (i >> 2) & 31
+    odd = (i >> 7) & 1
+    block = first + (i >> 8)
     live = block < blocks
     at = tile.to(tl.int64) * blocks + block
     code = tl.load(e_ptr + at * 32 + (lane & 28) + 2 * odd + (register >> 1), mask=live, other=0)
@@ -59,16 +69,24 @@ def load_pairs(v_ptr, e_ptr, s_ptr, tile, first, blocks, U: tl.constexpr, KIND: 
         word = tl.load(v_ptr + at * 256 + odd * 128 + lane * 4 + register, mask=live, other=0)
         return widen(word, F16), widen(word >> 16, F16), code
     elif KIND == "int8":
-        word = tl.load(v_ptr + at * 128 + lane * 4 + 2 * odd + (register >> 1), mask=live, other=-2139062144)
+        word = tl.load(
+            v_ptr + at * 128 + lane * 4 + 2 * odd + (register >> 1), mask=live, other=-2139062144
+        )
         word = word >> ((register & 1) * 16)
         return ((word & 255) - 128).to(tl.float32), (((word >> 8) & 255) - 128).to(tl.float32), code
     else:
         # Two blocks of 64 columns share 128 words and a scale of each row.
         pair = tile.to(tl.int64) * (blocks // 2) + block // 2
-        word = tl.load(v_ptr + pair * 128 + lane * 4 + 2 * (block & 1) + odd, mask=live, other=0) >> (register * 4)
+        word = tl.load(
+            v_ptr + pair * 128 + lane * 4 + 2 * (block & 1) + odd, mask=live, other=0
+        ) >> (register * 4)
         scale = tl.load(s_ptr + pair * 8 + (lane >> 2), mask=live, other=0) >> ((register & 1) * 16)
         scale = (scale << 16).to(tl.float32, bitcast=True)
-        return ((word & 15) - 8).to(tl.float32) * scale, (((word >> 16) & 15) - 8).to(tl.float32) * scale, code
+        return (
+            ((word & 15) - 8).to(tl.float32) * scale,
+            (((word >> 16) & 15) - 8).to(tl.float32) * scale,
+            code,
+        )
 
 
 @triton.jit
@@ -84,12 +102,16 @@ def gemv(
     F16: tl.constexpr,
     U: tl.constexpr,
 ):
-    """o[b, n] = sum over k of x[b, k] * W[n, k], in fp32.  One program owns 16 n of one b: grid (tiles, B)."""
+    """o[b, n] = sum over k of x[b, k] * W[n, k], in fp32.  One program owns 16 n of one b: grid
+    (tiles, B)."""
     tile = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     i = tl.arange(0, U * 256)
-    register, lane = i & 3, (i >> 2) & 31
-    word = (i >> 7) * 16 + (register >> 1) * 8 + (lane & 3) * 2  # of x: the first two columns of the group
+    register = i & 3
+    lane = (i >> 2) & 31
+    word = (
+        (i >> 7) * 16 + (register >> 1) * 8 + (lane & 3) * 2
+    )  # of x: the first two columns of the group
     blocks = K // 64
     acc = tl.zeros((U * 256,), tl.float32)
     first = 0
@@ -126,16 +148,22 @@ def expand(
 
     One program owns 16 rows x 64 * U columns: grid (tiles, ceil(K / (64 * U))).
     """
-    tile, first, blocks = tl.program_id(0), tl.program_id(1) * U, K // 64
+    tile = tl.program_id(0)
+    first = tl.program_id(1) * U
+    blocks = K // 64
     i = tl.arange(0, U * 256)
-    register, lane = i & 3, (i >> 2) & 31
+    register = i & 3
+    lane = (i >> 2) & 31
     row = tile * 16 + (lane >> 2) + 8 * (register & 1)
     low, high, code = load_pairs(v_ptr, e_ptr, s_ptr, tile, first, blocks, U, KIND, F16)
     if KIND == "int8":
         scale = tl.load(s_ptr + row, mask=row < N, other=0)
-        low, high = low * scale, high * scale
-    a, b = narrow(low, F16), narrow(high, F16)
-    i0, i1 = code & 3, (code >> 2) & 3
+        low = low * scale
+        high = high * scale
+    a = narrow(low, F16)
+    b = narrow(high, F16)
+    i0 = code & 3
+    i1 = (code >> 2) & 3
     d01 = tl.where(i0 < 2, a << ((i0 & 1) * 16), 0) | tl.where(i1 < 2, b << ((i1 & 1) * 16), 0)
     d23 = tl.where(i0 >= 2, a << ((i0 & 1) * 16), 0) | tl.where(i1 >= 2, b << ((i1 & 1) * 16), 0)
     word = first * 32 + (i >> 7) * 16 + (register >> 1) * 8 + (lane & 3) * 2
@@ -156,7 +184,8 @@ def combine(
     F16: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """o = sum of the planes, in order, + bias, rounded once.  One program owns BLOCK columns of a row: grid (.., B)."""
+    """o = sum of the planes, in order, + bias, rounded once.  One program owns BLOCK columns of a
+    row: grid (.., B)."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64) * N
     inside = n < N
@@ -166,5 +195,7 @@ def combine(
         total += tl.load(plane, mask=inside, other=0)
         plane += tl.num_programs(1).to(tl.int64) * N
     if BIAS:
-        total += widen(tl.load(b_ptr + n, mask=inside, other=0).to(tl.int16, bitcast=True).to(tl.int32), F16)
+        total += widen(
+            tl.load(b_ptr + n, mask=inside, other=0).to(tl.int16, bitcast=True).to(tl.int32), F16
+        )
     store(o_ptr + row + n, total, inside, F16)

@@ -1,6 +1,8 @@
-"""Compiles every variant of the GPU kernels for every chip, without a GPU, and writes what the machine code is as JSON.
+"""Compiles every variant of the GPU kernels for every chip, without a GPU, and writes what the
+machine code is as JSON.
 
-Run by test_ahead_of_time.py, once a Triton version:  python compile_ahead.py OUT.json [--workers 2] [--only TEXT]
+Run by test_ahead_of_time.py, once a Triton version:  python compile_ahead.py OUT.json [--workers 2]
+[--only TEXT]
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ REST = {"B": "i32", "N": "i32", "K": "i32"}
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel for one chip: arguments are types (text) or constants; `sparse`: the expected instruction."""
+    """One kernel for one chip: arguments are types (text) or constants; `sparse`: the expected
+    instruction."""
 
     name: str
     kernel: str
@@ -47,11 +50,19 @@ def scale_type(kind: str) -> str:
 
 
 def pointers(kind: str, out: str) -> dict[str, Any]:
-    return {"x_ptr": "*i32", "v_ptr": "*i32", "e_ptr": "*i32", "s_ptr": scale_type(kind), "o_ptr": out, **REST}
+    return {
+        "x_ptr": "*i32",
+        "v_ptr": "*i32",
+        "e_ptr": "*i32",
+        "s_ptr": scale_type(kind),
+        "o_ptr": out,
+        **REST,
+    }
 
 
 def outputs(first: bool, half: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Types of the output and the sizes that 16 divides: for the first configuration also fp32 planes and any N."""
+    """Types of the output and the sizes that 16 divides: for the first configuration also fp32
+    planes and any N."""
     return [(f"*{half}", ("N", "K")), *([("*fp32", ("K",))] if first and half == "bf16" else [])]
 
 
@@ -65,7 +76,16 @@ def decode_variants(capability: int) -> list[Variant]:
                     name = f"decode {kind} {half} P{c.p} MT{c.mt} NT{c.nt} out{out} sm_{capability}"
                     arguments = {**pointers(kind, out), "KIND": kind, "F16": f16, **shape}
                     found.append(
-                        Variant(name, "decode", capability, arguments, c.warps, c.registers, "HMMA.SP", divisible)
+                        Variant(
+                            name,
+                            "decode",
+                            capability,
+                            arguments,
+                            c.warps,
+                            c.registers,
+                            "HMMA.SP",
+                            divisible,
+                        )
                     )
         # What the just-in-time compiler makes of a batch of one: a compile-time value.
         one = {**pointers(kind, "*bf16"), "B": 1, "KIND": kind, "F16": False}
@@ -92,10 +112,21 @@ def gemm_variants(capability: int) -> list[Variant]:
             shape = {"MT": c.mt, "NT": c.nt, "WM": c.wm, "WN": c.wn, "KU": c.ku, "STAGES": c.stages}
             for half, f16 in HALVES.items():
                 for out, divisible in outputs(at == 0, half):
-                    name = f"gemm {kind} {half} {c.rows}x{c.batch} KU{c.ku} out{out} sm_{capability}"
+                    name = (
+                        f"gemm {kind} {half} {c.rows}x{c.batch} KU{c.ku} out{out} sm_{capability}"
+                    )
                     arguments = {**pointers(kind, out), "KIND": kind, "F16": f16, **shape}
                     found.append(
-                        Variant(name, "gemm", capability, arguments, c.wm * c.wn, c.registers, "HMMA.SP", divisible)
+                        Variant(
+                            name,
+                            "gemm",
+                            capability,
+                            arguments,
+                            c.wm * c.wn,
+                            c.registers,
+                            "HMMA.SP",
+                            divisible,
+                        )
                     )
     return found
 
@@ -106,12 +137,23 @@ def wgmma_variants(capability: int) -> list[Variant]:
     found = []
     for c in configs.WGMMA:
         for half, f16 in HALVES.items():
-            types = {"x_ptr": f"*{half}", "v_ptr": "*i32", "e_ptr": "*i32", "o_ptr": f"*{half}", **REST}
+            types = {
+                "x_ptr": f"*{half}",
+                "v_ptr": "*i32",
+                "e_ptr": "*i32",
+                "o_ptr": f"*{half}",
+                **REST,
+            }
             arguments = {**types, "F16": f16, "WG": c.wg, "STAGES": c.stages}
-            # The ring is all of shared memory: so it starts where the kernel's descriptor says, at its first byte.
+            # The ring is all of shared memory: so it starts where the kernel's descriptor says, at
+            # its first byte.
             ring = c.stages * 128 * 64 * 2
             name = f"wgmma {half} WG{c.wg} sm_90"
-            found.append(Variant(name, "wgmma", 90, arguments, 4 * c.wg, c.registers, "HGMMA.SP", shared=ring))
+            found.append(
+                Variant(
+                    name, "wgmma", 90, arguments, 4 * c.wg, c.registers, "HGMMA.SP", shared=ring
+                )
+            )
     return found
 
 
@@ -120,11 +162,36 @@ def portable_variants(capability: int) -> list[Variant]:
     for kind in configs.DECODE:
         for half, f16 in HALVES.items():
             common = {"KIND": kind, "F16": f16, "U": configs.EXPAND_BLOCKS}
-            weight = {"v_ptr": "*i32", "e_ptr": "*i32", "s_ptr": scale_type(kind), "N": "i32", "K": "i32"}
-            gemv, expand = {"x_ptr": "*i32", "o_ptr": f"*{half}", **weight}, {"o_ptr": "*i32", **weight}
-            found.append(Variant(f"gemv {kind} {half} sm_{capability}", "gemv", capability, {**gemv, **common}, 4, 128))
+            weight = {
+                "v_ptr": "*i32",
+                "e_ptr": "*i32",
+                "s_ptr": scale_type(kind),
+                "N": "i32",
+                "K": "i32",
+            }
+            gemv, expand = (
+                {"x_ptr": "*i32", "o_ptr": f"*{half}", **weight},
+                {"o_ptr": "*i32", **weight},
+            )
             found.append(
-                Variant(f"expand {kind} {half} sm_{capability}", "expand", capability, {**expand, **common}, 4, 128)
+                Variant(
+                    f"gemv {kind} {half} sm_{capability}",
+                    "gemv",
+                    capability,
+                    {**gemv, **common},
+                    4,
+                    128,
+                )
+            )
+            found.append(
+                Variant(
+                    f"expand {kind} {half} sm_{capability}",
+                    "expand",
+                    capability,
+                    {**expand, **common},
+                    4,
+                    128,
+                )
             )
     combine = {
         "p_ptr": "*fp32",
@@ -148,7 +215,14 @@ def starved() -> Variant:
     """A variant that cannot but spill: what is asserted of the others must fail for it."""
     heavy = max(decode_variants(90), key=lambda v: v.registers)
     return Variant(
-        "starved of registers", heavy.kernel, 90, heavy.arguments, heavy.warps, 255, "HMMA.SP", options={"maxnreg": 40}
+        "starved of registers",
+        heavy.kernel,
+        90,
+        heavy.arguments,
+        heavy.warps,
+        255,
+        "HMMA.SP",
+        options={"maxnreg": 40},
     )
 
 
@@ -216,7 +290,9 @@ def facts(kernel: Any) -> dict[str, Any]:
         "registers": registers,
         "stack": stack + local,
         "spills": sum(op.split(".")[0] in ("LDL", "STL") for op in opcodes),
-        "sparse": sorted({re.match(r"H\w*MMA\.SP", op).group() for op in opcodes if re.match(r"H\w*MMA\.SP", op)}),  # type: ignore[union-attr]
+        "sparse": sorted(
+            {re.match(r"H\w*MMA\.SP", op).group() for op in opcodes if re.match(r"H\w*MMA\.SP", op)}
+        ),  # type: ignore[union-attr]
         "instructions": len(opcodes),
         "shared": kernel.metadata.shared,
         "unguarded": unguarded(kernel.asm["ptx"]),
@@ -224,14 +300,17 @@ def facts(kernel: Any) -> dict[str, Any]:
 
 
 def unguarded(ptx: str) -> int:
-    """Accesses to shared memory between a wait for copies and its barrier: another warp may still copy or read."""
+    """Accesses to shared memory between a wait for copies and its barrier: another warp may still
+    copy or read."""
     waited, found = False, 0
     for line in ptx.splitlines():
         if "cp.async.wait_group" in line:
             waited = True
         elif "bar.sync" in line or "barrier.sync" in line:
             waited = False
-        elif waited and re.search(r"\b(ld\.shared|ldmatrix|wgmma\.mma_async|cp\.async\.c[ag])", line):
+        elif waited and re.search(
+            r"\b(ld\.shared|ldmatrix|wgmma\.mma_async|cp\.async\.c[ag])", line
+        ):
             found += 1
     return found
 
@@ -248,8 +327,12 @@ def main() -> None:
     start = time.perf_counter()
     with ProcessPoolExecutor(options.workers) as pool:
         launches, descriptors = pool.submit(launched, 90), pool.submit(descriptor_words)
-        found = dict(zip((v.name for v in todo), pool.map(compiled, todo, chunksize=4), strict=True))
-    wanted = {v.name: {key: value for key, value in asdict(v).items() if key != "arguments"} for v in todo}
+        found = dict(
+            zip((v.name for v in todo), pool.map(compiled, todo, chunksize=4), strict=True)
+        )
+    wanted = {
+        v.name: {key: value for key, value in asdict(v).items() if key != "arguments"} for v in todo
+    }
     report = {
         "triton": triton.__version__,
         "launches": launches.result(),

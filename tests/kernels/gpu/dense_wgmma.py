@@ -1,6 +1,7 @@
 """A dense warpgroup product by Gluon's own operation on the tile of x that our sparse one reads.
 
-It shows the descriptor that Triton writes for a K-major tile [128, 64] of 16-bit floats, 128-byte swizzle.
+It shows the descriptor that Triton writes for a K-major tile [128, 64] of 16-bit floats, 128-byte
+swizzle.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ def descriptor_words() -> list[int]:
     signature = {"x_ptr": "*bf16", "w_ptr": "*bf16", "o_ptr": "*fp32", "L": "constexpr"}
     layout = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-    source = GluonASTSource(fn=product, signature=signature, constexprs={"L": layout}, attrs=aligned)
-    ptx = triton_compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    source = GluonASTSource(
+        fn=product, signature=signature, constexprs={"L": layout}, attrs=aligned
+    )
+    ptx = triton_compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm[
+        "ptx"
+    ]
     found = re.findall(r"(?:or|add)\.[bs]64\s+%rd\d+, %rd\d+, (-?\d+);", ptx)
     return sorted({int(value) & (2**64 - 1) for value in found})

@@ -1,7 +1,8 @@
 """The kernels of the sparse tensor cores on CPU: pack, launch under the stand-in, compare.
 
-Used by the properties and by the planted faults.  Each function says whether the product was right; a kernel that reads
-or writes outside its tensors, or breaks the instruction's rules, raises AssertionError.
+Used by the properties and by the planted faults.  Each function says whether the product was right;
+a kernel that reads or writes outside its tensors, or breaks the instruction's rules, raises
+AssertionError.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ EMPTY = torch.zeros(1, dtype=torch.int32)
 
 @dataclass(frozen=True)
 class Case:
-    """A product to check: x [b, k] of `dtype` times a weight [n, k] of `kind`, K split `splits` ways."""
+    """A product to check: x [b, k] of `dtype` times a weight [n, k] of `kind`, K split `splits`
+    ways."""
 
     n: int
     k: int
@@ -39,18 +41,29 @@ class Case:
 
 
 def prepare(case: Case) -> tuple[Tensor, Fragments, Callable[[Tensor], bool]]:
-    """x [b, padded k], the weight in fragment order, and what says whether an output [.., b, n] is their product."""
+    """x [b, padded k], the weight in fragment order, and what says whether an output [.., b, n] is
+    their product."""
     generator = torch.Generator().manual_seed(case.seed)
     packed = random_packed(case.n, case.k, case.kind, generator)
     x = torch.randn(case.b, case.k, generator=generator).to(case.x_dtype)
     weight = pack_fragments(packed)
     padded = F.pad(x, (0, weight.padded_columns - case.k))
     reference = exact(x, packed)
-    return padded, weight, lambda out: close(out.sum(0) if out.ndim == 3 else out, reference, x, packed)
+    return (
+        padded,
+        weight,
+        lambda out: close(out.sum(0) if out.ndim == 3 else out, reference, x, packed),
+    )
 
 
 def launch(
-    case: Case, kernels: Kernels, kernel: Any, grid: tuple[int, ...], x: Tensor, weight: Fragments, rest: dict[str, Any]
+    case: Case,
+    kernels: Kernels,
+    kernel: Any,
+    grid: tuple[int, ...],
+    x: Tensor,
+    weight: Fragments,
+    rest: dict[str, Any],
 ) -> Tensor:
     """Planes [splits, b, n] of the output, NaN before the kernel writes them."""
     dtype = x.dtype if case.splits == 1 else torch.float32
@@ -63,7 +76,9 @@ def launch(
     return out
 
 
-def decode(case: Case, kernels: Kernels, p: int = 1, mt: int = 1, warps: int = 2, early: bool = False) -> bool:
+def decode(
+    case: Case, kernels: Kernels, p: int = 1, mt: int = 1, warps: int = 2, early: bool = False
+) -> bool:
     nt = 1 if case.b <= 8 else 2
     x, weight, check = prepare(case)
     grid = (-(-case.n // (16 * mt)), case.splits)
@@ -72,9 +87,16 @@ def decode(case: Case, kernels: Kernels, p: int = 1, mt: int = 1, warps: int = 2
 
 
 def gemm(
-    case: Case, kernels: Kernels, mt: int = 1, nt: int = 1, wm: int = 1, wn: int = 1, ku: int = 1, stages: int = 3,
+    case: Case,
+    kernels: Kernels,
+    mt: int = 1,
+    nt: int = 1,
+    wm: int = 1,
+    wn: int = 1,
+    ku: int = 1,
+    stages: int = 3,
     early: bool = False,
-) -> bool:  # fmt: skip
+) -> bool:
     x, weight, check = prepare(case)
     grid = (-(-case.n // (16 * mt * wm)), -(-case.b // (8 * nt * wn)), case.splits)
     shape = {"MT": mt, "NT": nt, "WM": wm, "WN": wn, "KU": ku, "STAGES": stages, "early": early}

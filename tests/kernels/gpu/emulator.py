@@ -1,12 +1,16 @@
-"""The sparse tensor-core instruction as arithmetic, and an interpreter of the PTX that the kernels' assembly uses.
+"""The sparse tensor-core instruction as arithmetic, and an interpreter of the PTX that the kernels'
+assembly uses.
 
-Arrays hold a register of every lane: uint32 [..., 32].  Lane = 4 * g + t.  Facts of mma.sp.m16n8k32 (PTX ISA), checked
-against the metadata that torch's converter for CUTLASS writes (test_emulator.py):
+Arrays hold a register of every lane: uint32 [..., 32].  Lane = 4 * g + t.  Facts of mma.sp.m16n8k32
+(PTX ISA), checked against the metadata that torch's converter for CUTLASS writes
+(test_emulator.py):
 
-* a, register r: row g + 8 * (r & 1), kept values 2 * (4 * (r >> 1) + t) and the next; low half first;
+* a, register r: row g + 8 * (r & 1), kept values 2 * (4 * (r >> 1) + t) and the next; low half
+    first;
 * b, register r: rows 8 * r + 2 * t and the next, column g;
 * c and d, register r: row g + 8 * (r >> 1), column 2 * t + (r & 1);
-* e of lanes t = 2 * selector + h: bits 0-15 row g, 16-31 row g + 8, columns 16 * h .. 16 * h + 15; codes i0 | i1 << 2,
+* e of lanes t = 2 * selector + h: bits 0-15 row g, 16-31 row g + 8, columns 16 * h .. 16 * h + 15;
+codes i0 | i1 << 2,
   where i0 < i1 or the result is undefined.
 """
 
@@ -70,9 +74,15 @@ def expand_a(a: Array, e: Array, selector: int, element: str) -> Array:
     """Dense [..., 16, 32] of the registers a [..., 32, 4] and the index words e [..., 32]."""
     kept = np.zeros((*a.shape[:-2], 16, 16))
     kept[..., A_ROW, A_COL] = halves(a, element)
-    lanes = e[..., selector == (T // 2)].reshape(*e.shape[:-1], 8, 2).astype(np.uint32)  # [..., g, h]
-    fields = (lanes[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15  # [..., g, h, row half and group]
-    codes = np.moveaxis(fields.reshape(*fields.shape[:-1], 2, 4), -2, -4)  # [..., row half, g, h, group]
+    lanes = (
+        e[..., selector == (T // 2)].reshape(*e.shape[:-1], 8, 2).astype(np.uint32)
+    )  # [..., g, h]
+    fields = (
+        lanes[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)
+    ) & 15  # [..., g, h, row half and group]
+    codes = np.moveaxis(
+        fields.reshape(*fields.shape[:-1], 2, 4), -2, -4
+    )  # [..., row half, g, h, group]
     codes = codes.reshape(*codes.shape[:-4], 16, 8)
     first, second = (codes & 3).astype(np.int64), (codes >> 2).astype(np.int64)
     assert (first < second).all(), "an index word is not ordered: undefined on hardware"
@@ -84,7 +94,8 @@ def expand_a(a: Array, e: Array, selector: int, element: str) -> Array:
 
 
 def mma_sp(a: Array, b: Array, c: Array, e: Array, selector: int, element: str = "bf16") -> Array:
-    """d float32 [..., 32, 4] of a, b uint32 [..., 32, 4], c float32 [..., 32, 4] and index words e uint32 [..., 32]."""
+    """d float32 [..., 32, 4] of a, b uint32 [..., 32, 4], c float32 [..., 32, 4] and index words e
+    uint32 [..., 32]."""
     right = np.zeros((*b.shape[:-2], 32, 8))
     right[..., B_ROW, B_COL] = halves(b, element)
     total = expand_a(a, e, selector, element) @ right
@@ -92,20 +103,24 @@ def mma_sp(a: Array, b: Array, c: Array, e: Array, selector: int, element: str =
 
 
 def shared_fragments(memory: Array, base: int, descriptor: int, columns: int) -> Array:
-    """b uint32 [columns / 8, 32, 4] of the K-major tile [columns, 32] of 16-bit floats that a descriptor points to."""
+    """b uint32 [columns / 8, 32, 4] of the K-major tile [columns, 32] of 16-bit floats that a
+    descriptor points to."""
     start, stride = (descriptor & 0x3FFF) << 4, ((descriptor >> 32) & 0x3FFF) << 4
     assert descriptor >> 62 == SWIZZLE_128, "only the 128-byte swizzle is modelled"
     n = 8 * np.arange(columns // 8)[:, None, None, None] + B_COL
     address = start + n // 8 * stride + n % 8 * 128 + 2 * B_ROW
     address ^= ((address >> 7) & 7) << 4
     address -= base
-    assert address.min() >= 0 and address.max() < memory.size, "a descriptor that points outside shared memory"
+    assert address.min() >= 0 and address.max() < memory.size, (
+        "a descriptor that points outside shared memory"
+    )
     elements = memory.view(np.uint16)[address // 2]
     return join(elements[..., 0], elements[..., 1])
 
 
 class Ptx:
-    """Runs inline assembly on whole arrays: `operands` are the registers $0, $1, ... as arrays [..., 32].
+    """Runs inline assembly on whole arrays: `operands` are the registers $0, $1, ... as arrays
+    [..., 32].
 
     `memory` is shared memory in bytes, at address `base` (the symbol global_smem).
     """
@@ -124,7 +139,9 @@ class Ptx:
             opcode, _, rest = statement.partition(" ")
             if opcode == ".reg":
                 continue
-            names = [name.strip() for name in re.findall(r"\{[^}]*\}|[^,{}]+", rest) if name.strip()]
+            names = [
+                name.strip() for name in re.findall(r"\{[^}]*\}|[^,{}]+", rest) if name.strip()
+            ]
             handler = next((f for prefix, f in HANDLERS.items() if opcode.startswith(prefix)), None)
             assert handler is not None, f"the emulator does not know {opcode}"
             handler(self, opcode, names)
@@ -178,9 +195,13 @@ def _logic3(ptx: Ptx, opcode: str, names: list[str]) -> None:
 def _binary(function: Callable[[Array, Array], Array]) -> Callable[[Ptx, str, list[str]], None]:
     def run(ptx: Ptx, opcode: str, names: list[str]) -> None:
         if opcode.endswith("f32"):
-            ptx.registers[names[0]] = function(*(ptx.words(n).view(np.float32) for n in names[1:3])).view(np.uint32)
+            ptx.registers[names[0]] = function(
+                *(ptx.words(n).view(np.float32) for n in names[1:3])
+            ).view(np.uint32)
         elif opcode.endswith("64"):
-            ptx.registers[names[0]] = function(*(np.asarray(ptx[n]).astype(np.uint64) for n in names[1:3]))
+            ptx.registers[names[0]] = function(
+                *(np.asarray(ptx[n]).astype(np.uint64) for n in names[1:3])
+            )
         else:
             ptx.registers[names[0]] = function(*(ptx.words(n) for n in names[1:3]))
 
@@ -208,20 +229,25 @@ def _stack(ptx: Ptx, name: str) -> Array:
 def _mma(ptx: Ptx, opcode: str, names: list[str]) -> None:
     assert "ordered_metadata" in opcode and "m16n8k32.row.col" in opcode, opcode
     a, b, c = (_stack(ptx, name) for name in names[1:4])
-    d = mma_sp(a, b, c.view(np.float32), ptx.words(names[4]), int(names[5], 0), opcode.split(".")[-2])
+    d = mma_sp(
+        a, b, c.view(np.float32), ptx.words(names[4]), int(names[5], 0), opcode.split(".")[-2]
+    )
     for register, name in enumerate(ptx.group(names[0])):
         ptx.registers[name] = d[..., register].view(np.uint32)
 
 
 def _wgmma(ptx: Ptx, opcode: str, names: list[str]) -> None:
-    """wgmma.mma_async.sp {d}, {a}, descriptor, e, selector, keep d, scale a, scale b, transpose b"""
+    """wgmma.mma_async.sp {d}, {a}, descriptor, e, selector, keep d, scale a, scale b, transpose
+    b"""
     assert ptx.memory is not None and "fence" in ptx.pending, "no fence before wgmma"
     assert [int(name, 0) for name in names[6:]] == [1, 1, 0], names[6:]
     outs, a, e = ptx.group(names[0]), _stack(ptx, names[1]), ptx.words(names[3])
     descriptors = np.unique(ptx[names[2]])
     assert len(descriptors) == 1, "the lanes of a warpgroup disagree on the descriptor"
     b = shared_fragments(ptx.memory, ptx.base, int(descriptors[0]), 2 * len(outs))
-    c = np.stack([ptx.words(name) for name in outs], -1).view(np.float32)  # [..., 32, 4 a tile of 8 columns]
+    c = np.stack([ptx.words(name) for name in outs], -1).view(
+        np.float32
+    )  # [..., 32, 4 a tile of 8 columns]
     c = np.moveaxis(c.reshape(*c.shape[:-1], -1, 4), -2, -3)  # [..., tiles, 32, 4]
     dense = expand_a(a, e, int(names[4]), opcode.split(".")[-1])[..., None, :, :]
     right = np.zeros((b.shape[0], 32, 8))

@@ -1,10 +1,13 @@
-"""A numpy stand-in for Triton's Gluon language: the kernels' own source runs on CPU, one program after the other.
+"""A numpy stand-in for Triton's Gluon language: the kernels' own source runs on CPU, one program
+after the other.
 
-Every tensor is the whole block as a numpy array with the integer widths of the device (int32 arithmetic wraps); layouts
-are ignored: they are proved where the kernels are compiled (`assert_trivial`).  Inline assembly goes to the emulator.
-Shared memory is one array of bytes, poisoned; an element's place follows its layout's swizzle.  Asynchronous copies
-land either as late as allowed, when a wait retires their group, or as early as possible, at once: the first shows a
-missing wait, the second a stage that is overwritten while it is still read.
+Every tensor is the whole block as a numpy array with the integer widths of the device (int32
+arithmetic wraps); layouts
+are ignored: they are proved where the kernels are compiled (`assert_trivial`).  Inline assembly
+goes to the emulator. Shared memory is one array of bytes, poisoned; an element's place follows its
+layout's swizzle.  Asynchronous copies land either as late as allowed, when a wait retires their
+group, or as early as possible, at once: the first shows a missing wait, the second a stage that is
+    overwritten while it is still read.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ POISON = 0x7F  # 0x7F7F: bf16 3.4e38, fp16 NaN; 0x7F7F7F7F: not an ordered index
 class Tensor(np.ndarray):  # type: ignore[type-arg]
     """A block's tensor.  bf16 tensors hold their bits as uint16 and are only stored."""
 
-    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Tensor:
+    def __array_wrap__(
+        self, array: Any, context: Any = None, return_scalar: bool = False
+    ) -> Tensor:
         return np.asarray(array).view(Tensor)
 
     def to(self, dtype: DType, bitcast: bool = False) -> Tensor:
@@ -76,7 +81,11 @@ class Pointer:
         return cls(array.view(DTYPES[tensor.dtype].numpy), DTYPES[tensor.dtype])
 
     def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.buffer, self.dtype, np.asarray(self.offset, np.int64) + np.asarray(offset, np.int64))
+        return Pointer(
+            self.buffer,
+            self.dtype,
+            np.asarray(self.offset, np.int64) + np.asarray(offset, np.int64),
+        )
 
 
 class Shared:
@@ -90,8 +99,12 @@ class Shared:
         return Shared(self.program, self.addresses[int(i)], self.dtype)
 
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
-        assert start >= 0 and start + length <= self.addresses.shape[dim], "a slice outside the buffer"
-        return Shared(self.program, np.take(self.addresses, range(start, start + length), dim), self.dtype)
+        assert start >= 0 and start + length <= self.addresses.shape[dim], (
+            "a slice outside the buffer"
+        )
+        return Shared(
+            self.program, np.take(self.addresses, range(start, start + length), dim), self.dtype
+        )
 
     @property
     def places(self) -> Any:
@@ -118,7 +131,9 @@ class Program:
         size = np.dtype(dtype.numpy).itemsize
         addresses = np.arange(int(np.prod(shape))).reshape(shape) * size
         if getattr(layout, "name", "") == "NVMMASharedLayout":
-            assert layout.args[0] == 128 and shape[-1] * size == 128, "only rows of 128 bytes are modelled"
+            assert layout.args[0] == 128 and shape[-1] * size == 128, (
+                "only rows of 128 bytes are modelled"
+            )
             addresses ^= ((addresses >> 7) & 7) << 4
         start, self.used = self.used, -(-(self.used + addresses.size * size) // 1024) * 1024
         assert self.used <= SHARED_BYTES, f"{self.used} bytes of shared memory"
@@ -126,7 +141,9 @@ class Program:
 
     def copy(self, target: Shared, source: Pointer, mask: Any = None, **_: Any) -> None:
         values = load(source, mask)  # what is masked arrives as zeros
-        assert values.shape == target.addresses.shape, f"copy of {values.shape} to {target.addresses.shape}"
+        assert values.shape == target.addresses.shape, (
+            f"copy of {values.shape} to {target.addresses.shape}"
+        )
         if self.early:
             target.store(values)
         else:
@@ -156,15 +173,20 @@ def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
 
 
 def store(pointer: Pointer, values: Any, mask: Any = None) -> None:
-    offset, values, where = np.broadcast_arrays(pointer.offset, np.asarray(values), True if mask is None else mask)
+    offset, values, where = np.broadcast_arrays(
+        pointer.offset, np.asarray(values), True if mask is None else mask
+    )
     offset, values = offset[where], values[where]
     assert ((offset >= 0) & (offset < pointer.buffer.size)).all(), "a store outside its tensor"
     assert len(np.unique(offset)) == len(offset), "two lanes store to one address"
     pointer.buffer[offset] = values
 
 
-def assembly(program: Program, text: str, constraints: str, args: list[Any], dtype: Any, pack: int) -> Any:
-    """inline_asm_elementwise: `pack` elements of a lane's registers are the operands of one run of the text."""
+def assembly(
+    program: Program, text: str, constraints: str, args: list[Any], dtype: Any, pack: int
+) -> Any:
+    """inline_asm_elementwise: `pack` elements of a lane's registers are the operands of one run of
+    the text."""
     shape = np.broadcast_shapes(*(np.shape(arg) for arg in args))
     grouped = [registers_last(np.broadcast_to(arg, shape), pack) for arg in args]
     n_out = sum(part.strip().startswith("=") for part in constraints.split(","))
@@ -173,7 +195,9 @@ def assembly(program: Program, text: str, constraints: str, args: list[Any], dty
         for j in range(pack):
             bits = np.ascontiguousarray(array[..., j])
             operands[f"${n_out + i * pack + j}"] = bits.view(np.uint32)
-    assert len(operands) + n_out == n_all, f"{n_all} constraints for {len(operands) + n_out} operands"
+    assert len(operands) + n_out == n_all, (
+        f"{n_all} constraints for {len(operands) + n_out} operands"
+    )
     for i, part in enumerate(constraints.split(",")):
         if part.isdigit():  # an input in the place of that output
             operands[f"${part}"] = operands[f"${i}"]
@@ -198,7 +222,9 @@ def registers_last(array: Any, pack: int) -> Any:
 def registers_back(array: Any, shape: tuple[int, ...], pack: int) -> Any:
     if pack in (1, shape[-1]):
         return np.ascontiguousarray(array if pack > 1 else array[..., 0])
-    return np.ascontiguousarray(np.moveaxis(array.reshape(shape[0], shape[2], shape[1], shape[3]), 2, 1))
+    return np.ascontiguousarray(
+        np.moveaxis(array.reshape(shape[0], shape[2], shape[1], shape[3]), 2, 1)
+    )
 
 
 class Machine:
@@ -213,13 +239,24 @@ class Machine:
         )
         hopper = SimpleNamespace(fence_async_shared=lambda: None, async_copy=copies)
         nvidia = SimpleNamespace(ampere=SimpleNamespace(async_copy=copies), hopper=hopper)
-        gluon = SimpleNamespace(jit=lambda f: f, language=SimpleNamespace(**self.language(), nvidia=nvidia))
+        gluon = SimpleNamespace(
+            jit=lambda f: f, language=SimpleNamespace(**self.language(), nvidia=nvidia)
+        )
         self.triton = SimpleNamespace(experimental=SimpleNamespace(gluon=gluon))
 
     def language(self) -> dict[str, Any]:
         tensor = lambda value: np.asarray(value).view(Tensor)  # noqa: E731
-        names = "SliceLayout DistributedLinearLayout BlockedLayout SwizzledSharedLayout NVMMASharedLayout".split()
-        dtypes = {"int16": np.int16, "int32": np.int32, "int64": np.int64, "float16": np.float16, "float32": np.float32}
+        names = (
+            "SliceLayout DistributedLinearLayout BlockedLayout SwizzledSharedLayout "
+            "NVMMASharedLayout"
+        ).split()
+        dtypes = {
+            "int16": np.int16,
+            "int32": np.int32,
+            "int64": np.int64,
+            "float16": np.float16,
+            "float32": np.float32,
+        }
         wide = lambda v, axis: np.sum(np.asarray(v, np.float64), axis).astype(np.float32)  # noqa: E731
         return {
             **{name: type(name, (Layout,), {}) for name in names},
@@ -250,10 +287,14 @@ class Machine:
     def static_assert(condition: bool, text: str) -> None:
         assert condition, text
 
-    def assembly(self, text: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack: int) -> Any:
+    def assembly(
+        self, text: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack: int
+    ) -> Any:
         return assembly(self.program, text, constraints, args, dtype, pack)
 
-    def launch(self, kernel: Kernel, grid: Iterable[int], *args: Any, early: bool = False, **kw: Any) -> None:
+    def launch(
+        self, kernel: Kernel, grid: Iterable[int], *args: Any, early: bool = False, **kw: Any
+    ) -> None:
         sizes = (*grid, 1, 1)[:3]
         arguments = [Pointer.of(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
         for place in np.ndindex(*sizes):
@@ -275,14 +316,21 @@ class Kernels:
             source = (FOLDER / f"{name}.py").read_text()
             for module, old, new in self.edits:
                 if module == name:
-                    assert source.count(old), f"{name}.py has no {old!r}: the planted fault is out of date"
+                    assert source.count(old), (
+                        f"{name}.py has no {old!r}: the planted fault is out of date"
+                    )
                     source = source.replace(old, new)
-            space: dict[str, Any] = {"__name__": name, "__builtins__": {**vars(builtins), "__import__": self.find}}
+            space: dict[str, Any] = {
+                "__name__": name,
+                "__builtins__": {**vars(builtins), "__import__": self.find},
+            }
             exec(compile(source, str(FOLDER / f"{name}.py"), "exec"), space)
             self.loaded[name] = SimpleNamespace(**space)
         return self.loaded[name]
 
-    def find(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+    def find(
+        self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
+    ) -> Any:
         if name.startswith(PACKAGE):
             return getattr(self, name.removeprefix(PACKAGE))
         if name.split(".")[0] != "triton":

@@ -1,7 +1,9 @@
-"""The plain-Triton kernels in Triton's interpreter: test_portable.py runs this in a process with TRITON_INTERPRET=1.
+"""The plain-Triton kernels in Triton's interpreter: test_portable.py runs this in a process with
+TRITON_INTERPRET=1.
 
-The interpreter is silently wrong on bf16 arithmetic and truncates where it should round; so results are compared with
-the exact product within the tolerance of their type, and dense weights bit for bit.
+The interpreter is silently wrong on bf16 arithmetic and truncates where it should round; so results
+are compared with the exact product within the tolerance of their type, and dense weights bit for
+bit.
 """
 
 from __future__ import annotations
@@ -29,7 +31,15 @@ KIND, HALF = st.sampled_from(KINDS), st.sampled_from([torch.bfloat16, torch.floa
 
 
 def gemv(
-    kernels: ModuleType, n: int, k: int, b: int, kind: str, half: torch.dtype, u: int, wide: bool, seed: int
+    kernels: ModuleType,
+    n: int,
+    k: int,
+    b: int,
+    kind: str,
+    half: torch.dtype,
+    u: int,
+    wide: bool,
+    seed: int,
 ) -> bool:
     generator = torch.Generator().manual_seed(seed)
     packed = random_packed(n, k, kind, generator)
@@ -37,26 +47,50 @@ def gemv(
     x = torch.randn(b, k, generator=generator).to(FLOATS.get(kind, half))
     padded = F.pad(x, (0, weight.padded_columns - k))
     out = torch.full((b, n), float("nan"), dtype=torch.float32 if wide else x.dtype)
-    tensors = (padded.view(torch.int32), weight.values, weight.indices, EMPTY if weight.scale is None else weight.scale)
+    tensors = (
+        padded.view(torch.int32),
+        weight.values,
+        weight.indices,
+        EMPTY if weight.scale is None else weight.scale,
+    )
     options = {"KIND": "float" if kind in FLOATS else kind, "F16": x.dtype == torch.float16, "U": u}
     kernels.gemv[(len(weight.values), b)](*tensors, out, n, weight.padded_columns, **options)
     return close(out, exact(x, packed), x, packed)
 
 
-def expand(kernels: ModuleType, n: int, k: int, kind: str, half: torch.dtype, u: int, seed: int) -> bool:
+def expand(
+    kernels: ModuleType, n: int, k: int, kind: str, half: torch.dtype, u: int, seed: int
+) -> bool:
     packed = random_packed(n, k, kind, torch.Generator().manual_seed(seed))
     weight, dtype = pack_fragments(packed), FLOATS.get(kind, half)
     columns = weight.padded_columns
     out = torch.full((n, columns), float("nan"), dtype=dtype)
-    tensors = (weight.values, weight.indices, EMPTY if weight.scale is None else weight.scale, out.view(torch.int32))
+    tensors = (
+        weight.values,
+        weight.indices,
+        EMPTY if weight.scale is None else weight.scale,
+        out.view(torch.int32),
+    )
     options = {"KIND": "float" if kind in FLOATS else kind, "F16": dtype == torch.float16, "U": u}
     kernels.expand[(len(weight.values), -(-columns // (64 * u)))](*tensors, n, columns, **options)
-    return torch.equal(out[:, :k], packed.dense(torch.float32).to(dtype)) and not out[:, k:].any()
+    return (
+        torch.equal(out[:, :k], packed.to_dense(torch.float32).to(dtype)) and not out[:, k:].any()
+    )
 
 
 @MODEST
-@given(SHAPE, st.integers(1, 3), KIND, HALF, st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 2**31))
-def test_gemv(shape: tuple[int, int], b: int, kind: str, half: torch.dtype, u: int, wide: bool, seed: int) -> None:
+@given(
+    SHAPE,
+    st.integers(1, 3),
+    KIND,
+    HALF,
+    st.sampled_from([1, 2, 4]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_gemv(
+    shape: tuple[int, int], b: int, kind: str, half: torch.dtype, u: int, wide: bool, seed: int
+) -> None:
     assert gemv(portable, *shape, b, kind, half, u, wide, seed)
 
 
@@ -82,8 +116,12 @@ FAULTS = {
 
 def all_kinds(kernels: ModuleType) -> bool:
     half = torch.bfloat16
-    products = (gemv(kernels, 33, 320, 2, kind, half, 2, False, 5) for kind in ("bfloat16", "int8", "int4"))
-    return all(products) and all(expand(kernels, 33, 320, kind, half, 4, 5) for kind in ("bfloat16", "int8", "int4"))
+    products = (
+        gemv(kernels, 33, 320, 2, kind, half, 2, False, 5) for kind in ("bfloat16", "int8", "int4")
+    )
+    return all(products) and all(
+        expand(kernels, 33, 320, kind, half, 4, 5) for kind in ("bfloat16", "int8", "int4")
+    )
 
 
 def loaded(source: str, folder: Path) -> ModuleType:

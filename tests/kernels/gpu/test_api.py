@@ -1,4 +1,5 @@
-"""What `linear_24_fragment` refuses, and the op on CPU.  Launches: interpreted_api.py; on a GPU, test_hardware.py."""
+"""What `linear_24_fragment` refuses, and the op on CPU.  Launches: interpreted_api.py; on a GPU,
+test_hardware.py."""
 
 from __future__ import annotations
 
@@ -26,11 +27,21 @@ PLAIN, INT8 = (pack_fragments(health.random_weight(40, 128, kind)) for kind in (
         ({"n": 60}, "n is 60, the weight has 3 x 16 rows"),
         ({"bias": torch.zeros(40)}, "bias is not"),
         ({"values": PLAIN.values.to("meta")}, "another operand is not"),
-        ({"values": PLAIN.values.transpose(2, 3).contiguous().transpose(2, 3)}, "must be contiguous"),
+        (
+            {"values": PLAIN.values.transpose(2, 3).contiguous().transpose(2, 3)},
+            "must be contiguous",
+        ),
     ],
 )
 def test_operands_that_disagree_are_refused(change: dict[str, Any], text: str) -> None:
-    given = {"x": X, "values": PLAIN.values, "indices": PLAIN.indices, "scale": None, "bias": None, "kind": "bfloat16"}
+    given = {
+        "x": X,
+        "values": PLAIN.values,
+        "indices": PLAIN.indices,
+        "scale": None,
+        "bias": None,
+        "kind": "bfloat16",
+    }
     with pytest.raises(ValueError, match=f"linear_24_fragment.*{text}"):
         api.linear_24_fragment(**{**given, "n": 40, **change})
 
@@ -46,17 +57,21 @@ def test_the_op_on_cpu_gives_the_same_product(kind: str) -> None:
     weight = pack_fragments(packed)
     dtype = torch.float16 if kind == "float16" else torch.bfloat16
     x = torch.randn(3, 132).to(dtype)
-    y = torch.ops.secateur.linear_24_fragment(x, weight.values, weight.indices, weight.scale, None, kind, 40)
-    assert health.difference(y, x, packed) == ""
+    y = torch.ops.secateur.linear_24_fragment(
+        x, weight.values, weight.indices, weight.scale, None, kind, 40
+    )
+    assert health.describe_difference(y, x, packed) == ""
 
 
 def test_a_wrong_product_is_described() -> None:
     packed = health.random_weight(8, 64, "bfloat16")
     x = torch.randn(2, 64).bfloat16()
-    y = (x.float() @ packed.dense(torch.float32).T).bfloat16()
-    assert health.difference(y, x, packed) == ""
+    y = (x.float() @ packed.to_dense(torch.float32).T).bfloat16()
+    assert health.describe_difference(y, x, packed) == ""
     y[1, 3] = float("nan")
-    assert health.difference(y, x, packed).startswith("1 of 16 results are wrong, y[1, 3] is nan")
+    assert health.describe_difference(y, x, packed).startswith(
+        "1 of 16 results are wrong, y[1, 3] is nan"
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,5 +86,7 @@ def test_a_wrong_product_is_described() -> None:
     ],
 )
 def test_which_chip_a_kernel_is_for(backend: str, kind: str, capability: int, text: str) -> None:
-    assert text in health.unfit(backend, kind, health.Chip("chip", capability, 1))
-    assert bool(text) == bool(health.unfit(backend, kind, health.Chip("chip", capability, 1)))
+    assert text in health.explain_unfit(backend, kind, health.Chip("chip", capability, 1))
+    assert bool(text) == bool(
+        health.explain_unfit(backend, kind, health.Chip("chip", capability, 1))
+    )

@@ -12,7 +12,7 @@ import torch
 from versions import ROOT
 
 from secateur.kernels.sparse24.gpu import configs
-from secateur.kernels.sparse24.gpu.configs import Choice
+from secateur.kernels.sparse24.gpu.configs import KernelChoice
 
 PROGRAM = ROOT / "benchmarks" / "kernels_gpu.py"
 
@@ -40,21 +40,33 @@ def test_the_plan_is_printed_without_a_gpu(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_without_a_gpu_nothing_is_measured(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_nothing_is_measured(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["kernels_gpu.py"])
     assert benchmark.main() == 2
 
 
-def row(benchmark: ModuleType, kind: str, backend: str, samples: list[float], **rest: object) -> object:
+def row(
+    benchmark: ModuleType, kind: str, backend: str, samples: list[float], **rest: object
+) -> object:
     return benchmark.Row("down", 4096, 14336, 8, kind, backend, samples=samples, **rest)
 
 
-def test_a_wrong_kernel_is_not_timed(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "product", lambda x, *_: torch.full((len(x), 16), float("nan"), dtype=x.dtype))
+def test_a_wrong_kernel_is_not_timed(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        benchmark, "product", lambda x, *_: torch.full((len(x), 16), float("nan"), dtype=x.dtype)
+    )
     packed = benchmark.health.random_weight(16, 64, "bfloat16")
     bad = row(benchmark, "bfloat16", "decode", [])
     found = benchmark.prepare(
-        bad, Choice("decode"), torch.zeros(2, 64).bfloat16(), packed, [benchmark.pack_fragments(packed)]
+        bad,
+        KernelChoice("decode"),
+        torch.zeros(2, 64).bfloat16(),
+        packed,
+        [benchmark.pack_fragments(packed)],
     )
     assert found is None and "32 of 32 results are wrong" in bad.red  # type: ignore[attr-defined]
 
@@ -67,19 +79,27 @@ def test_speed_ups_and_the_table_of_the_best(
     fast = asdict(configs.DECODE["float"][1])
     rows = [
         row(benchmark, "dense", "cublas", [30.0, 32.0, 31.0]),
-        row(benchmark, "bfloat16", "decode", [20.0, 21.0, 22.0], config=asdict(configs.DECODE["float"][0])),
+        row(
+            benchmark,
+            "bfloat16",
+            "decode",
+            [20.0, 21.0, 22.0],
+            config=asdict(configs.DECODE["float"][0]),
+        ),
         row(benchmark, "bfloat16", "decode", [15.5, 15.0, 16.0], config=fast, splits=2),
         row(benchmark, "bfloat16", "wgmma", [], red="not right"),
     ]
     benchmark.summarise(rows, 4e12)
-    assert rows[2].speedup == 2.0 and rows[2].roofline == pytest.approx(1.125 * 4096 * 14336 / 4e12 / 15.5e-6, rel=0.01)
+    assert rows[2].speedup == 2.0 and rows[2].roofline == pytest.approx(
+        1.125 * 4096 * 14336 / 4e12 / 15.5e-6, rel=0.01
+    )
     table = tmp_path / "table.json"
     table.write_text(json.dumps(benchmark.tuned(rows, "chip")))
     monkeypatch.setenv("SECATEUR_GPU_TABLE", str(table))
     configs.load_table.cache_clear()
-    chosen = configs.choose("bfloat16", 4096, 14336, 3, "chip", 90, 132)
+    chosen = configs.choose_config("bfloat16", 4096, 14336, 3, "chip", 90, 132)
     configs.load_table.cache_clear()
-    assert chosen == Choice("decode", configs.DECODE["float"][1], 2, "measured")
+    assert chosen == KernelChoice("decode", configs.DECODE["float"][1], 2, "measured")
     facts = {"device": "chip", "torch": "t", "triton": "t", "gigabytes_per_second": 4000.0}
     text = benchmark.markdown({"machine": facts}, rows)
     assert "| 2.00 |" in text and "not right" in text

@@ -1,4 +1,5 @@
-"""The emulated instruction against torch's own metadata for it, and the unpacking assembly over every value."""
+"""The emulated instruction against torch's own metadata for it, and the unpacking assembly over
+every value."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from weights24 import random_24
 
 
 def a_registers(values: np.ndarray) -> np.ndarray:
-    """Kept 16-bit values [16, 16] of a tile as a lane's registers [32, 4], by the instruction's own index arrays."""
+    """Kept 16-bit values [16, 16] of a tile as a lane's registers [32, 4], by the instruction's own
+    index arrays."""
     picked = values[emulator.A_ROW, emulator.A_COL]
     return emulator.join(picked[..., 0], picked[..., 1])
 
@@ -36,12 +38,16 @@ def test_it_multiplies_what_torch_packs_for_cutlass(seed: int, dtype: torch.dtyp
     weight = random_24(32, 64, generator).to(dtype)
     x = torch.randn(8, 64, generator=generator).to(dtype)
     kept, metadata = sparse_semi_structured_from_dense_cutlass(weight)
-    words = metadata.reshape(-1).numpy().view(np.uint32).reshape(2, 32)  # [k tile, lane]; selector: the tile of 16 rows
+    words = (
+        metadata.reshape(-1).numpy().view(np.uint32).reshape(2, 32)
+    )  # [k tile, lane]; selector: the tile of 16 rows
     element = "bf16" if dtype == torch.bfloat16 else "f16"
     for tile in range(2):
         total = np.zeros((32, 4), np.float32)
         for k in range(2):
-            a = a_registers(bits(kept[16 * tile : 16 * tile + 16, 16 * k : 16 * k + 16].contiguous()))
+            a = a_registers(
+                bits(kept[16 * tile : 16 * tile + 16, 16 * k : 16 * k + 16].contiguous())
+            )
             b = b_registers(bits(x[:, 32 * k : 32 * k + 32].contiguous()))
             total = emulator.mma_sp(a, b, total, words[k], tile, element)
         found = np.zeros((16, 8))

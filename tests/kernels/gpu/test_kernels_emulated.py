@@ -1,4 +1,5 @@
-"""The Gluon kernels' own source under the stand-in: any shape, every kind, poisoned outputs, copies late and early."""
+"""The Gluon kernels' own source under the stand-in: any shape, every kind, poisoned outputs, copies
+late and early."""
 
 from __future__ import annotations
 
@@ -29,19 +30,39 @@ MODEST = settings(max_examples=15, deadline=None)
     st.sampled_from([1, 2]),
     st.sampled_from([1, 2]),
 )
-def test_decode(n: int, k: int, b: int, kind: str, dtype: torch.dtype, splits: int, seed: int, p: int, mt: int) -> None:
+def test_decode(
+    n: int, k: int, b: int, kind: str, dtype: torch.dtype, splits: int, seed: int, p: int, mt: int
+) -> None:
     assert decode(Case(n, k, b, kind, dtype, splits, seed), KERNELS, p=p, mt=mt)
 
 
 @MODEST
 @given(
-    ODD_N, ODD_K, st.integers(1, 40), KIND, HALF, st.integers(1, 3), SEED,
-    st.sampled_from([(1, 1, 2, 2), (2, 1, 2, 1), (1, 2, 1, 2)]), st.integers(1, 2), st.integers(2, 4), st.booleans(),
-)  # fmt: skip
+    ODD_N,
+    ODD_K,
+    st.integers(1, 40),
+    KIND,
+    HALF,
+    st.integers(1, 3),
+    SEED,
+    st.sampled_from([(1, 1, 2, 2), (2, 1, 2, 1), (1, 2, 1, 2)]),
+    st.integers(1, 2),
+    st.integers(2, 4),
+    st.booleans(),
+)
 def test_gemm(
-    n: int, k: int, b: int, kind: str, dtype: torch.dtype, splits: int, seed: int, tile: tuple[int, int, int, int],
-    ku: int, stages: int, early: bool,
-) -> None:  # fmt: skip
+    n: int,
+    k: int,
+    b: int,
+    kind: str,
+    dtype: torch.dtype,
+    splits: int,
+    seed: int,
+    tile: tuple[int, int, int, int],
+    ku: int,
+    stages: int,
+    early: bool,
+) -> None:
     case, ku = Case(n, k, b, kind, dtype, splits, seed), 1 if kind == "int4" else ku
     mt, nt, wm, wn = tile
     assert gemm(case, KERNELS, mt=mt, nt=nt, wm=wm, wn=wn, ku=ku, stages=stages, early=early)
@@ -52,7 +73,9 @@ def test_gemm(
     ODD_N, ODD_K, st.integers(1, 140), st.sampled_from(["bfloat16", "float16"]), SEED,
     st.sampled_from([1, 2]), st.integers(2, 4), st.booleans(),
 )  # fmt: skip
-def test_wgmma(n: int, k: int, b: int, kind: str, seed: int, wg: int, stages: int, early: bool) -> None:
+def test_wgmma(
+    n: int, k: int, b: int, kind: str, seed: int, wg: int, stages: int, early: bool
+) -> None:
     assert wgmma(Case(n, k, b, kind, seed=seed), KERNELS, wg=wg, stages=stages, early=early)
 
 

@@ -1,4 +1,5 @@
-"""The Triton versions to check: the installed one and, in a folder that SECATEUR_TRITON_OLD names, an older one."""
+"""The Triton versions to check: the installed one and, in a folder that SECATEUR_TRITON_OLD names,
+an older one."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ def old_folder() -> Path | None:
 VERSIONS = [
     "installed",
     pytest.param(
-        "old", marks=pytest.mark.skipif(old_folder() is None, reason="no older Triton: `make triton-old` fetches one")
+        "old",
+        marks=pytest.mark.skipif(
+            old_folder() is None, reason="no older Triton: `make triton-old` fetches one"
+        ),
     ),
 ]
 
@@ -29,5 +33,12 @@ VERSIONS = [
 def run(version: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Python in a process of its own that sees this version, and this folder's helpers."""
     folders = [str(old_folder())] * (version == "old") + [str(Path(__file__).parent)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "PYTHONSAFEPATH": "1", **environment}
-    return subprocess.run([sys.executable, "-P", *command], env=env, cwd=ROOT, capture_output=True, text=True)
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(folders),
+        "PYTHONSAFEPATH": "1",
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, "-P", *command], env=env, cwd=ROOT, capture_output=True, text=True
+    )

@@ -1,4 +1,5 @@
-"""Sizes under a shared budget: the levels, the choice, the evolution, and a run that goes on after a kill."""
+"""Sizes under a shared budget: the levels, the choice, the evolution, and a run that goes on after
+a kill."""
 
 from __future__ import annotations
 
@@ -14,14 +15,14 @@ import torch
 from secateur.graph import Program, coupled_groups, keep, verify, with_parameters
 from secateur.graph.errors import EditError
 from secateur.passes import Context, PruneWidth, Score, samples
-from secateur.passes.allocate import Allocate
-from secateur.passes.allocation.costs import KINDS, cost_of, sizes_of
-from secateur.passes.allocation.evolve import mutate
-from secateur.passes.allocation.solve import Size
-from secateur.passes.allocation.supernet import Judge, Supernet
+from secateur.passes.calibration.kl import kl
 from secateur.passes.importance import Fisher, Random, Wanda
-from secateur.passes.journal import Journal
-from secateur.passes.quality import kl
+from secateur.passes.solvers.knapsack import SizeOption
+from secateur.passes.storage.journal import Journal
+from secateur.passes.width.allocate import Allocate
+from secateur.passes.width.costs import KINDS, cost_of, sizes_of
+from secateur.passes.width.evolve import mutate_mixture
+from secateur.passes.width.supernet import Judge, Supernet
 
 DATA = torch.randint(0, 128, (6, 16), generator=torch.Generator().manual_seed(2))
 
@@ -38,7 +39,7 @@ def context_of(program: Program, **changes: Any) -> Context:
 def supernet_of(program: Program, *families: str) -> Supernet:
     groups = [g for g in coupled_groups(program) if g.family in families and g.locked is None]
     found = Supernet(program, groups, {g.name: sizes_of(g.units, 4, 1, 1) for g in groups})
-    found.fill(context_of(program), Journal(None))
+    found.make_levels(context_of(program), Journal(None))
     return found
 
 
@@ -48,14 +49,16 @@ def test_a_mixture_is_the_pruned_and_refitted_program(scored: Program, family: s
     names = list(supernet.levels)
     mixture = {names[0]: 1, names[1]: len(supernet.levels[names[1]]) - 1}
     kept = {name: supernet.levels[name][at].kept for name, at in mixture.items()}
-    columns = {p: v for name, at in mixture.items() for p, v in supernet.levels[name][at].columns.items()}
+    columns = {
+        p: v for name, at in mixture.items() for p, v in supernet.levels[name][at].columns.items()
+    }
     pruned = with_parameters(keep(scored, dict(kept)), columns)
     data = context_of(scored).data or ()
     judge = Judge(supernet, data, Context())
-    assert judge.kl(mixture).mean == pytest.approx(kl(scored, pruned, data).mean, abs=1e-4)
-    judge.advance(names[0])
-    assert judge.kl(mixture).mean == pytest.approx(kl(scored, pruned, data).mean, abs=1e-4)
-    assert judge.kl(mixture).mean > 1e-3 > judge.kl({}).mean
+    assert judge.measure_kl(mixture).mean == pytest.approx(kl(scored, pruned, data).mean, abs=1e-4)
+    judge.advance_to(names[0])
+    assert judge.measure_kl(mixture).mean == pytest.approx(kl(scored, pruned, data).mean, abs=1e-4)
+    assert judge.measure_kl(mixture).mean > 1e-3 > judge.measure_kl({}).mean
 
 
 def test_a_refit_leaves_less_error_than_the_columns_as_they_were(scored: Program) -> None:
@@ -72,17 +75,22 @@ def test_scores_that_compare_are_a_global_ranking(llama: Program) -> None:
     scored = Score(Fisher())(llama, context_of(llama))
     chosen = Allocate(ratio=0.5, damage="scores", levels=96, least=0.0)(scored)
     ranked = PruneWidth(mlp=0.5, uniform=False, normalize="none")(scored)
-    sizes = [{g.name: g.units for g in coupled_groups(p) if g.family == "mlp"} for p in (chosen, ranked)]
+    sizes = [
+        {g.name: g.units for g in coupled_groups(p) if g.family == "mlp"} for p in (chosen, ranked)
+    ]
     assert sizes[0] == sizes[1] and len(set(sizes[0].values())) > 1
 
 
 @pytest.mark.parametrize("damage", ["error", "kl"])
 def test_the_budget_is_kept_and_layers_differ(scored: Program, damage: Any) -> None:
-    pruned = Allocate(ratio=0.4, families=("mlp", "kv_heads"), damage=damage, levels=6)(scored, context_of(scored))
+    pruned = Allocate(ratio=0.4, families=("mlp", "kv_heads"), damage=damage, levels=6)(
+        scored, context_of(scored)
+    )
     verify(pruned)
     figures = pruned.history[-1].figures
     whole = sum(
-        cost_of("parameters", scored, g)(g.units) for g in Allocate(families=("mlp", "kv_heads")).free_groups(scored)
+        cost_of("parameters", scored, g)(g.units)
+        for g in Allocate(families=("mlp", "kv_heads")).free_groups(scored)
     )
     assert scored.num_parameters - pruned.num_parameters == pytest.approx(whole - figures["cost"])
     assert 0.3 * whole < figures["cost"] <= 0.6 * whole
@@ -115,7 +123,8 @@ def test_a_killed_run_goes_on_and_ends_the_same(scored: Program, tmp_path: Path)
     assert resumed.history[-1].figures["kept"] == whole.history[-1].figures["kept"]
     assert resumed.history[-1].figures["evolution"] == whole.history[-1].figures["evolution"]
     assert all(
-        torch.equal(a, b) for (_, a), (_, b) in zip(*map(Program.named_parameters, (resumed, whole)), strict=True)
+        torch.equal(a, b)
+        for (_, a), (_, b) in zip(*map(Program.named_parameters, (resumed, whole)), strict=True)
     )
 
 
@@ -123,17 +132,19 @@ def test_a_killed_run_goes_on_and_ends_the_same(scored: Program, tmp_path: Path)
 def test_costs_grow_with_the_units(llama: Program, kind: Any) -> None:
     group = next(g for g in coupled_groups(llama) if g.family == "mlp")
     cost = cost_of(kind, llama, group)
-    assert cost(group.units) > 0 and (kind == "latency" or cost(group.units // 2) * 2 == cost(group.units))
+    assert cost(group.units) > 0 and (
+        kind == "latency" or cost(group.units // 2) * 2 == cost(group.units)
+    )
     if kind == "parameters":
         assert cost(group.units) == 3 * 64 * 96
 
 
 def test_a_mutation_stays_within_the_budget() -> None:
-    menu = {name: [Size(8 - i, 8.0 - i, 0) for i in range(7)] for name in "abcde"}
+    menu = {name: [SizeOption(8 - i, 8.0 - i, 0) for i in range(7)] for name in "abcde"}
     parent = dict.fromkeys(menu, 3)
     draw, children = random.Random(0), []
     for _ in range(50):
-        children.append(mutate(parent, menu, 25.0, draw))
+        children.append(mutate_mixture(parent, menu, 25.0, draw))
         assert sum(menu[name][at].cost for name, at in children[-1].items()) <= 25.0
     assert len({tuple(child.values()) for child in children}) > 10
 

@@ -1,4 +1,5 @@
-"""Minitron's score against hooks on the source model, in closed form, and its independence of batching and padding."""
+"""Minitron's score against hooks on the source model, in closed form, and its independence of
+batching and padding."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from secateur.graph import Program, coupled_groups
 from secateur.passes import Context, Score, samples
+from secateur.passes.calibration.observe import readers
 from secateur.passes.importance import Activation
 from secateur.passes.importance.activation import unit_activity
-from secateur.passes.importance.observe import readers
 
 ByKind = Callable[[str], Program]
 
@@ -44,7 +45,12 @@ def minitron(x: Tensor) -> Tensor:
 
 
 def test_formula_on_a_hand_made_activation() -> None:
-    x = torch.tensor([[[1.0, -3.0, 0.0, 4.0], [3.0, 1.0, 2.0, 0.0]], [[0.0, 0.0, -2.0, 1.0], [2.0, 4.0, 0.0, -1.0]]])
+    x = torch.tensor(
+        [
+            [[1.0, -3.0, 0.0, 4.0], [3.0, 1.0, 2.0, 0.0]],
+            [[0.0, 0.0, -2.0, 1.0], [2.0, 4.0, 0.0, -1.0]],
+        ]
+    )
     single = SimpleNamespace(dim=-1, positions=torch.tensor([[0], [1], [2], [3]]))
     paired = SimpleNamespace(dim=-1, positions=torch.tensor([[0, 1], [2, 3]]))
     first = unit_activity(x, single, 2)  # type: ignore[arg-type]
@@ -62,7 +68,11 @@ def test_neurons_heads_and_channels(llama: Program, ids: Tensor) -> None:
     layers: Any = model.get_submodule("model.layers")
     down = {f"down.{i}": layer.mlp.down_proj for i, layer in enumerate(layers)}
     out = {f"o.{i}": layer.self_attn.o_proj for i, layer in enumerate(layers)}
-    reads = {f"{what}.{i}": getattr(layer, where) for i, layer in enumerate(layers) for what, where in BRANCHES}
+    reads = {
+        f"{what}.{i}": getattr(layer, where)
+        for i, layer in enumerate(layers)
+        for what, where in BRANCHES
+    }
     firsts = {name: next(m for m in branch.children()) for name, branch in reads.items()}
     seen = inputs_of(model, {**down, **out, **firsts, "head": model.get_submodule("lm_head")}, ids)
     found = scores(llama, [ids])
@@ -78,7 +88,9 @@ BRANCHES = (("attention", "self_attn"), ("feed", "mlp"))
 
 @pytest.mark.parametrize("split", [[1, 4], [2, 2, 1]])
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
-def test_batching_changes_nothing(kind: str, ids: Tensor, split: list[int], program_of: ByKind) -> None:
+def test_batching_changes_nothing(
+    kind: str, ids: Tensor, split: list[int], program_of: ByKind
+) -> None:
     program = program_of(kind)
     whole, parts = scores(program, [ids]), scores(program, list(ids.split(split)))
     assert any(name.startswith("mlp") for name in whole)
@@ -89,7 +101,10 @@ def test_padding_does_not_count(llama: Program, ids: Tensor) -> None:
     padded = torch.cat([ids, torch.full((5, 3), 9)], 1)
     mask = torch.ones_like(padded)
     mask[:, 12:] = 0
-    plain, with_mask = scores(llama, [ids]), scores(llama, [{"input_ids": padded, "attention_mask": mask}])
+    plain, with_mask = (
+        scores(llama, [ids]),
+        scores(llama, [{"input_ids": padded, "attention_mask": mask}]),
+    )
     assert all(plain[name].equal(with_mask[name]) for name in plain)
     counted = scores(llama, [padded])
     assert not plain["hidden"].equal(counted["hidden"])
@@ -99,7 +114,11 @@ def test_padding_does_not_count(llama: Program, ids: Tensor) -> None:
 def test_every_group_with_a_consumer_is_seen(kind: str, program_of: ByKind) -> None:
     """Each group that some weight consumes has readers, whose channels match its positions."""
     program = program_of(kind)
-    groups = [g for g in coupled_groups(program) if g.locked is None and any(m.role == "consumes" for m in g.members)]
+    groups = [
+        g
+        for g in coupled_groups(program)
+        if g.locked is None and any(m.role == "consumes" for m in g.members)
+    ]
     assert {"mlp", "hidden"} <= {group.family for group in groups}
     for group in groups:
         found = readers(program, group)
@@ -111,7 +130,11 @@ def test_every_group_with_a_consumer_is_seen(kind: str, program_of: ByKind) -> N
 
 def test_a_group_that_no_weight_reads_is_left_out(llama: Program, ids: Tensor) -> None:
     scored = Score(Activation())(llama, Context(data=samples([ids], llama)))
-    rotary = [g.name for g in coupled_groups(llama) if all(m.role != "consumes" for m in g.members) and not g.locked]
+    rotary = [
+        g.name
+        for g in coupled_groups(llama)
+        if all(m.role != "consumes" for m in g.members) and not g.locked
+    ]
     assert rotary
     assert scored.history[-1].figures["unscored"] == sorted(rotary)
     assert not set(rotary) & set(scored.scores)

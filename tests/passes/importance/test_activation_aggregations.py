@@ -37,7 +37,9 @@ def test_closed_form(two_layers: Program, ids: Tensor, batch: Any, sequence: Any
     with torch.no_grad():
         embedded, hidden = model.tokens(ids).double(), model.hidden(ids).double()
     (channels,) = [
-        g for g in coupled_groups(two_layers) if any(m.parameter == "up.weight" and m.dim for m in g.members)
+        g
+        for g in coupled_groups(two_layers)
+        if any(m.parameter == "up.weight" and m.dim for m in g.members)
     ]
     (neurons,) = [g for g in coupled_groups(two_layers) if g.units == 5]
     for group, x in ((channels, embedded), (neurons, hidden)):
@@ -55,12 +57,16 @@ def test_heads_vary_by_their_norm(llama: Program, ids: Tensor) -> None:
         llama.source.model(input_ids=ids)
     handle.remove()
     norms = seen[0].unflatten(-1, (2, 32)).norm(dim=-1)
-    torch.testing.assert_close(found["kv_heads@model.layers.0.self_attn"], norms.var(1, correction=0).mean(0))
+    torch.testing.assert_close(
+        found["kv_heads@model.layers.0.self_attn"], norms.var(1, correction=0).mean(0)
+    )
 
 
 def test_the_tables_are_the_options() -> None:
     assert set(SEQUENCE) == set(OVER_SEQUENCE) and set(BATCH) == set(OVER_BATCH)
     for batch, sequence in itertools.product(BATCH, SEQUENCE):
-        (score,) = Pipeline.parse(f"score{{metric=activation{{batch={batch},sequence={sequence}}}}}").passes
+        (score,) = Pipeline.parse(
+            f"score{{metric=activation{{batch={batch},sequence={sequence}}}}}"
+        ).passes
         assert score == Score(Activation(batch=batch, sequence=sequence))  # type: ignore[arg-type]
     assert Activation() == Activation(batch="l2", sequence="mean")

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.passes.importance.base import AGGREGATIONS, NORMALIZATIONS, aggregate, normalize, per_unit
+from secateur.passes.importance.base import (
+    AGGREGATIONS,
+    NORMALIZATIONS,
+    aggregate_members,
+    normalize_scores,
+    per_unit,
+)
 
 SCORES = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 0.5, 2.0])]
 
@@ -24,22 +30,24 @@ SCORES = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 0.5, 2.0])]
     ],
 )
 def test_aggregations(how: Any, expected: list[float]) -> None:
-    torch.testing.assert_close(aggregate(SCORES, how), torch.tensor(expected, dtype=torch.float32))
+    torch.testing.assert_close(
+        aggregate_members(SCORES, how), torch.tensor(expected, dtype=torch.float32)
+    )
     assert set(AGGREGATIONS) == {"sum", "mean", "max", "prod", "last"}
 
 
 def test_a_product_over_many_members_ranks_and_does_not_vanish() -> None:
     scores = [torch.tensor([2e-9, 1e-9, 3e-9]) for _ in range(300)]
     scores[-1] = torch.tensor([2e-9, 1e-9, 0.0])
-    assert aggregate(scores, "prod").argsort().tolist() == [2, 1, 0]
+    assert aggregate_members(scores, "prod").argsort().tolist() == [2, 1, 0]
     large = [torch.tensor([2e9, 1e9]) for _ in range(300)]
-    torch.testing.assert_close(aggregate(large, "prod"), torch.tensor([2e9, 1e9]))
+    torch.testing.assert_close(aggregate_members(large, "prod"), torch.tensor([2e9, 1e9]))
 
 
 def test_a_product_of_negative_scores_is_refused() -> None:
     with pytest.raises(ValueError, match="below zero"):
-        aggregate([torch.tensor([1.0, -1.0]), torch.tensor([1.0, -2.0])], "prod")
-    assert aggregate([torch.tensor([1.0, -1.0])], "prod").tolist() == [1, -1]
+        aggregate_members([torch.tensor([1.0, -1.0]), torch.tensor([1.0, -2.0])], "prod")
+    assert aggregate_members([torch.tensor([1.0, -1.0])], "prod").tolist() == [1, -1]
 
 
 @pytest.mark.parametrize(
@@ -53,12 +61,14 @@ def test_a_product_of_negative_scores_is_refused() -> None:
     ],
 )
 def test_normalizations(how: Any, expected: list[float]) -> None:
-    torch.testing.assert_close(normalize(SCORES[0], how), torch.tensor(expected, dtype=torch.float32))
+    torch.testing.assert_close(
+        normalize_scores(SCORES[0], how), torch.tensor(expected, dtype=torch.float32)
+    )
 
 
 @pytest.mark.parametrize("how", list(NORMALIZATIONS))
 def test_normalizing_equal_scores_stays_finite(how: Any) -> None:
-    assert torch.isfinite(normalize(torch.zeros(4), how)).all()
+    assert torch.isfinite(normalize_scores(torch.zeros(4), how)).all()
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])

@@ -1,4 +1,5 @@
-"""Fisher against autograd on the source model, and against the KL that a small step really costs."""
+"""Fisher against autograd on the source model, and against the KL that a small step really
+costs."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def neurons(program: Program) -> str:
 
 
 def scores(program: Program, data: list[Tensor], **options: Any) -> dict[str, Tensor]:
-    return dict(Score(Fisher(**options))(program, Context(data=samples(data, program), seed=1)).scores)
+    return dict(
+        Score(Fisher(**options))(program, Context(data=samples(data, program), seed=1)).scores
+    )
 
 
 def test_closed_form_with_given_labels(two_layers: Program, ids: Tensor) -> None:
@@ -57,7 +60,9 @@ def test_batching_changes_nothing(llama: Program, ids: Tensor) -> None:
     assert all(torch.equal(whole[name], single[name]) for name in whole)
 
 
-def test_heads_and_the_residual_stream_are_seen_and_weights_get_no_gradient(llama: Program, ids: Tensor) -> None:
+def test_heads_and_the_residual_stream_are_seen_and_weights_get_no_gradient(
+    llama: Program, ids: Tensor
+) -> None:
     found = scores(llama, [ids[:2]])
     families = {group.family for group in coupled_groups(llama) if group.name in found}
     assert {"mlp", "kv_heads", "hidden"} <= families
@@ -70,6 +75,7 @@ def test_the_seed_draws_the_labels(llama: Program, ids: Tensor, seed: int) -> No
     data = samples([ids[:2]], llama)
     name = "mlp@model.layers.0.mlp"
     first, again, other = (
-        Score(Fisher())(llama, Context(data=data, seed=s)).scores[name] for s in (seed, seed, seed + 7)
+        Score(Fisher())(llama, Context(data=data, seed=s)).scores[name]
+        for s in (seed, seed, seed + 7)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)

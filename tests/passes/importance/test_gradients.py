@@ -17,7 +17,7 @@ from zoo.models import tiny_model
 from secateur.graph import Program, capture
 from secateur.passes import CalibrationError, Context, Pipeline, Score, samples
 from secateur.passes.importance import Taylor
-from secateur.passes.importance.gradients import Gradients, gradients, gradients_by_block
+from secateur.passes.importance.gradients import Gradients, gradients_by_block, loss_gradients
 
 ByKind = Callable[[str], Program]
 
@@ -38,20 +38,28 @@ def names(program: Program) -> set[str]:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "gemma2", "t5"])
 def test_they_are_those_of_the_whole_model(kind: str, program_of: ByKind, ids: Tensor) -> None:
     program = program_of(kind)
-    batch: Any = {"input_ids": ids, "decoder_input_ids": ids[:, :7], "labels": ids[:, :7]} if kind == "t5" else ids
+    batch: Any = (
+        {"input_ids": ids, "decoder_input_ids": ids[:, :7], "labels": ids[:, :7]}
+        if kind == "t5"
+        else ids
+    )
     loss: Any = "labels" if kind == "t5" else "next-token"
     context = Context(data=samples([batch], program))
-    whole = gradients(program, names(program), context, loss)
+    whole = loss_gradients(program, names(program), context, loss)
     found = joined(gradients_by_block(program, names(program), context, loss))
     assert set(found.mean) == set(whole.mean) and not found.squares
     for name, gradient in whole.mean.items():
-        torch.testing.assert_close(found.mean[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found.mean[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_squares_and_a_part_of_the_parameters(llama: Program, ids: Tensor) -> None:
-    some = {name for name in names(llama) if "layers.1.mlp" in name or "layers.0.self_attn.q" in name}
+    some = {
+        name for name in names(llama) if "layers.1.mlp" in name or "layers.0.self_attn.q" in name
+    }
     context = Context(data=samples([ids], llama))
-    whole = gradients(llama, some, context, "next-token", squared=True)
+    whole = loss_gradients(llama, some, context, "next-token", squared=True)
     found = joined(gradients_by_block(llama, some, context, "next-token", squared=True))
     assert set(found.squares) == some
     for name in some:
@@ -68,18 +76,23 @@ def test_scores_are_the_same_in_every_form(llama: Program, ids: Tensor) -> None:
         assert list(whole) == list(found)
         for name, scores in whole.items():
             torch.testing.assert_close(found[name], scores, rtol=1e-3, atol=1e-7)
-    assert Pipeline.parse("score{metric=taylor{by_block=true}}").passes == (Score(Taylor(by_block=True)),)
+    assert Pipeline.parse("score{metric=taylor{by_block=true}}").passes == (
+        Score(Taylor(by_block=True)),
+    )
 
 
 def test_squares_of_a_parameter_that_two_blocks_read_are_refused(ids: Tensor) -> None:
     program = capture(tiny_model("gpt2"))
-    assert len(names(program)) < len(list(program.source.model.named_parameters(remove_duplicate=False)))
+    assert len(names(program)) < len(
+        list(program.source.model.named_parameters(remove_duplicate=False))
+    )
     with pytest.raises(CalibrationError, match="read in several blocks"):
         Score(Taylor(form="second", by_block=True))(program, Context(data=samples([ids], program)))
 
 
 class Bytes(TorchDispatchMode):
-    """Counts the bytes of all storages that ops made and that still live, those of the weights left out."""
+    """Counts the bytes of all storages that ops made and that still live, those of the weights left
+    out."""
 
     def __init__(self, program: Program) -> None:
         super().__init__()
@@ -128,4 +141,6 @@ def test_a_deep_model_needs_the_memory_of_one_block() -> None:
             Score(Taylor(by_block=by_block))(program, Context(data=data))
         peaks[by_block] = bytes_.peak / block
     assert peaks[False] > layers  # the gradients alone
-    assert peaks[True] < 4  # those of one block, what makes scores of them, and what passes between blocks
+    assert (
+        peaks[True] < 4
+    )  # those of one block, what makes scores of them, and what passes between blocks

@@ -14,7 +14,9 @@ from secateur.passes.importance import Magnitude, Random
 def test_magnitude_sums_the_entries_of_all_members(two_layers: Program, p: int) -> None:
     model = two_layers.source.model
     expected = (
-        model.up.weight.abs().pow(p).sum(1) + model.up.bias.abs().pow(p) + model.down.weight.abs().pow(p).sum(0)
+        model.up.weight.abs().pow(p).sum(1)
+        + model.up.bias.abs().pow(p)
+        + model.down.weight.abs().pow(p).sum(0)
     ).detach()
     name = "mlp#2"  # between up and down
     torch.testing.assert_close(Score(Magnitude(p=p))(two_layers).scores[name], expected)

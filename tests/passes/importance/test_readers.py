@@ -1,4 +1,5 @@
-"""What counts as read, and how often: one norm of a mixture of experts, a head tied to the embeddings."""
+"""What counts as read, and how often: one norm of a mixture of experts, a head tied to the
+embeddings."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from zoo.models import tiny_model
 
 from secateur.graph import CoupledGroup, Program, capture, coupled_groups
 from secateur.passes import Context, Score, samples
+from secateur.passes.calibration.observe import op_name, readers
 from secateur.passes.importance import Activation, Fisher, Flap, Importance, Obs, Wanda
-from secateur.passes.importance.observe import op_name, readers
 
 ByKind = Callable[[str], Program]
 
@@ -49,16 +50,30 @@ def twins() -> tuple[Program, Program]:
     """A model whose head is its table of embeddings, and the same model with the head a copy."""
     tied = tiny_model("llama", tie_word_embeddings=True)
     untied = tiny_model("llama", tie_word_embeddings=False)
-    untied.load_state_dict({**tied.state_dict(), "lm_head.weight": tied.lm_head.weight.detach().clone()})
+    untied.load_state_dict(
+        {**tied.state_dict(), "lm_head.weight": tied.lm_head.weight.detach().clone()}
+    )
     return capture(tied), capture(untied)
 
 
-METRICS: list[Importance] = [Wanda(), Flap(), Obs(), Fisher(), Activation(), Activation(final_norm=True)]
+METRICS: list[Importance] = [
+    Wanda(),
+    Flap(),
+    Obs(),
+    Fisher(),
+    Activation(),
+    Activation(final_norm=True),
+]
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=repr)
-def test_tying_the_head_changes_no_score(twins: tuple[Program, Program], ids: Tensor, metric: Importance) -> None:
-    tied, untied = (Score(metric)(one, Context(data=samples([ids], one))).scores[hidden(one).name] for one in twins)
+def test_tying_the_head_changes_no_score(
+    twins: tuple[Program, Program], ids: Tensor, metric: Importance
+) -> None:
+    tied, untied = (
+        Score(metric)(one, Context(data=samples([ids], one))).scores[hidden(one).name]
+        for one in twins
+    )
     torch.testing.assert_close(tied, untied)
 
 
@@ -66,7 +81,11 @@ def test_the_final_norm_counts_where_asked(twins: tuple[Program, Program], ids: 
     program = twins[0]
     data = Context(data=samples([ids], program))
     counts = [
-        len(Activation(final_norm=asked).members(program, [hidden(program)], data)[hidden(program).name])
+        len(
+            Activation(final_norm=asked).members(program, [hidden(program)], data)[
+                hidden(program).name
+            ]
+        )
         for asked in (False, True)
     ]
     assert counts == [4, 5]

@@ -1,4 +1,5 @@
-"""What holds for every importance: no dependence on batches or padding, and options that a pipeline can name."""
+"""What holds for every importance: no dependence on batches or padding, and options that a pipeline
+can name."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from secateur.graph import Program
 from secateur.passes import IMPORTANCES, Context, Pipeline, Score, samples
-from secateur.passes.data import Batch
+from secateur.passes.calibration.data import Batch
 from secateur.passes.importance import Importance, Perplexity
 from secateur.passes.importance.base import COSTS
 
@@ -32,8 +33,14 @@ def padded(rows: list[Tensor], width: int, left: bool) -> dict[str, Tensor]:
 
 
 @every_metric
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=st.lists(st.integers(2, 9), min_size=2, max_size=5), cut=st.integers(1, 4), left=st.booleans())
+@settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    lengths=st.lists(st.integers(2, 9), min_size=2, max_size=5),
+    cut=st.integers(1, 4),
+    left=st.booleans(),
+)
 def test_the_same_sequences_score_the_same_however_they_are_laid(
     metric: Importance, two_layers: Program, lengths: list[int], cut: int, left: bool
 ) -> None:
@@ -49,5 +56,7 @@ def test_the_same_sequences_score_the_same_however_they_are_laid(
 @every_metric
 def test_a_pipeline_can_name_it_with_its_options(metric: Importance) -> None:
     pipeline = Pipeline(passes=(Score(metric),))
-    assert Pipeline.parse(pipeline.to_text()) == pipeline == Pipeline.from_recipe(pipeline.to_recipe())
+    assert (
+        Pipeline.parse(pipeline.to_text()) == pipeline == Pipeline.from_recipe(pipeline.to_recipe())
+    )
     assert metric.needs in COSTS and metric.cost.flops >= 0 and metric.summary().endswith(".")

@@ -1,4 +1,5 @@
-"""First-order Taylor against autograd on the source model, and its independence of batching and padding."""
+"""First-order Taylor against autograd on the source model, and its independence of batching and
+padding."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def test_the_loss_is_that_of_the_model(kind: str, program_of: ByKind) -> None:
     program = program_of(kind)
     model = program.source.model
     ids = torch.randint(0, 128, (3, 9))
-    name = next(n for n, p in model.named_parameters() if p.dim() > 1 and ("down" in n or "mlp.c_proj" in n))
+    name = next(
+        n for n, p in model.named_parameters() if p.dim() > 1 and ("down" in n or "mlp.c_proj" in n)
+    )
     parameter = dict(model.named_parameters())[name]
     (gradient,) = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, [parameter])
     found = mean_gradients(program, {name}, Context(data=samples([ids], program)), "next-token")
@@ -57,7 +60,9 @@ def test_sequences_of_other_lengths_weigh_by_their_tokens(two_layers: Program, i
     model, a, b = two_layers.source.model, ids[:1], ids[1:2, :5]
     losses = [F.cross_entropy(model(x)[0, :-1], x[0, 1:], reduction="sum") for x in (a, b)]
     (gradient,) = torch.autograd.grad(sum(losses) / 15, [model.down.weight])
-    found = mean_gradients(two_layers, {"down.weight"}, Context(data=samples([a, b], two_layers)), "next-token")
+    found = mean_gradients(
+        two_layers, {"down.weight"}, Context(data=samples([a, b], two_layers)), "next-token"
+    )
     torch.testing.assert_close(found["down.weight"], gradient)
 
 
@@ -65,7 +70,10 @@ def test_sequences_of_other_lengths_weigh_by_their_tokens(two_layers: Program, i
 def test_padding_does_not_count(llama: Program, ids: Tensor, side: str) -> None:
     pad, ones = torch.full((5, 4), 9), torch.ones_like(ids)
     parts = [(pad, pad * 0), (ids, ones)] if side == "left" else [(ids, ones), (pad, pad * 0)]
-    batch = {"input_ids": torch.cat([p[0] for p in parts], 1), "attention_mask": torch.cat([p[1] for p in parts], 1)}
+    batch = {
+        "input_ids": torch.cat([p[0] for p in parts], 1),
+        "attention_mask": torch.cat([p[1] for p in parts], 1),
+    }
     plain, padded = scores(llama, [ids]), scores(llama, [batch])
     assert all(plain[name].equal(padded[name]) for name in plain)
 
@@ -81,11 +89,15 @@ def test_ignored_labels_do_not_count(two_layers: Program, ids: Tensor) -> None:
     torch.testing.assert_close(found["down.weight"], gradient)
 
 
-@pytest.mark.parametrize(("kind", "targets"), [("bert", "tokens"), ("vit", "classes"), ("t5", "tokens")])
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("bert", "tokens"), ("vit", "classes"), ("t5", "tokens")]
+)
 def test_labels_as_the_target(kind: str, targets: str, program_of: ByKind) -> None:
     program = program_of(kind)
     inputs = {n: v for n, v in program.source.example_inputs.items() if isinstance(v, Tensor)}
-    labels = torch.zeros(2, dtype=torch.int64) if targets == "classes" else list(inputs.values())[-1]
+    labels = (
+        torch.zeros(2, dtype=torch.int64) if targets == "classes" else list(inputs.values())[-1]
+    )
     found = scores(program, [{**inputs, "labels": labels}], loss="labels")
     assert any(name.startswith("mlp") for name in found)
     assert all(bool((score >= 0).all()) and float(score.sum()) > 0 for score in found.values())

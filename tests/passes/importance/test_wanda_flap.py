@@ -45,7 +45,9 @@ def test_neurons_and_heads(
         ("kv_heads@model.layers.0.self_attn", "model.layers.0.self_attn.o_proj", 2),
     ):
         module: Any = model.get_submodule(path)
-        by_channel = statistic(input_of(model, module, ids)) * module.weight.detach().square().sum(0)
+        by_channel = statistic(input_of(model, module, ids)) * module.weight.detach().square().sum(
+            0
+        )
         torch.testing.assert_close(found[name], by_channel.unflatten(0, (units, -1)).sum(1))
 
 
@@ -58,7 +60,9 @@ def test_channels_add_over_all_their_readers(
     for layer in model.model.layers:
         readers += [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
         readers += [layer.mlp.gate_proj, layer.mlp.up_proj]
-    expected = sum(statistic(input_of(model, r, ids)) * r.weight.detach().square().sum(0) for r in readers)
+    expected = sum(
+        statistic(input_of(model, r, ids)) * r.weight.detach().square().sum(0) for r in readers
+    )
     torch.testing.assert_close(scores(metric, llama, [ids])["hidden"], expected)
 
 
@@ -78,15 +82,21 @@ def test_a_constant_unit_matters_to_wanda_and_not_to_flap(two_layers: Program, i
 
 @pytest.mark.parametrize("metric", [Wanda(), Flap()], ids=lambda m: m.name)
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
-def test_batching_changes_nothing(kind: str, metric: Importance, ids: Tensor, program_of: ByKind) -> None:
+def test_batching_changes_nothing(
+    kind: str, metric: Importance, ids: Tensor, program_of: ByKind
+) -> None:
     program = program_of(kind)
-    whole, parts = scores(metric, program, [ids]), scores(metric, program, list(ids.split([2, 2, 1])))
+    whole, parts = (
+        scores(metric, program, [ids]),
+        scores(metric, program, list(ids.split([2, 2, 1]))),
+    )
     assert any(name.startswith("mlp") for name in whole)
     assert all(whole[name].equal(parts[name]) for name in whole)
 
 
 def test_heads_and_neurons_rank_together_as_published(llama: Program, ids: Tensor) -> None:
-    """The authors' rule: channels standardised in each matrix, heads as means, one ranking by parameters."""
+    """The authors' rule: channels standardised in each matrix, heads as means, one ranking by
+    parameters."""
     model: Any = llama.source.model
     by_unit, cost = dict[tuple[str, int], float](), dict[str, int]()
     for at, layer in enumerate(model.model.layers):
@@ -94,12 +104,16 @@ def test_heads_and_neurons_rank_together_as_published(llama: Program, ids: Tenso
             ("kv_heads", "self_attn", layer.self_attn.o_proj, 2),
             ("mlp", "mlp", layer.mlp.down_proj, 96),
         ):
-            spread = input_of(model, module, ids).var(0, correction=0) * module.weight.detach().square().sum(0)
+            spread = input_of(model, module, ids).var(
+                0, correction=0
+            ) * module.weight.detach().square().sum(0)
             scaled = (spread - spread.mean()) / spread.std()
             name = f"{family}@model.layers.{at}.{path}"
             values = scaled.unflatten(0, (units, -1)).mean(1).tolist()
             by_unit |= {(name, unit): value for unit, value in enumerate(values)}
-            weights = (2 + 2 * 2) * 16 * 64 if family == "kv_heads" else 3 * 64  # of q, o and k, v; of gate, up, down
+            weights = (
+                (2 + 2 * 2) * 16 * 64 if family == "kv_heads" else 3 * 64
+            )  # of q, o and k, v; of gate, up, down
             cost[name] = weights
     budget, kept = 0.7 * sum(cost[name] for name, _ in by_unit), dict.fromkeys(cost, 0)
     for (name, _), _ in sorted(by_unit.items(), key=lambda item: -item[1]):
@@ -108,10 +122,16 @@ def test_heads_and_neurons_rank_together_as_published(llama: Program, ids: Tenso
             break
         kept[name] += 1
     scored = Score(Flap(joint=True))(llama, Context(data=samples([ids], llama)))
-    options: dict[str, Any] = {"families": ("kv_heads", "mlp"), "uniform": False, "ranking": "global"}
+    options: dict[str, Any] = {
+        "families": ("kv_heads", "mlp"),
+        "uniform": False,
+        "ranking": "global",
+    }
     smaller = PruneWidth(ratio=0.3, normalize="none", **options)(scored)
     left = {group.name: group.units for group in coupled_groups(smaller) if group.name in kept}
     assert min(kept.values()) >= 1 and len({*kept.values()}) > 2
-    assert sum(abs(left.get(name, 1) - count) for name, count in kept.items()) <= 2  # the budget's last unit
+    assert (
+        sum(abs(left.get(name, 1) - count) for name, count in kept.items()) <= 2
+    )  # the budget's last unit
     with pytest.raises(EditError, match="normalize=mean says nothing"):
         PruneWidth(ratio=0.3, **options)(scored)

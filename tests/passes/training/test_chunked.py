@@ -9,7 +9,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from secateur.passes.training import HeadRows, LogitRows, TopRows, Weights, chunked_losses, top_rows
+from secateur.passes.training import (
+    HeadRows,
+    LogitRows,
+    TopRows,
+    Weights,
+    compute_chunked_losses,
+    top_rows,
+)
 
 T, V, X = 37, 301, 24
 SMALL = 5 * V  # logits of a chunk
@@ -19,7 +26,9 @@ def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def plain(logits: Tensor, teacher: Tensor, labels: Tensor | None, counted: Tensor, weights: Weights) -> Tensor:
+def plain(
+    logits: Tensor, teacher: Tensor, labels: Tensor | None, counted: Tensor, weights: Weights
+) -> Tensor:
     t = weights.temperature
     pairs = (F.log_softmax(logits / t, -1), F.log_softmax(teacher / t, -1))
     kl = F.kl_div(*pairs, log_target=True, reduction="none").sum(-1)[counted].mean()
@@ -43,7 +52,7 @@ def test_values_and_gradients_are_those_of_the_plain_loss(weights: Weights) -> N
     labels[::6] = -100
     counted = torch.arange(T) % 5 != 1
     ours, theirs = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
-    got = chunked_losses(HeadRows(*ours), teacher, labels, counted, weights, elements=SMALL)
+    got = compute_chunked_losses(HeadRows(*ours), teacher, labels, counted, weights, elements=SMALL)
     logits = theirs[0] @ theirs[1].T + theirs[2]
     expected = plain(logits, teacher.hidden_TX @ teacher.weight_VX.T, labels, counted, weights)
     torch.testing.assert_close(got.total, expected, rtol=1e-5, atol=1e-5)
@@ -58,7 +67,7 @@ def test_given_logits_get_the_gradient_of_the_plain_loss() -> None:
     (ours,), (theirs,) = leaves(normal(T, V, seed=0)), leaves(normal(T, V, seed=0))
     teacher = normal(T, V, seed=1)
     everything = torch.ones(T, dtype=torch.bool)
-    got = chunked_losses(LogitRows(ours), LogitRows(teacher), elements=SMALL)
+    got = compute_chunked_losses(LogitRows(ours), LogitRows(teacher), elements=SMALL)
     got.total.backward()
     plain(theirs, teacher, None, everything, Weights()).backward()
     assert ours.grad is not None and theirs.grad is not None
@@ -69,8 +78,12 @@ def test_given_logits_get_the_gradient_of_the_plain_loss() -> None:
 def test_a_tied_head_gathers_both_gradients() -> None:
     (table,), (other,) = leaves(normal(V, X, seed=0)), leaves(normal(V, X, seed=0))
     ids, teacher = torch.arange(T), normal(T, V, seed=1)
-    chunked_losses(HeadRows(table[ids], table), LogitRows(teacher), elements=SMALL).total.backward()
-    plain(other[ids] @ other.T, teacher, None, torch.ones(T, dtype=torch.bool), Weights()).backward()
+    compute_chunked_losses(
+        HeadRows(table[ids], table), LogitRows(teacher), elements=SMALL
+    ).total.backward()
+    plain(
+        other[ids] @ other.T, teacher, None, torch.ones(T, dtype=torch.bool), Weights()
+    ).backward()
     assert table.grad is not None and other.grad is not None
     assert (table.grad - other.grad).abs().max() <= 1e-5
 
@@ -78,8 +91,8 @@ def test_a_tied_head_gathers_both_gradients() -> None:
 def test_all_tokens_as_top_tokens_are_the_full_divergence() -> None:
     teacher = LogitRows(normal(T, V, seed=1))
     (a,), (b,) = leaves(normal(T, V, seed=0)), leaves(normal(T, V, seed=0))
-    full = chunked_losses(LogitRows(a), teacher, elements=SMALL).total
-    top = chunked_losses(LogitRows(b), top_rows(teacher, V), elements=SMALL).total
+    full = compute_chunked_losses(LogitRows(a), teacher, elements=SMALL).total
+    top = compute_chunked_losses(LogitRows(b), top_rows(teacher, V), elements=SMALL).total
     torch.testing.assert_close(top, full, rtol=1e-5, atol=1e-5)
     full.backward()
     top.backward()
@@ -87,10 +100,11 @@ def test_all_tokens_as_top_tokens_are_the_full_divergence() -> None:
 
 
 def test_the_gradient_of_top_tokens_is_that_of_their_divergence() -> None:
-    """KL over k tokens and one outcome for all others, written out and differentiated by autograd."""
+    """KL over k tokens and one outcome for all others, written out and differentiated by
+    autograd."""
     top = top_rows(LogitRows(normal(T, V, seed=1)), 7)
     (ours,), (theirs,) = leaves(normal(T, V, seed=0)), leaves(normal(T, V, seed=0))
-    got = chunked_losses(LogitRows(ours), top, elements=SMALL).total
+    got = compute_chunked_losses(LogitRows(ours), top, elements=SMALL).total
     log_q = F.log_softmax(theirs, -1).gather(-1, top.indices_Tk.long())
     p, rest = top.log_probs_Tk.exp(), 1 - top.log_probs_Tk.exp().sum(-1)
     others = (p * (top.log_probs_Tk - log_q)).sum(-1)
@@ -98,15 +112,19 @@ def test_the_gradient_of_top_tokens_is_that_of_their_divergence() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     got.backward()
     expected.backward()
-    assert ours.grad is not None and theirs.grad is not None and (ours.grad - theirs.grad).abs().max() <= 1e-5
-    assert got < chunked_losses(LogitRows(ours), LogitRows(normal(T, V, seed=1))).total
+    assert (
+        ours.grad is not None
+        and theirs.grad is not None
+        and (ours.grad - theirs.grad).abs().max() <= 1e-5
+    )
+    assert got < compute_chunked_losses(LogitRows(ours), LogitRows(normal(T, V, seed=1))).total
 
 
 def test_a_token_that_both_forbid_counts_nothing() -> None:
     student, teacher = normal(T, V, seed=0), normal(T, V, seed=1)
     student[:, 5] = teacher[:, 5] = -torch.inf
     (logits,) = leaves(student)
-    total = chunked_losses(LogitRows(logits), LogitRows(teacher)).total
+    total = compute_chunked_losses(LogitRows(logits), LogitRows(teacher)).total
     total.backward()
     without = [torch.cat([t[:, :5], t[:, 6:]], -1) for t in (student, teacher)]
     expected = plain(*without, None, torch.ones(T, dtype=torch.bool), Weights())
@@ -117,12 +135,14 @@ def test_a_token_that_both_forbid_counts_nothing() -> None:
 def test_low_precision_heads_are_close() -> None:
     ours = leaves(normal(T, X, seed=0), normal(V, X, seed=1, scale=0.2))
     teacher = LogitRows(normal(T, V, seed=2))
-    exact = chunked_losses(HeadRows(*ours), teacher).total
+    exact = compute_chunked_losses(HeadRows(*ours), teacher).total
     exact.backward()
     wanted = [t.grad.clone() for t in ours if t.grad is not None]
     for t in ours:
         t.grad = None
-    rough = chunked_losses(HeadRows(*ours, dtype=torch.bfloat16), teacher, elements=SMALL).total
+    rough = compute_chunked_losses(
+        HeadRows(*ours, dtype=torch.bfloat16), teacher, elements=SMALL
+    ).total
     rough.backward()
     torch.testing.assert_close(rough, exact, rtol=1e-2, atol=1e-2)
     for t, g in zip(ours, wanted, strict=True):
@@ -133,13 +153,13 @@ def test_low_precision_heads_are_close() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     logits = LogitRows(normal(T, V, seed=0))
     with pytest.raises(ValueError, match="301"):
-        chunked_losses(logits, LogitRows(normal(T, V + 1, seed=0)))
+        compute_chunked_losses(logits, LogitRows(normal(T, V + 1, seed=0)))
     with pytest.raises(ValueError, match="36 rows"):
-        chunked_losses(logits, LogitRows(normal(T - 1, V, seed=0)))
+        compute_chunked_losses(logits, LogitRows(normal(T - 1, V, seed=0)))
     with pytest.raises(ValueError, match="labels have 3 rows"):
-        chunked_losses(logits, None, torch.zeros(3, dtype=torch.int64))
+        compute_chunked_losses(logits, None, torch.zeros(3, dtype=torch.int64))
     (ours,) = leaves(normal(T, V, seed=0))
-    total = chunked_losses(LogitRows(ours), logits).total
+    total = compute_chunked_losses(LogitRows(ours), logits).total
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         total.backward()
@@ -188,20 +208,24 @@ def test_the_peak_is_a_quarter_of_the_plain_one_at_most() -> None:
 
     def ours() -> None:
         student = HeadRows(*leaves(hidden, weight))
-        chunked_losses(student, teacher, elements=16 * vocabulary).total.backward()
+        compute_chunked_losses(student, teacher, elements=16 * vocabulary).total.backward()
 
     def theirs() -> None:
         h, w = leaves(hidden, weight)
-        plain(h @ w.T, teacher.hidden_TX @ teacher.weight_VX.T, None, everything, Weights()).backward()
+        plain(
+            h @ w.T, teacher.hidden_TX @ teacher.weight_VX.T, None, everything, Weights()
+        ).backward()
 
     full = rows * vocabulary * 4
-    assert peak(theirs) >= 4 * full, "the yardstick itself: the plain way holds several full tensors"
+    assert peak(theirs) >= 4 * full, (
+        "the yardstick itself: the plain way holds several full tensors"
+    )
     assert peak(ours) <= peak(theirs) / 4
     assert peak(ours) < 2 * full
 
 
 def test_a_top_teacher_keeps_its_rows() -> None:
     top = top_rows(HeadRows(normal(T, X, seed=0), normal(V, X, seed=1)), 9)
-    assert isinstance(top, TopRows) and top.count == T
+    assert isinstance(top, TopRows) and top.count_rows == T
     assert top.indices_Tk.shape == (T, 9) and top.indices_Tk.dtype == torch.int32
     assert (top.log_probs_Tk.diff(dim=-1) <= 0).all() and (top.log_probs_Tk.exp().sum(-1) < 1).all()

@@ -10,11 +10,13 @@ import torch
 
 from secateur.graph import Sparse, parse_pattern
 from secateur.passes import Context
-from secateur.passes.retrain_sparse import _ranked_by
-from secateur.passes.training.mask_choice import Score
+from secateur.passes.training.masks.choice import MaskScore
+from secateur.passes.training.retrain_sparse import _ranked_by
 
 
-def test_a_start_by_sparsegpt_is_ranked_by_wanda_and_said_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_start_by_sparsegpt_is_ranked_by_wanda_and_said_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     kind, norms = parse_pattern("2:4"), torch.ones(4)
     sparse = {
         "a": Sparse(kind, "sparsegpt", norms),
@@ -24,8 +26,8 @@ def test_a_start_by_sparsegpt_is_ranked_by_wanda_and_said_so(caplog: pytest.LogC
     }
     student = SimpleNamespace(sparse=sparse)
     with caplog.at_level(logging.INFO, "secateur.passes"):
-        found = _ranked_by(student, Score("match"), Context())  # type: ignore[arg-type]
+        found = _ranked_by(student, MaskScore("match"), Context())  # type: ignore[arg-type]
     assert found == {"wanda": 2, "ria": 1, "magnitude": 1}
     assert "2 weights that sparsegpt made sparse are ranked by wanda" in caplog.text
     assert caplog.text.count("ranked by") == 1
-    assert _ranked_by(student, Score("magnitude"), Context()) == {"magnitude": 4}  # type: ignore[arg-type]
+    assert _ranked_by(student, MaskScore("magnitude"), Context()) == {"magnitude": 4}  # type: ignore[arg-type]

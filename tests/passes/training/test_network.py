@@ -17,13 +17,14 @@ IDS = {"input_ids": torch.arange(3, 15)[None]}
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "granite", "cohere", "opt"])
 def test_rows_are_the_models_logits(kind: str) -> None:
-    """Untied and tied heads, scaled ones too: a scale before the head does what one after it did."""
+    """Untied and tied heads, scaled ones too: a scale before the head does what one after it
+    did."""
     model = tiny_model(kind)
     with torch.no_grad():
         expected = model(**IDS).logits[0]
         network = Network(model, IDS)
         rows = network(IDS).rows
-    assert isinstance(rows, HeadRows) and rows.count == 12
+    assert isinstance(rows, HeadRows) and rows.count_rows == 12
     torch.testing.assert_close(rows.logits(slice(2, 7)), expected[2:7], rtol=1e-5, atol=1e-5)
     network.restore()
     with torch.no_grad():

@@ -6,34 +6,48 @@ import pytest
 import torch
 
 from secateur.graph.errors import PipelineError
-from secateur.passes.adapt_lora import AdaptLora
-from secateur.passes.distill import Distill
-from secateur.passes.options import options_table
-from secateur.passes.training.plan import Pace, autocast, pace
-from secateur.passes.training.run import thinned
+from secateur.passes.language.options import options_table
+from secateur.passes.training.adapt_lora import AdaptLora
+from secateur.passes.training.distill import Distill
+from secateur.passes.training.plan import StepPlan, autocast_dtype, plan_steps
+from secateur.passes.training.run import thin_curve
 
 
 def test_a_batch_is_made_of_whole_micro_batches() -> None:
-    options = Distill(tokens=100_000, batch_tokens=4096, micro_batch=3, warmup=0.1, evaluations=4, save_every=7)
-    found = pace(options, 512, options.tokens)
-    assert found == Pace(steps=25, micro=2, accumulate=4, warmup=3, evaluate=7, save=7)
+    options = Distill(
+        tokens=100_000, batch_tokens=4096, micro_batch=3, warmup=0.1, evaluations=4, save_every=7
+    )
+    found = plan_steps(options, 512, options.tokens)
+    assert found == StepPlan(steps=25, micro=2, accumulate=4, warmup=3, evaluate=7, save=7)
     assert found.sequences == 8
-    tiny = pace(Distill(tokens=1, batch_tokens=1, micro_batch=64), 512, 1)
+    tiny = plan_steps(Distill(tokens=1, batch_tokens=1, micro_batch=64), 512, 1)
     assert (tiny.steps, tiny.sequences, tiny.micro, tiny.accumulate) == (1, 1, 1, 1)
 
 
 def test_processes_share_the_batch_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    found = pace(Distill(batch_tokens=4096, micro_batch=4), 512, 8192)
-    assert (found.sequences, found.micro, found.accumulate, found.world, found.steps) == (8, 2, 1, 4, 2)
+    found = plan_steps(Distill(batch_tokens=4096, micro_batch=4), 512, 8192)
+    assert (found.sequences, found.micro, found.accumulate, found.world, found.steps) == (
+        8,
+        2,
+        1,
+        4,
+        2,
+    )
     with pytest.raises(PipelineError, match="do not divide among 4 processes"):
-        pace(Distill(batch_tokens=512 * 6), 512, 8192)
+        plan_steps(Distill(batch_tokens=512 * 6), 512, 8192)
 
 
 def test_low_precision_weights_are_multiplied_as_they_were() -> None:
     both = {torch.float32, torch.bfloat16}
-    assert autocast("auto", {torch.float32}) is None and autocast("auto", both) is torch.bfloat16
-    assert autocast("bfloat16", {torch.float32}) is torch.bfloat16 and autocast("float32", both) is None
+    assert (
+        autocast_dtype("auto", {torch.float32}) is None
+        and autocast_dtype("auto", both) is torch.bfloat16
+    )
+    assert (
+        autocast_dtype("bfloat16", {torch.float32}) is torch.bfloat16
+        and autocast_dtype("float32", both) is None
+    )
 
 
 def test_every_option_says_what_it_means() -> None:
@@ -45,7 +59,7 @@ def test_every_option_says_what_it_means() -> None:
 
 def test_a_long_curve_is_thinned_to_means() -> None:
     curve = [{"step": s, "tokens": 10.0 * s, "lr": 1.0 / s, "kl": float(s)} for s in range(1, 6)]
-    assert thinned(curve, 2) == [
+    assert thin_curve(curve, 2) == [
         {"step": 2, "tokens": 20.0, "lr": 0.5, "kl": 1.5},
         {"step": 4, "tokens": 40.0, "lr": 0.25, "kl": 3.5},
         {"step": 5, "tokens": 50.0, "lr": 0.2, "kl": 5.0},

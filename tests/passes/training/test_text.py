@@ -14,8 +14,14 @@ from transformers import PreTrainedTokenizerFast
 from zoo.models import tiny_model
 
 from secateur.graph import Program, capture
-from secateur.passes.data import Sample
-from secateur.passes.training.text import Schedule, TextError, collate, read_windows, split
+from secateur.passes.calibration.data import Sample
+from secateur.passes.training.text import (
+    TextError,
+    TrainingOrder,
+    collate_batch,
+    read_windows,
+    split_held_out,
+)
 
 WORDS = ("<end>", "a", "b", "c", "d", "?")
 
@@ -26,7 +32,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     folder = tmp_path_factory.mktemp("model")
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="?").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", unk_token="?"
+    ).save_pretrained(folder)
     return capture(tiny_model("llama"), folder=folder)
 
 
@@ -45,16 +53,23 @@ def test_text_becomes_windows_of_joined_documents(program: Program, tmp_path: Pa
     ends = " ".join(WORDS[token] for token in stream)
     assert sorted(part.strip() for part in ends.split("<end>") if part.strip())[0] in ("a b", "b")
     assert rows(read_windows(plain, program, tokens=3, window=4, seed=0)) == found[:1]
-    orders = {str(rows(read_windows(plain, program, tokens=100, window=4, seed=seed))) for seed in range(8)}
+    orders = {
+        str(rows(read_windows(plain, program, tokens=100, window=4, seed=seed)))
+        for seed in range(8)
+    }
     assert len(orders) > 1, "the order of the documents depends on the seed"
 
 
 def test_tokenised_windows_are_read_as_they_are(program: Program, tmp_path: Path) -> None:
-    save_file({"input_ids": torch.arange(24, dtype=torch.int32).view(3, 8)}, tmp_path / "ids.safetensors")
+    save_file(
+        {"input_ids": torch.arange(24, dtype=torch.int32).view(3, 8)}, tmp_path / "ids.safetensors"
+    )
     found = read_windows(tmp_path / "ids.safetensors", program, tokens=100, window=8, seed=0)
     assert rows(found) == torch.arange(24).view(3, 8).tolist()
     assert found[0].inputs["input_ids"].dtype == torch.int64
-    assert rows(read_windows(tmp_path / "ids.safetensors", program, tokens=9, window=5, seed=0)) == [
+    assert rows(
+        read_windows(tmp_path / "ids.safetensors", program, tokens=9, window=5, seed=0)
+    ) == [
         [0, 1, 2, 3, 4],
         [8, 9, 10, 11, 12],
     ]
@@ -70,7 +85,12 @@ def test_what_cannot_be_read_says_why(program: Program, tmp_path: Path) -> None:
     refused("broken.jsonl", b'{"other": 1}', "one JSON object")
     refused("latin.txt", b"\xff\xfe\xff", "UTF-8")
     refused("broken.safetensors", b"no", "input_ids")
-    refused("text.txt", b"a", "no folder with a tokenizer", program.replace(source=capture(tiny_model("llama")).source))
+    refused(
+        "text.txt",
+        b"a",
+        "no folder with a tokenizer",
+        program.replace(source=capture(tiny_model("llama")).source),
+    )
     save_file({"input_ids": torch.zeros(3)}, tmp_path / "flat.safetensors")
     with pytest.raises(TextError, match=r"expected integers \[n, window\]"):
         read_windows(tmp_path / "flat.safetensors", program, tokens=10, window=8, seed=0)
@@ -82,31 +102,42 @@ def sample(*ids: int) -> Sample:
 
 def test_nothing_is_both_trained_on_and_held_back() -> None:
     sequences = [sample(i, i) for i in range(20)]
-    text = split(sequences, 3)
+    text = split_held_out(sequences, 3)
     assert rows(text.held_out) + rows(text.train) == [[i, i] for i in range(20)]
     assert len(text.held_out) == 3 and text.window == 2
-    assert len(split(sequences, 16).held_out) == 4, "one in five at most"
-    assert len(split(sequences[:4], 16).held_out) == 0
-    assert text.sha256() != split(sequences[1:], 3).sha256()
+    assert len(split_held_out(sequences, 16).held_out) == 4, "one in five at most"
+    assert len(split_held_out(sequences[:4], 16).held_out) == 0
+    assert text.sha256() != split_held_out(sequences[1:], 3).sha256()
     with pytest.raises(TextError, match="no sequence"):
-        split([], 3)
+        split_held_out([], 3)
 
 
 def test_each_pass_over_the_text_sees_every_sequence_once_in_an_order_of_its_own() -> None:
     text = [sample(i, i) for i in range(10)]
-    order = [Schedule(text, 25, 7)[at]["window"] for at in range(25)]
+    order = [TrainingOrder(text, 25, 7)[at]["window"] for at in range(25)]
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
     assert order[:10] != order[10:20] and set(Counter(order[20:]).values()) == {1}
-    late = Schedule(text, 25, 7)
-    assert [late[at]["window"] for at in (17, 3)] == [order[17], order[3]], "any place can be gone to"
-    assert [Schedule(text, 25, 8)[at]["window"] for at in range(25)] != order
+    late = TrainingOrder(text, 25, 7)
+    assert [late[at]["window"] for at in (17, 3)] == [order[17], order[3]], (
+        "any place can be gone to"
+    )
+    assert [TrainingOrder(text, 25, 8)[at]["window"] for at in range(25)] != order
 
 
 def test_a_batch_predicts_next_tokens_and_does_not_count_padding() -> None:
-    batch = collate([{"window": 4, "sample": sample(5, 6, 7)}, {"window": 1, "sample": sample(8, 9)}])
+    batch = collate_batch(
+        [{"window": 4, "sample": sample(5, 6, 7)}, {"window": 1, "sample": sample(8, 9)}]
+    )
     assert batch["inputs"]["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch["labels"].tolist() == [[6, 7, -100], [9, -100, -100]]
     assert batch["counted"].tolist() == [[True, True, True], [True, True, False]]
     assert batch["window"].tolist() == [4, 1]
-    even = collate([{"window": 0, "sample": Sample({"input_ids": torch.tensor([[1, 2]])}, torch.tensor([[-100, 2]]))}])
+    even = collate_batch(
+        [
+            {
+                "window": 0,
+                "sample": Sample({"input_ids": torch.tensor([[1, 2]])}, torch.tensor([[-100, 2]])),
+            }
+        ]
+    )
     assert "counted" not in even and even["labels"].tolist() == [[2, -100]]

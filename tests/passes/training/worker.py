@@ -1,6 +1,8 @@
-"""What the tests of training run in a process of its own: distillations of a tiny model, some of them killed.
+"""What the tests of training run in a process of its own: distillations of a tiny model, some of
+them killed.
 
-python worker.py OUT [pass=NAME] [kind=gpt2] [resume=DIR] [kills=3,1] [random=5] [stop_at=7] [option=JSON ...]
+python worker.py OUT [pass=NAME] [kind=gpt2] [resume=DIR] [kills=3,1] [random=5] [stop_at=7]
+[option=JSON ...]
 
 Writes OUT/weights.safetensors and OUT/figures.json (process 0).
 pass: distill, of a model without half of its neurons; or retrain-sparse, of a 2:4 model.
@@ -32,10 +34,10 @@ from zoo.models import tiny_model
 from secateur.graph import Cut, Pattern, Program, Sparse, capture, with_parameters
 from secateur.passes import Context, Pipeline, samples
 from secateur.passes.base import Pass
-from secateur.passes.distill import Distill
-from secateur.passes.lower_layers import linear_layers
-from secateur.passes.retrain_sparse import RetrainSparse
-from secateur.runtime import raise_model
+from secateur.passes.lowering.layers import linear_layers
+from secateur.passes.training.distill import Distill
+from secateur.passes.training.retrain_sparse import RetrainSparse
+from secateur.runtime import to_transformers
 
 LENGTH, BELOW = 24, 128
 SMALL: dict[str, Any] = {
@@ -53,12 +55,13 @@ def pruned(kind: str = "llama") -> tuple[Program, Context]:
     """A tiny model without half of its neurons, and data to train it on."""
     program = capture(tiny_model(kind))
     ids = torch.randint(0, BELOW, (24, LENGTH), generator=torch.Generator().manual_seed(1))
-    context = Context(data=samples(ids, program), raise_model=raise_model)
+    context = Context(data=samples(ids, program), raise_model=to_transformers)
     return Pipeline.parse("score{metric=magnitude},prune-width{mlp=0.5}")(program, context), context
 
 
 def sparse(kind: str = "llama", *, dtype: torch.dtype = torch.float32) -> tuple[Program, Context]:
-    """A tiny model, every projection 2:4 by magnitude, what was removed kept; and data to train it on."""
+    """A tiny model, every projection 2:4 by magnitude, what was removed kept; and data to train it
+    on."""
     program = capture(tiny_model(kind).to(dtype))
     ids = torch.randint(0, BELOW, (24, LENGTH), generator=torch.Generator().manual_seed(1))
     parameters, pattern = dict(program.named_parameters()), Pattern(2, 4)
@@ -66,11 +69,13 @@ def sparse(kind: str = "llama", *, dtype: torch.dtype = torch.float32) -> tuple[
     for layer in linear_layers(program)[0]:
         if not layer.head:
             weight = parameters[layer.parameter].detach()
-            mask = pattern.mask(weight.float().abs())
+            mask = pattern.select_mask(weight.float().abs())
             values[layer.parameter] = weight.masked_fill(~mask, 0)
             entries[layer.parameter] = Sparse(pattern, removed=weight.masked_fill(mask, 0))
-    pruned = with_parameters(program, values).replace(sparse=MappingProxyType(entries), cut=Cut(program, {}))
-    return pruned, Context(data=samples(ids, program), raise_model=raise_model)
+    pruned = with_parameters(program, values).replace(
+        sparse=MappingProxyType(entries), cut=Cut(program, {})
+    )
+    return pruned, Context(data=samples(ids, program), raise_model=to_transformers)
 
 
 def trained(out: Path, one: Pass, small: Program, context: Context) -> None:
@@ -79,11 +84,15 @@ def trained(out: Path, one: Pass, small: Program, context: Context) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "figures.json").write_text(json.dumps(result.history[-1].figures))
-        save_file({name: p.detach().contiguous() for name, p in result.named_parameters()}, out / "weights.safetensors")
+        save_file(
+            {name: p.detach().contiguous() for name, p in result.named_parameters()},
+            out / "weights.safetensors",
+        )
 
 
 def killed_after(steps: int, run: Callable[..., None]) -> int:
-    """Run in a child that its own hand kills after so many steps; returns the signal that ended it."""
+    """Run in a child that its own hand kills after so many steps; returns the signal that ended
+    it."""
 
     def until(items: Any, description: str, total: int | None = None) -> Any:
         for count, item in enumerate(items):
@@ -117,7 +126,11 @@ MAKERS: dict[str, tuple[Callable[[str], tuple[Program, Context]], type[Pass]]] =
 
 
 def main(out: Path, given: dict[str, str]) -> None:
-    given_pass, kind, kept = given.pop("pass", "distill"), given.pop("kind", "llama"), given.pop("resume", None)
+    given_pass, kind, kept = (
+        given.pop("pass", "distill"),
+        given.pop("kind", "llama"),
+        given.pop("resume", None),
+    )
     kills, moments = json.loads(f"[{given.pop('kills', '')}]"), int(given.pop("random", "0"))
     stop = int(given.pop("stop_at", "-1"))
     options = {key: json.loads(value) for key, value in given.items()}

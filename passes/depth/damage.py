@@ -1,0 +1,193 @@
+"""What it costs to leave parts of a model's depth out: measured on the chain of its blocks.
+
+Every sequence runs once through the whole chain; what enters each stage is kept, and a candidate is
+run from its first missing part on.  Memory: one sequence's stream, whatever the number of
+candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from secateur.graph import Block, Chain, Program, Stage, SubBlock, blocks, chain
+from secateur.graph.blocks.chain import Values
+from secateur.graph.edit.drop import module_without
+from secateur.passes.base import Context
+from secateur.passes.calibration.data import IGNORED, CalibrationError, Sample
+from secateur.passes.calibration.kl import sample_logits, select_logits, token_kl
+from secateur.passes.calibration.observe import Reader, observe
+from secateur.passes.importance.gradients import LossKind, loss_targets, sum_loss
+
+By = Literal["kl", "perplexity"]
+Part = Block | SubBlock
+Run = Callable[[Stage, Values], Values]
+
+
+def measure_damages(
+    program: Program,
+    reference: Program,
+    cuts: Sequence[frozenset[str]],
+    by: By,
+    context: Context,
+    what: str,
+) -> list[float]:
+    """Damage of each cut, nats a token, over the calibration sequences.
+
+    Args:
+        cuts: names of blocks or sub-blocks that are left out together.
+        by: kl, KL(reference || rest); perplexity, the mean loss of the next token (its exponential
+            is the perplexity) or of the sequence's own labels.
+    """
+    found = [_Plan(chain(program), cut) for cut in cuts]
+    sums = torch.zeros(len(cuts), dtype=torch.float64)
+    count = 0
+    data = context.data or ()
+    work = [(sample, at) for sample in data for at in range(len(cuts))]
+    states: list[Values] = []
+    judge: _Judge | None = None
+    with torch.no_grad():
+        for sample, at in context.progress(work, what, len(work)):
+            if at == 0:
+                states = list(_stage_inputs(chain(program), sample))
+                judge = _Judge(program, reference, sample, by)
+                count += judge.count_tokens
+            assert judge is not None
+            sums[at] += judge(found[at].run_from(states))
+    if count == 0:
+        raise CalibrationError(
+            "the calibration sequences have no token to predict: give longer ones"
+        )
+    return [float(value) / count for value in sums]
+
+
+def block_influences(program: Program, parts: Sequence[Part], context: Context) -> dict[str, float]:
+    """Block influence by name: one minus the mean cosine of the stream before and after a part,
+    over all tokens.
+
+    Source:
+        Men et al. 2024 (ShortGPT), arXiv:2403.03853, equation 1.
+    """
+    meters = [_Meter(part) for part in parts]
+    none = torch.empty(0, dtype=torch.int64)
+    readers = {
+        Reader(node, -1, none): (meter, at)
+        for meter in meters
+        for at, node in enumerate(meter.nodes)
+    }
+
+    def observe_value(reader: Reader, value: Tensor, batch: int) -> None:
+        meter, at = readers[reader]
+        meter.take_value(at, value)
+
+    observe(program, context, list(readers), observe_value)
+    return {meter.part.name: 1 - meter.total / max(1, meter.rows) for meter in meters}
+
+
+def part_parameters(program: Program) -> dict[str, int]:
+    """Elements of the parameters that only one block or sub-block reads, by its name."""
+    sizes = {name: parameter.numel() for name, parameter in program.named_parameters()}
+    parts = {part.name: part.parameters for part in blocks(program)}
+    parts |= {sub.name: sub.parameters for block in blocks(program) for sub in block.sub_blocks}
+    return {name: sum(sizes[parameter] for parameter in own) for name, own in parts.items()}
+
+
+class _Meter:
+    """Sums the cosines of one part; its values of a sequence come in the order of the graph."""
+
+    def __init__(self, part: Part) -> None:
+        self.part, self.total, self.rows = part, 0.0, 0
+        joined = isinstance(part, SubBlock) and not part.alone
+        end = part.end
+        if isinstance(part, SubBlock) and joined:
+            end = part.branch.operand
+        self.nodes: tuple[fx.Node, fx.Node] = (part.start, end)
+        self.joined, self.seen = joined, dict[int, Tensor]()
+
+    def take_value(self, at: int, value: Tensor) -> None:
+        self.seen[at] = value
+        if len(self.seen) == 2:
+            before, after = (
+                self.seen[i].reshape(-1, self.seen[i].shape[-1]).float() for i in (0, 1)
+            )
+            cosines = F.cosine_similarity(before, before + after if self.joined else after, dim=-1)
+            self.total, self.rows = (
+                self.total + float(cosines.double().sum()),
+                self.rows + len(cosines),
+            )
+            self.seen.clear()
+
+
+class _Judge:
+    """Sums the damage over one sequence's tokens."""
+
+    def __init__(self, program: Program, reference: Program, sample: Sample, by: By) -> None:
+        self.program, self.sample = program, sample
+        self.expected = sample_logits(reference, sample) if by == "kl" else None
+        given = sample.labels is not None and (
+            sample.labels.dim() == 1 or _is_encoder_decoder(program)
+        )
+        if given:
+            self.loss: LossKind = "labels"
+        else:
+            self.loss = "next-token"
+
+    @property
+    def count_tokens(self) -> int:
+        if self.expected is not None:
+            return len(self.expected)
+        return int((loss_targets(self.sample, self.program, self.loss) != IGNORED).sum())
+
+    def __call__(self, output: Any) -> float:
+        if self.expected is None:
+            return float(sum_loss(output, self.program, self.sample, self.loss))
+        found = select_logits(output)
+        return float(token_kl(self.expected, found.reshape(-1, found.shape[-1])).double().sum())
+
+
+def _is_encoder_decoder(program: Program) -> bool:
+    return bool(getattr(program.source.config, "is_encoder_decoder", False))
+
+
+class _Plan:
+    """How a chain runs without some of its parts."""
+
+    def __init__(self, whole: Chain, cut: frozenset[str]) -> None:
+        self.chain = whole
+        self.runs: dict[Stage, Run] = {}
+        for stage in whole.blocks:
+            assert stage.block is not None
+            subs = []
+            for sub in stage.block.sub_blocks:
+                if sub.name in cut:
+                    subs.append(sub.name)
+            if stage.name in cut or len(subs) == len(stage.block.sub_blocks):
+                self.runs[stage] = whole.skip_block
+            elif subs:
+                self.runs[stage] = self._make_rest(stage, subs)
+
+    def _make_rest(self, stage: Stage, subs: list[str]) -> Run:
+        module = module_without(stage, subs)
+        return lambda at, values: self.chain.run_stage(at, values, module)
+
+    def run_from(self, states: Sequence[Values]) -> Any:
+        """The output, from what enters each stage of the whole chain."""
+        first = min(
+            (self.chain.place[stage] for stage in self.runs), default=len(self.chain.stages) - 1
+        )
+        values = states[first]
+        for stage in self.chain.stages[first:]:
+            values = self.runs.get(stage, self.chain.run_stage)(stage, values)
+        return self.chain.final_output(values)
+
+
+def _stage_inputs(whole: Chain, sample: Sample) -> Sequence[Values]:
+    """What enters each stage."""
+    states = [whole.initial_values(sample.inputs)]
+    for stage in whole.stages[:-1]:
+        states.append(whole.run_stage(stage, states[-1]))
+    return states

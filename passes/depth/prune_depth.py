@@ -1,0 +1,179 @@
+"""Make a model shallower: drop the residual blocks that it misses least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from secateur.graph import Program, blocks, drop
+from secateur.graph.errors import EditError
+from secateur.passes.base import Context, Cost, Pass, PassResult, PlannedEdit
+from secateur.passes.depth.damage import By
+from secateur.passes.depth.rounds import DepthChoice, Level, Method, Rounds, may_go
+from secateur.passes.language.options import OptionError
+
+Count = Annotated[int, Field(ge=0)]
+FORWARDS: Mapping[Method, float] = {
+    "greedy": 16.0,
+    "contiguous": 16.0,
+    "alone": 16.0,
+    "influence": 1.0,
+}
+SUB_BLOCKS = 4.0  # so many times the forward passes of whole blocks: more to try, in more rounds
+
+
+@dataclass(frozen=True)
+class PruneDepth(Pass):
+    """Drop the residual blocks that the model misses least.  Numerics: lossy.
+
+    drop: how many blocks go; at level=sub-block, as many parameters as so many average blocks hold.
+    method: greedy (one after the other; all that are left are measured again after each),
+        contiguous (the run of neighbours that is missed least), alone (each measured alone, the
+        least go) or influence (one minus the cosine of the stream before and after, in one pass).
+    by: what greedy, contiguous and alone measure on the calibration data: kl (to the dense model)
+        or perplexity.
+    level: block, or sub-block (attention and MLP apart, by damage a parameter; greedy also tries
+        both of a layer in one step; no stock class holds the result, see fill-dropped).
+    keep_first, keep_last: so many blocks at either end of every stack stay.
+    layers: drop these blocks instead, by number, negative from the end; nothing is measured.
+
+    Source:
+        Zhong et al. 2024 (BlockPruner), arXiv:2406.10594, section 3 (greedy, perplexity); Sreenivas
+        et al. 2024 (Minitron in practice), arXiv:2408.11796, section 2 (contiguous).
+    """
+
+    name: ClassVar[str] = "prune-depth"
+    numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
+    gives: ClassVar[frozenset[str]] = frozenset({"cut"})
+    ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    drop: Count = 0
+    method: Method = "greedy"
+    by: By = "kl"
+    level: Level = "block"
+    keep_first: Count = 0
+    keep_last: Count = 0
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.drop) == bool(self.layers):
+            raise OptionError(
+                "prune-depth: say how many blocks go (drop=4), or which (layers=[20,21])",
+                option="drop",
+            )
+        if self.level == "sub-block" and self.method == "contiguous":
+            raise OptionError(
+                "prune-depth: contiguous is for whole blocks: choose greedy", option="method"
+            )
+
+    @property
+    def needs_data(self) -> bool:
+        return not self.layers
+
+    @property
+    def cost(self) -> Cost:
+        if self.method == "greedy":
+            rounds = self.drop
+        else:
+            rounds = 1
+        if self.level == "sub-block" and self.method == "greedy":
+            finer = SUB_BLOCKS
+        else:
+            finer = 1.0
+        return Cost(0.0 if self.layers else rounds * finer * FORWARDS[self.method])
+
+    def requires(self, program: Program) -> list[str]:
+        on_meta = any(p.is_meta for _, p in program.named_parameters()) and not self.layers
+        return (
+            super().requires(program)
+            + ["the weights are on the meta device: open the model with weights"] * on_meta
+        )
+
+    def plan(self, program: Program) -> list[PlannedEdit]:
+        """One edit: how many blocks stay.
+
+        Raises:
+            EditError: too few may go.
+        """
+        if self.layers:
+            count = len(self._resolve_names(program))
+        else:
+            count = self.drop
+        if not self.layers:
+            self._check_options(program)
+        total = len(blocks(program))
+        return [PlannedEdit("layers", "blocks", total, total - count, exact=self.level == "block")]
+
+    def preview(self, program: Program) -> Program:
+        """Without the last blocks that may go."""
+        if self.layers:
+            return drop(program, self._resolve_names(program))
+        self._check_options(program)
+        rounds = Rounds(self._make_choice(program), program)
+        while not rounds.is_finished():
+            parts = rounds.list_candidates()
+            rounds.drop_parts(
+                [
+                    part.name
+                    for part in (parts[-self.drop :] if self.level == "block" else parts[-1:])
+                ]
+            )
+        return rounds.program
+
+    def call(self, program: Program, context: Context) -> PassResult:
+        figures: dict[str, Any] = {"parameters_before": program.num_parameters, "rounds": []}
+        if self.layers:
+            smaller = drop(program, self._resolve_names(program))
+        else:
+            self._check_options(program)
+            smaller = Rounds(
+                self._make_choice(program), program, context, figures["rounds"]
+            ).run_rounds()
+        assert smaller.cut is not None
+        if program.cut:
+            before = program.cut.dropped
+        else:
+            before = ()
+        figures["dropped"] = [name for name in smaller.cut.dropped if name not in before]
+        return PassResult(
+            smaller, modified=True, figures={**figures, "parameters_after": smaller.num_parameters}
+        )
+
+    def _make_choice(self, program: Program) -> DepthChoice:
+        return DepthChoice(self.drop, self.method, self.by, self.level, self._end_blocks(program))
+
+    def _end_blocks(self, program: Program) -> frozenset[str]:
+        """The names of the blocks at the ends of every stack."""
+        found: dict[str, list[str]] = {}
+        for block in blocks(program):
+            found.setdefault(block.name.rpartition(".")[0], []).append(block.name)
+        first = {name for names in found.values() for name in names[: self.keep_first]}
+        return frozenset(
+            first.union(*(names[len(names) - self.keep_last :] for names in found.values()))
+        )
+
+    def _check_options(self, program: Program) -> None:
+        free = may_go(program, self._end_blocks(program))
+        total = len(blocks(program))
+        if self.drop > min(len(free), total - 1):
+            locked = []
+            for block in blocks(program):
+                if block.locked:
+                    locked.append(f"{block.name} must stay: {block.locked}")
+            raise EditError(
+                f"prune-depth: {self.drop} blocks are to go, and {min(len(free), total - 1)} of "
+                f"{total} may. " + "; ".join(locked[:3])
+            )
+
+    def _resolve_names(self, program: Program) -> list[str]:
+        names = [block.name for block in blocks(program)]
+        for index in self.layers:
+            if not -len(names) <= index < len(names):
+                raise EditError(
+                    f"prune-depth: layers names {index}, and the model has 0..{len(names) - 1}"
+                )
+        return [names[index] for index in self.layers]

@@ -1,0 +1,141 @@
+"""The quantize pass: put the weights of linear layers on integer grids.  The Program stays one of
+floats."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from secateur.graph import Program, with_parameters
+from secateur.passes.base import Context, Cost, Pass, PassResult
+from secateur.passes.calibration.gram import gram_of, output_error
+from secateur.passes.calibration.lockstep import Lockstep
+from secateur.passes.lowering.layers import (
+    Layer,
+    linear_layers,
+    on_meta,
+    parameter_values,
+    sharing_input,
+)
+from secateur.passes.solvers.gptq import quantize_gptq
+from secateur.passes.solvers.integer_grid import grid_of
+
+Made = tuple[dict[str, Tensor], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Round the weights of linear layers to 8 or 4 bits; zeros stay zeros.  Numerics: lossy.
+
+    The numbers stay floats of the same dtype, each a whole multiple of its scale, so that every
+    loader opens the model;
+    ``lower`` finds the scales again in the numbers, and packs them.
+
+    bits: 8 (a scale for each output) or 4 (a scale for each output and 128 inputs).
+    method: rtn (round to nearest, no data) or gptq (later weights make up for the error of earlier
+        ones, on the inputs that the quantized model really sees).
+    head: round the layer whose outputs the model returns, too; not where it is tied to the
+        embeddings.
+    damping: of gptq, in parts of the mean of the inputs' squares.
+
+    Source:
+        gptq: Frantar et al. 2022, arXiv:2210.17323, algorithm 1.
+    """
+
+    name: ClassVar[str] = "quantize"
+    numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
+    ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    bits: Literal[8, 4] = 8
+    method: Literal["rtn", "gptq"] = "rtn"
+    head: bool = False
+    damping: Annotated[float, Field(gt=0)] = 0.01
+
+    @property
+    def needs_data(self) -> bool:
+        return self.method == "gptq"
+
+    @property
+    def cost(self) -> Cost:
+        if self.needs_data:
+            return Cost(1.5, 1.0)
+        return Cost(0.0, 1.0)
+
+    def requires(self, program: Program) -> list[str]:
+        missing = ["the weights are on the meta device: open the model with weights"] * on_meta(
+            program
+        )
+        return super().requires(program) + missing
+
+    def call(self, program: Program, context: Context) -> PassResult:
+        layers, refused = linear_layers(program)
+        spared = {layer.parameter: why for layer in layers if (why := self._reason_to_spare(layer))}
+        chosen = [layer for layer in layers if layer.parameter not in spared]
+        refused |= spared
+        for name, reason in refused.items():
+            context.log.info("quantize leaves %s alone: %s", name, reason)
+        if self.needs_data:
+            work = self._round_by_gptq
+        else:
+            work = self._round_to_nearest
+        made, errors = work(program, chosen, context)
+        if not made:
+            return PassResult(
+                program, False, {"bits": self.bits, "layers": 0, "left_alone": refused}
+            )
+        rounded = with_parameters(program, made).replace(scores={})
+        error = math.sqrt(sum(e * e for e in errors.values()) / len(errors))
+        told = {name: round(value, 5) for name, value in errors.items()}
+        figures = {
+            "layers": len(made),
+            "error": round(error, 5),
+            "left_alone": refused,
+            "errors": told,
+        }
+        return PassResult(rounded, True, {"bits": self.bits, **figures})
+
+    def _reason_to_spare(self, layer: Layer) -> str:
+        """Why a layer keeps its numbers; "" where it does not."""
+        if layer.looked_up:
+            return "it is the table of embeddings, too"
+        if layer.head and not self.head:
+            return "the model returns its outputs; head=true rounds it"
+        return ""
+
+    def _round_to_nearest(self, program: Program, layers: list[Layer], context: Context) -> Made:
+        """Round to nearest.  The error is that of the weights, relative to their norm."""
+        known = parameter_values(program)
+        made: dict[str, Tensor] = {}
+        for layer in context.progress(layers, "quantize", len(layers)):
+            weight = known[layer.parameter]
+            made[layer.parameter] = grid_of(weight, self.bits).round_to_grid(weight)
+        return made, {name: _relative_error(known[name], value) for name, value in made.items()}
+
+    def _round_by_gptq(self, program: Program, layers: list[Layer], context: Context) -> Made:
+        """Layer after layer, on the inputs that come out of the layers already rounded.  The error
+        is the outputs'."""
+        known = parameter_values(program)
+        data = context.data or ()
+        run = Lockstep(program, data)
+        made: dict[str, Tensor] = {}
+        errors: dict[str, float] = {}
+        groups = sharing_input(layers)
+        for sharing in context.progress(groups, "quantize", len(groups)):
+            run.advance_to(sharing[0].node.name)
+            gram, _ = gram_of(run, sharing[0].x.name, len(data))
+            for layer in sharing:
+                weight = known[layer.parameter]
+                value = quantize_gptq(weight, gram, self.bits, self.damping)
+                errors[layer.parameter] = output_error(weight, value, gram)
+                made[layer.parameter] = value
+                run.replace_parameter(layer.parameter, value, layer.chain)
+        return made, errors
+
+
+def _relative_error(weight: Tensor, rounded: Tensor) -> float:
+    change = (rounded.float() - weight.float()).norm()
+    return float(change / weight.float().norm().clamp_min(1e-30))

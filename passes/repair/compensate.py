@@ -1,0 +1,140 @@
+"""Put into biases what pruned units gave on average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from secateur.graph import Program, with_parameters
+from secateur.passes.base import Context, Cost, Pass, PassResult
+from secateur.passes.calibration.data import CalibrationError
+from secateur.passes.calibration.kl import kl
+from secateur.passes.calibration.lockstep import Lockstep
+from secateur.passes.repair.repair import held_back_sequences
+from secateur.passes.repair.sites import Site, find_sites
+
+
+@dataclass(frozen=True)
+class Compensate(Pass):
+    """Move the mean of what pruned units gave into the biases of their consumers.  Numerics: lossy.
+
+    A consumer's bias grows by the mean over calibration tokens of what its output lacks on the
+    inputs of the dense
+    model: W[:, dropped] mean(x_dropped), or what a refit since has left of it.  (On the inputs of
+    the pruned model the few tokens of huge activations would fill the mean with what earlier layers
+    lost.)  One calibration sequence in five is held back.  A bias whose output's squared error does
+    not fall there stays as it is, and so do all where the KL to the dense model does not.  A
+    consumer without a bias is left alone, by name; runtime.with_biases opens a model so that it has
+    them.
+
+    Source:
+        An et al. 2024 (FLAP), arXiv:2312.11983, eq. 6; both checks are ours.
+    """
+
+    name: ClassVar[str] = "compensate"
+    numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
+    uses: ClassVar[frozenset[str]] = frozenset({"cut"})
+    ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(1.6, 0.0, holds=1)
+
+    def requires(self, program: Program) -> list[str]:
+        on_meta = any(p.is_meta for _, p in program.named_parameters())
+        return (
+            super().requires(program)
+            + ["the weights are on the meta device: open the model with weights"] * on_meta
+        )
+
+    def call(self, program: Program, context: Context) -> PassResult:
+        data = context.data or ()
+        if len(data) < 2:
+            raise CalibrationError(
+                "compensate needs two calibration sequences or more: one is held back to check it"
+            )
+        assert program.cut is not None
+        found, refused = find_sites(program, "own", bias=True)
+        refused |= {site.parameter: "its op has no bias" for site in found if site.bias is None}
+        for name, reason in refused.items():
+            context.log.info("compensate leaves %s alone: %s", name, reason)
+        dense = Lockstep(program.cut.dense, data)
+        back = held_back_sequences(len(data))
+        parameters = dict(program.named_parameters())
+        values = dict[str, Tensor]()
+        figures = dict[str, Any]()
+        open_ = [site for site in found if site.bias is not None]
+        for site in context.progress(open_, "compensate", len(open_)):
+            assert site.bias is not None
+            bias = parameters[site.bias].detach()
+            dense.advance_to(site.node.name)
+            lacks = []
+            for sample in range(len(data)):
+                lacks.append(
+                    _missing_output(site, dense, sample, parameters[site.parameter].detach(), bias)
+                )
+            shift, left = mean_lack(lacks, back)
+            figures[site.bias] = {"error": round(left, 4), "changed": shift is not None}
+            if shift is not None:
+                values[site.bias] = (bias.double() + shift).to(bias.dtype)
+        if values:
+            after = with_parameters(program, values).replace(scores={})
+        else:
+            after = program
+        held = [data[at] for at in sorted(back)]
+        if values:
+            kls = [kl(program.cut.dense, one, held).mean for one in (program, after)]
+        else:
+            kls = [0.0, 0.0]
+        kept = kls[1] < kls[0]
+        if not kept and values:
+            context.log.info(
+                "compensate changes nothing: KL %.4f with it, %.4f without", kls[1], kls[0]
+            )
+        facts = {"compensated": len(values) if kept else 0, "kl_before": kls[0], "kl_after": kls[1]}
+        return PassResult(
+            after if kept else program, kept, {**facts, "left_alone": refused, "biases": figures}
+        )
+
+
+def mean_lack(lacks: Sequence[Tensor], back: Collection[int]) -> tuple[Tensor | None, float]:
+    """([outputs] float64: the mean over all tokens, or None where the tokens held back would not
+    gain by that of the others; root of the held-back error that is left, relative to the one
+    before).
+
+    Args:
+        lacks: what an output lacks, [tokens, outputs], by sequence.
+        back: numbers of the sequences held back.
+    """
+    seen, held = (
+        torch.cat([x for at, x in enumerate(lacks) if (at in back) == kind])
+        for kind in (False, True)
+    )
+    before, after = (float(x.square().sum()) for x in (held, held - seen.mean(0)))
+    if not after < before:
+        return None, 1.0
+    return torch.cat([seen, held]).mean(0), math.sqrt(after / before)
+
+
+def _missing_output(
+    site: Site, dense: Lockstep, sample: int, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """The dense op's output less what the weight as it is now makes of the inputs that stayed:
+    [tokens, outputs]."""
+    x, wanted = (_as_rows(dense.node_value(sample, node.name)) for node in (site.x, site.node))
+    weight_KN = (weight if site.turned else weight.T).double()
+    given = x.index_select(-1, site.keep_in.to(x.device)) @ weight_KN + bias.double()
+    return wanted.index_select(-1, site.keep_out.to(x.device)) - given
+
+
+def _as_rows(value: Tensor) -> Tensor:
+    return value.reshape(-1, value.shape[-1]).double()

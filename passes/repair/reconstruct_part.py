@@ -1,0 +1,152 @@
+"""One sub-block of a sparse model as something to be fitted: what changes, what it starts from,
+what it is to give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from secateur.graph.blocks.chain import stage_module
+from secateur.graph.blocks.parts import Part
+
+Values = Mapping[str, Any]
+
+
+class FittedPart:
+    """A part that runs on copies of the parameters that may change, in float32 or better.
+
+    masters, masks: by name in the source model; a mask is [shape] bool of the entries that may
+        change, or None for all.
+    """
+
+    def __init__(
+        self, part: Part, free: Mapping[str, Tensor | None], names: Mapping[int, str]
+    ) -> None:
+        """free: masks by name of the parameters that may change.
+        names: of Parameters of the Program, by id.
+        """
+        self.part, self.masks = part, dict(free)
+        self.module, copies = stage_module(part.stage)
+        self._copies = {node.name: copy for node, copy in copies.items()}
+        self.masters, self._dtypes, self._targets = (
+            dict[str, Tensor](),
+            dict[str, torch.dtype](),
+            dict[str, str](),
+        )
+        for target, parameter in self.module.named_parameters(remove_duplicate=False):
+            name = names.get(id(parameter), "")
+            if name in free:
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                self._targets[target], self._dtypes[name] = name, parameter.dtype
+                self.masters.setdefault(name, parameter.detach().to(wide).clone())
+
+    def __call__(self, values: Values) -> tuple[Any, ...]:
+        """The stage's outputs, from the values before it; those stay as they are."""
+        given = tuple(self._stage_arguments(values))
+        found: tuple[Any, ...] = torch.func.functional_call(
+            self.module, self._module_tensors(), given
+        )
+        return found
+
+    def run_to_stream(self, values: Values) -> Tensor:
+        """The stream after the part."""
+        found: Tensor = self(values)[self.part.stage.outputs.index(self.part.end)]
+        return found
+
+    def parameter_values(self) -> dict[str, Tensor]:
+        """The parameters in their own dtypes, by name."""
+        return {name: self._full_parameter(name) for name in self.masters}
+
+    def make_module(self) -> fx.GraphModule:
+        """The stage's module with what was found in it."""
+        for target, name in self._targets.items():
+            owner, _, leaf = target.rpartition(".")
+            value = torch.nn.Parameter(self._full_parameter(name), requires_grad=False)
+            setattr(self.module.get_submodule(owner), leaf, value)
+        return self.module
+
+    @torch.no_grad()
+    def peek_values(self, values: Values, names: Sequence[str]) -> list[Tensor]:
+        """Values of some nodes of the stage, or of its inputs, by name; it runs as far as they
+        ask."""
+        inner = [self._copies[name] for name in names]
+        return _Peek(self.module, self._module_tensors()).run_and_collect(
+            self._stage_arguments(values), inner
+        )
+
+    def _full_parameter(self, name: str) -> Tensor:
+        """A parameter in its own dtype, with +0.0 outside its mask."""
+        value = self.masters[name].detach().to(self._dtypes[name])
+        mask = self.masks[name]
+        if mask is None:
+            return value
+        return torch.where(mask, value, 0)
+
+    def _stage_arguments(self, values: Values) -> list[Any]:
+        changed = self.part.stage.mutated_inputs
+        return [
+            values[name].clone() if name in changed else values[name]
+            for name in self.part.stage.inputs
+        ]
+
+    def _module_tensors(self) -> dict[str, Tensor]:
+        return {
+            target: self.masters[name].to(self._dtypes[name])
+            for target, name in self._targets.items()
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Sequences to fit a part on.
+
+    inputs: values before the stage, one map a sequence.
+    wanted: the stream after it that is aimed at, in the channels that are left: [..., channels] a
+        sequence.
+    dense: the dense model's stage that ends where this one does.
+    dense_inputs: values before that.
+    back: numbers of the sequences held back.
+    """
+
+    inputs: Sequence[Values]
+    wanted: Sequence[Tensor]
+    dense: FittedPart
+    dense_inputs: Sequence[Values]
+    back: frozenset[int]
+
+    @property
+    def fitting_sequences(self) -> list[int]:
+        """Numbers of the sequences to fit on."""
+        return [at for at in range(len(self.inputs)) if at not in self.back]
+
+
+class _Peek(fx.Interpreter):
+    """Runs a module up to the last of some nodes."""
+
+    def __init__(self, module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.extra_traceback, self._tensors = False, tensors
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in self._tensors:
+            return self._tensors[target]
+        return super().get_attr(target, args, kwargs)
+
+    def run_and_collect(self, given: Sequence[Any], nodes: Sequence[fx.Node]) -> list[Tensor]:
+        left = iter(given)
+        self.env = {}
+        for node in self.module.graph.nodes:  # type: ignore[union-attr]
+            if node.op == "placeholder":
+                self.env[node] = next(left)
+        missing = set(nodes) - set(self.env)
+        for node in self.module.graph.nodes:  # type: ignore[union-attr]
+            if not missing:
+                break
+            if node not in self.env:
+                self.env[node] = self.run_node(node)
+                missing.discard(node)
+        return [self.env[node] for node in nodes]

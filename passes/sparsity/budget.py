@@ -1,0 +1,149 @@
+"""Which weights become sparse under a budget of bytes: those that the model misses least, chosen
+exactly.
+
+Dims: N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from secateur.graph import Pattern, Program, Share
+from secateur.graph.errors import EditError
+from secateur.passes.base import Context
+from secateur.passes.calibration.kl import CachedLogProbs, select_logits
+from secateur.passes.calibration.kl import cache_log_probs as kept_of
+from secateur.passes.calibration.lockstep import Lockstep
+from secateur.passes.lowering.layers import Layer, parameter_values, sharing_input
+from secateur.passes.solvers.knapsack import SizeOption, solve_knapsack
+from secateur.passes.sparsity.layer import LayerRecipe, sparsify_layers
+from secateur.passes.storage.journal import Journal
+
+Budget = float | int
+Damage = Literal["kl", "output"]
+JUDGED = 4  # calibration sequences on which the KL is measured
+JUDGE = "budget "
+
+
+def check_budget(value: Any) -> Any:
+    """A part (a float up to 1) or a number of bytes.
+
+    Raises:
+        ValueError: neither.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and (not number or value <= 0 or (isinstance(value, float) and value > 1)):
+        raise ValueError(
+            f"{value!r}: expected a part of the dense bytes (0.7) or a number of bytes (90000000)"
+        )
+    return value
+
+
+def count_packed_bytes(weight: Tensor, kind: Pattern | Share) -> int:
+    """Bytes of a sparse weight: the values that stay, and a bit for each place."""
+    rows, columns = weight.shape
+    groups = columns // kind.group_size(columns)
+    return rows * groups * kind.kept_per_group(columns) * weight.itemsize + -(-weight.numel() // 8)
+
+
+def choose_layers(
+    budget: Budget,
+    damage: Damage,
+    recipe: LayerRecipe,
+    program: Program,
+    layers: list[Layer],
+    context: Context,
+) -> tuple[list[Layer], dict[str, Any]]:
+    """The layers that become sparse so that all take at most the budget, and the plan as figures.
+
+    Each one's damage is measured alone in the dense model, in the form the recipe gives it there;
+    the sum over those that become sparse is the least that the budget allows.
+
+    Raises:
+        EditError: even all of them sparse take more than the budget.
+    """
+    known = parameter_values(program)
+    dense = {one.parameter: known[one.parameter].nbytes for one in layers}
+    packed = {
+        one.parameter: count_packed_bytes(known[one.parameter], recipe.kind) for one in layers
+    }
+    limit = budget if isinstance(budget, int) else budget * sum(dense.values())
+    if sum(packed.values()) > limit:
+        raise EditError(
+            f"sparsify: all {len(layers)} weights sparse take {sum(packed.values()):,} bytes, "
+            "the budget is "
+            f"{int(limit):,}: give a larger one, or a sparser pattern"
+        )
+    hurt = _measure_damages(damage, recipe, program, layers, context)
+    menu = [
+        [SizeOption(1, dense[n], 0.0), SizeOption(0, packed[n], max(0.0, hurt[n]))] for n in dense
+    ]
+    picks = dict(zip(dense, solve_knapsack(menu, limit), strict=True))
+    sparse = [one for one in layers if picks[one.parameter]]
+    taken = sum(packed[n] if picks[n] else dense[n] for n in dense)
+    figures = {
+        "budget_bytes": int(limit),
+        "bytes": taken,
+        "dense_bytes": sum(dense.values()),
+        "kept_dense": [name for name, pick in picks.items() if not pick],
+        "damages": {name: round(value, 8) for name, value in hurt.items()},
+    }
+    return sparse, {"plan": figures}
+
+
+def _measure_damages(
+    damage: Damage, recipe: LayerRecipe, program: Program, layers: list[Layer], context: Context
+) -> dict[str, float]:
+    """By name: KL in nats a token, or squared output error relative to the outputs' squares."""
+    data = context.data or ()
+    journal = Journal(context.resume)
+    known = parameter_values(program)
+    run = Lockstep(program, data)
+    found = dict[str, float]()
+    judged = list(range(min(JUDGED, len(data))))
+    expected: dict[int, CachedLogProbs] = {}
+    groups = sharing_input(layers)
+    for sharing in context.progress(groups, "measure damage", len(groups)):
+        kept = journal.read(JUDGE + sharing[0].parameter)
+        if kept is None or set(kept.facts) != {one.parameter for one in sharing}:
+            run.advance_to(sharing[0].node.name)
+            named = {one.parameter: known[one.parameter] for one in sharing}
+            made = sparsify_layers(recipe, named, run, sharing[0].x.name, len(data))
+            facts = {}
+            for one in sharing:
+                if damage == "output":
+                    facts[one.parameter] = (made[one.parameter].error or 0.0) ** 2
+                    continue
+                if not expected:
+                    expected = {
+                        at: kept_of(_flatten_logits(run.finish_sample(at, {}, []))) for at in judged
+                    }
+                facts[one.parameter] = _divergence_of_layer(
+                    run, one, made[one.parameter].weight, expected
+                )
+            journal.write(JUDGE + sharing[0].parameter, facts=facts)
+        else:
+            facts = kept.facts
+        found |= facts
+    return found
+
+
+def _divergence_of_layer(
+    run: Lockstep, layer: Layer, value: Tensor, expected: Mapping[int, CachedLogProbs]
+) -> float:
+    """KL(dense || with this weight alone sparse), the mean over the judged tokens."""
+    found = []
+    for sample, wanted in expected.items():
+        output = run.finish_sample(sample, {str(layer.chain[0].target): value}, [layer.chain])
+        found.append(wanted.kl(_flatten_logits(output)))
+    return float(torch.cat(found).double().mean())
+
+
+def _flatten_logits(output: Any) -> Tensor:
+    """Logits [T, V]."""
+    found = select_logits(output)
+    return found.reshape(-1, found.shape[-1])

@@ -1,0 +1,163 @@
+"""What a pass keeps while it runs, so that a run that was killed goes on from there: entries that
+are whole or absent.
+
+An entry is one safetensors file with its tensors, and in its metadata its facts (JSON), the order
+of the tensors, and a SHA-256 over all.  It is written beside its place, flushed to the disk and
+renamed, so that a kill leaves the old entry or the new one.  An entry that does not match its own
+SHA-256 is told in the log and treated as absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from secateur.graph.errors import ArtifactError
+
+JSON = dict[str, Any]
+SUFFIX, UNFINISHED = ".safetensors", ".part"
+log = logging.getLogger("secateur.passes")
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """What was written under one name: tensors in their order, on the CPU, in memory of their own;
+    and JSON values."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    facts: JSON = field(default_factory=dict)
+
+
+class Journal:
+    """Entries in a folder.  Without a folder nothing is kept and nothing is found, so that a pass
+    need not ask.
+
+    Names may hold any characters; an entry written under a name replaces the one before it.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    @property
+    def ensure_folder(self) -> Path | None:
+        """The folder, made where there is none yet."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder
+
+    def write(
+        self, name: str, tensors: Mapping[str, Tensor] | None = None, facts: JSON | None = None
+    ) -> None:
+        """Keep an entry; when this returns it is on the disk.  Floats in facts are kept exactly.
+
+        Raises:
+            ArtifactError: the disk refuses.
+            TypeError: facts are not JSON values.
+        """
+        if self.folder is None:
+            return
+        kept = {key: tensor.detach().cpu().contiguous() for key, tensor in (tensors or {}).items()}
+        text = json.dumps({"names": list(kept), "facts": facts or {}})
+        metadata = {"text": text, "sha256": _hash_tensors(kept, text)}
+        file = self._entry_file(name)
+        part = file.with_name(file.name + UNFINISHED)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(_unshare_memory(kept), part, metadata)
+            _flush_to_disk(part)
+            os.replace(part, file)
+            _flush_to_disk(self.folder)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                part.unlink()
+            raise ArtifactError(
+                f"cannot keep {file} to resume from: {error}; free some space or choose another "
+                "disk, and start again: "
+                "what was finished before is kept"
+            ) from error
+
+    def read(self, name: str) -> Entry | None:
+        """The entry, or None where there is none, or only a damaged one."""
+        file = None
+        if self.folder is not None:
+            file = self._entry_file(name)
+        if file is None or not file.is_file():
+            return None
+        try:
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata() or {}
+                told = json.loads(metadata["text"])
+                tensors = {key: opened.get_tensor(key).clone() for key in told["names"]}
+            if metadata["sha256"] == _hash_tensors(tensors, metadata["text"]):
+                return Entry(tensors, told["facts"])
+            reason = "its content has changed"
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            reason = str(error) or type(error).__name__
+        log.warning("%s is damaged (%s): what it held is worked out again", file, reason)
+        return None
+
+    def names(self) -> list[str]:
+        """The names of all entries, sorted; they are not looked into."""
+        if self.folder is None or not self.folder.is_dir():
+            return []
+        return sorted(
+            unquote(file.name.removesuffix(SUFFIX)) for file in self.folder.glob(f"*{SUFFIX}")
+        )
+
+    def remove(self, name: str) -> None:
+        """Forget an entry, where there is one."""
+        if self.folder is not None:
+            self._entry_file(name).unlink(missing_ok=True)
+
+    def _entry_file(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{quote(name, safe=' @#')}{SUFFIX}"
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """SHA-256 (hex) of a tensor's dtype, shape and values, wherever it lies and however it is
+    strided."""
+    data = tensor.detach().cpu().contiguous()
+    found = hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode())
+    found.update(data.view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _hash_tensors(tensors: Mapping[str, Tensor], text: str) -> str:
+    parts = [f"{len(key)} {key} {hash_tensor(tensor)}" for key, tensor in sorted(tensors.items())]
+    return hashlib.sha256("\n".join([text, *parts]).encode()).hexdigest()
+
+
+def _unshare_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each with memory of its own, which safetensors asks for."""
+    seen: set[int] = set()
+    found = {}
+    for key, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        if memory in seen:
+            found[key] = tensor.clone()
+        else:
+            found[key] = tensor
+        seen.add(memory)
+    return found
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,248 @@
+"""Prune groups to a budget that they share: each to the size at which the model loses least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from secateur.graph import CoupledGroup, Program, coupled_groups, keep
+from secateur.graph.errors import EditError
+from secateur.passes.base import Context, Cost, Pass, PassResult, PlannedEdit
+from secateur.passes.language.options import OptionError
+from secateur.passes.solvers.knapsack import SizeOption, solve_knapsack
+from secateur.passes.storage.journal import Journal
+from secateur.passes.width.costs import CostKind, cost_of, sizes_of
+from secateur.passes.width.evolve import evolve_mixture
+from secateur.passes.width.prune_width import WHOLE, Family, Fraction, Multiple
+from secateur.passes.width.shares import select_units, unit_values
+from secateur.passes.width.supernet import Judge, Supernet
+
+Damage = Literal["scores", "error", "kl"]
+Count = Annotated[int, Field(ge=0)]
+Levels = Annotated[int, Field(ge=2)]
+
+
+@dataclass(frozen=True)
+class Allocate(Pass):
+    """Prune coupled groups to a shared budget, each to its own size.  Numerics: lossy.
+
+    The sizes are chosen exactly: the least sum of damages within the budget; then, if asked, by
+    evolution on the KL of the whole model.  Layers come out different, which no stock class holds.
+    ratio: part of the groups' budget that is removed.
+    families: of the groups that share the budget.
+    budget: what is counted: parameters, bytes, flops (a token) or latency (measured seconds of the
+        groups' matrices, one token).
+    damage: of a group at a size: scores (sum of the scores of what goes, as they stand: choose a
+        metric whose scores compare across groups), error (of what its consumers give after a refit,
+        relative to its energy) or kl (nats, to the dense model, when that group alone is smaller
+        and refitted).
+    levels: sizes to choose among, for each group.
+    least: part of its units that a group keeps at least.
+    round_to: unit counts are multiples of it (heads and experts stay whole).
+    tokens: calibration tokens on which a KL is measured.
+    generations, children: of the evolution; 0 generations: none.
+
+    Source:
+        Frantar & Alistarh 2022 (exact choice under a budget), arXiv:2203.04466, section 4; Li et
+        al. 2025 (Týr), arXiv:2503.09657, section 3 (supernet of sizes, KL).
+    """
+
+    name: ClassVar[str] = "allocate"
+    numerics: ClassVar[Literal["exact", "close", "lossy"]] = "lossy"
+    uses: ClassVar[frozenset[str]] = frozenset({"scores"})
+    gives: ClassVar[frozenset[str]] = frozenset({"cut"})
+    ends: ClassVar[frozenset[str]] = frozenset({"scores"})
+    bars: ClassVar[Mapping[str, str]] = {
+        "sparse": "weights are sparse along the inputs that would go: put allocate before sparsify"
+    }
+
+    ratio: Fraction = 0.25
+    families: tuple[Family, ...] = ("mlp",)
+    budget: CostKind = "parameters"
+    damage: Damage = "kl"
+    levels: Levels = 8
+    least: Fraction = 0.1
+    round_to: Multiple = 1
+    tokens: Annotated[int, Field(ge=2)] = 2048
+    generations: Count = 0
+    children: Annotated[int, Field(ge=1)] = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.families:
+            raise OptionError(
+                "allocate: give the families of groups that share the budget (families=mlp)"
+            )
+
+    @property
+    def needs_levels(self) -> bool:
+        """Whether levels must be made and run."""
+        return self.damage != "scores" or self.generations > 0
+
+    @property
+    def needs_data(self) -> bool:
+        return self.needs_levels
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(3.0 if self.needs_levels else 0.0, 2.0 if self.needs_levels else 0.0)
+
+    def plan(self, program: Program) -> list[PlannedEdit]:
+        """One edit for each group, with the size that it would have if all lost the same part.
+
+        Raises:
+            EditError: no group of a family, or every one is locked.
+        """
+        return [
+            PlannedEdit(g.name, g.family, g.units, self._average_size(g), exact=False)
+            for g in self.free_groups(program)
+        ]
+
+    def preview(self, program: Program) -> Program:
+        return keep(program, {edit.group: torch.arange(edit.kept) for edit in self.plan(program)})
+
+    def call(self, program: Program, context: Context) -> PassResult:
+        groups = self.free_groups(program)
+        journal = Journal(context.resume)
+        sizes = {group.name: self._level_sizes(group) for group in groups}
+        for name, found in sizes.items():
+            select_units(program, name, found[-1])  # refused before any work
+        costs = {}
+        for g in groups:
+            costs[g.name] = [cost_of(self.budget, program, g)(kept) for kept in sizes[g.name]]
+        costs = _measure_once(journal, "costs", costs)
+        limit = (1 - self.ratio) * sum(cost[0] for cost in costs.values())
+        supernet = None
+        if self.needs_levels:
+            supernet = Supernet(program, groups, sizes)
+        judge = None
+        if supernet is not None:
+            supernet.make_levels(context, journal)
+            judge = Judge(supernet, _first_sequences(context, self.tokens), context)
+        damages = self._measure_damages(program, sizes, supernet, judge, context, journal)
+        menu = {
+            name: [
+                SizeOption(*row)
+                for row in zip(sizes[name], costs[name], damages[name], strict=True)
+            ]
+            for name in sizes
+        }
+        mixture = dict(zip(menu, solve_knapsack(list(menu.values()), limit), strict=True))
+        figures: dict[str, Any] = {"limit": limit, "damages": damages}
+        if judge is not None and self.generations:
+            fresh = Judge(judge.supernet, judge.samples, context, judge.dense)
+            options = {"generations": self.generations, "children": self.children}
+            mixture, figures["evolution"] = evolve_mixture(
+                mixture, menu, limit, fresh, context, journal, **options
+            )
+        counts = {name: menu[name][index].kept for name, index in mixture.items()}
+        cut = {
+            n: select_units(program, n, kept) for n, kept in counts.items() if kept < sizes[n][0]
+        }
+        if cut:
+            smaller = keep(program, cut)
+        else:
+            smaller = program
+        figures |= {
+            "kept": counts,
+            "cost": sum(menu[name][index].cost for name, index in mixture.items()),
+        }
+        return PassResult(smaller, bool(cut), figures)
+
+    def free_groups(self, program: Program) -> list[CoupledGroup]:
+        """The groups that share the budget.
+
+        Raises:
+            EditError: a family has none that may be pruned.
+        """
+        found: list[CoupledGroup] = []
+        for family in self.families:
+            free = [g for g in coupled_groups(program) if g.family == family and g.locked is None]
+            if not free:
+                raise EditError(
+                    f"allocate: the model has no group of family {family!r} that may be pruned"
+                )
+            across = next((g.name for g in free if not g.block), None)
+            if across is not None:
+                raise EditError(
+                    f"allocate: {across} runs through the whole network: prune it with prune-width"
+                )
+            found += free
+        return found
+
+    def _level_sizes(self, group: CoupledGroup) -> list[int]:
+        if group.family in WHOLE:
+            multiple = 1
+        else:
+            multiple = self.round_to
+        least = max(group.min_units, 1, round(self.least * group.units))
+        return list(sizes_of(group.units, self.levels, multiple, least))
+
+    def _average_size(self, group: CoupledGroup) -> int:
+        return min(
+            self._level_sizes(group), key=lambda size: abs(size - (1 - self.ratio) * group.units)
+        )
+
+    def _measure_damages(
+        self,
+        program: Program,
+        sizes: dict[str, list[int]],
+        supernet: Supernet | None,
+        judge: Judge | None,
+        context: Context,
+        journal: Journal,
+    ) -> dict[str, list[float]]:
+        """By group, the damage of each size."""
+        if self.damage == "scores":
+            return {
+                name: [_dropped_score(program.scores[name], kept) for kept in found]
+                for name, found in sizes.items()
+            }
+        assert supernet is not None and judge is not None
+        if self.damage == "error":
+            return {name: [level.error for level in supernet.levels[name]] for name in sizes}
+        found = {}
+        for name in context.progress(list(supernet.consumers), "damage", len(supernet.consumers)):
+            kept = journal.read(f"damage {name}")
+            if kept is None:
+                judge.advance_to(name)
+                values = [
+                    0.0,
+                    *(judge.measure_kl({name: at}).mean for at in range(1, len(sizes[name]))),
+                ]
+                journal.write(f"damage {name}", facts={"values": values})
+            if kept is not None:
+                found[name] = kept.facts["values"]
+            else:
+                found[name] = values
+        return {name: found[name] for name in sizes}
+
+
+def _dropped_score(scores: torch.Tensor, kept: int) -> float:
+    return float(unit_values(scores).double().sort(descending=True).values[kept:].sum())
+
+
+def _first_sequences(context: Context, tokens: int) -> list[Any]:
+    """The first sequences that hold so many tokens together, or all."""
+    found = []
+    count = 0
+    for sample in context.data or ():
+        if count >= tokens:
+            break
+        found.append(sample)
+        count += sample.tokens
+    return found
+
+
+def _measure_once(
+    journal: Journal, name: str, value: dict[str, list[float]]
+) -> dict[str, list[float]]:
+    """What was measured first: a time that is measured again differs."""
+    kept = journal.read(name)
+    if kept is None:
+        journal.write(name, facts={"value": value})
+    return value if kept is None else kept.facts["value"]

@@ -1,0 +1,104 @@
+"""What a folder must compute when plain transformers opens it in a fresh process, and what is found
+there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from secateur.runtime.verify import reload
+
+RELOAD_SECONDS = 3600
+AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForImageClassification",
+    "AutoModel",
+)
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True)
+class ExpectedFolder:
+    """What the fresh process must find.
+
+    loader: the transformers class that opens the folder.
+    inputs: of one call, by name.   outputs: of that call.
+    parameters: name -> ``reload.digest``.
+    tolerance: of outputs, relative to their largest magnitude where that is above one.
+    generate: greedy tokens with the cache must be those without it.
+    """
+
+    loader: str
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Tensor]
+    parameters: Mapping[str, str]
+    tolerance: float
+    generate: bool
+
+    def write_for_process(self, folder: Path) -> None:
+        """As the fresh process reads it."""
+        tensors = {f"input:{k}": v for k, v in self.inputs.items() if isinstance(v, Tensor)}
+        tensors |= {f"output:{k}": v for k, v in self.outputs.items()}
+        save_file(
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+            folder / "probe.safetensors",
+        )
+        spec = {
+            "loader": self.loader,
+            "inputs": {k: v for k, v in self.inputs.items() if not isinstance(v, Tensor)},
+            "parameters": dict(self.parameters),
+            "tolerance": self.tolerance,
+            "generate": self.generate,
+        }
+        (folder / "probe.json").write_text(json.dumps(spec), "utf-8")
+
+
+def prove_folder(folder: Path, expected: ExpectedFolder) -> tuple[list[str], dict[str, Any]]:
+    """Open a folder in a fresh process with plain transformers: what differs from the expected, and
+    figures."""
+    with tempfile.TemporaryDirectory(prefix="secateur-probe-") as probe:
+        expected.write_for_process(Path(probe))
+        command = [sys.executable, "-P", str(Path(reload.__file__)), str(folder), probe]
+        try:
+            ran = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                env=os.environ | OFFLINE,
+                timeout=RELOAD_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return [f"a fresh process took over {RELOAD_SECONDS} s"], {}
+    if ran.returncode != 0:
+        last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+        return [f"a fresh process could not open the model: {last}"], {}
+    figures: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
+    return figures.pop("faults"), figures
+
+
+def loader_name(config: PretrainedConfig, cls: type) -> str:
+    """The Auto class that leads from a configuration to a model class, or else that class
+    itself."""
+    for name in AUTO_CLASSES:
+        mapping = getattr(transformers, name)._model_mapping
+        if type(config) in mapping and mapping[type(config)] is cls:
+            return name
+    return cls.__name__

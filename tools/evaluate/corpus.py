@@ -1,0 +1,204 @@
+"""Text to token windows: documents are joined by the end token and cut into windows of one length.
+
+A pass takes any iterable of input_ids [batch, window]; `TokenWindows` is one that can be iterated
+again and again, knows what it was made of, and prints it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from secateur.graph.errors import SecateurError
+
+DOCUMENT_BREAK = "\n\n\n"
+CHUNK_DOCUMENTS = 256
+
+
+class CorpusError(SecateurError):
+    """A text file cannot be read, or holds too little text for what is asked of it."""
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer; those of transformers have it."""
+
+    eos_token_id: int | None
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWindows:
+    """Fixed windows of tokens, in batches.
+
+    windows: [n, window] int64, without padding and without overlap.
+    batch: windows in each tensor that iteration yields; the last may be smaller.
+    documents: how many documents were used, the last perhaps in part.
+    seed: seed of the documents' order.
+    """
+
+    windows: torch.Tensor
+    batch: int = 1
+    documents: int = 0
+    seed: int = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.windows.split(self.batch))
+
+    def __len__(self) -> int:
+        return -(-len(self.windows) // self.batch)
+
+    @property
+    def tokens(self) -> int:
+        return self.windows.numel()
+
+    def describe(self) -> dict[str, Any]:
+        """What these windows are, for a report."""
+        n, window = self.windows.shape
+        sha256 = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+        return {
+            "windows": n,
+            "window_tokens": window,
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "seed": self.seed,
+            "joined_by": "end token",
+            "sha256": sha256,
+        }
+
+
+def read_documents(paths: Sequence[Path | str], *, field: str = "text") -> list[str]:
+    """The documents of text files, in the order of the files.
+
+    Args:
+        paths: ``.jsonl`` files hold one JSON object a line with the text under ``field``; any other
+            file is UTF-8 text whose documents are separated by two empty lines (a file without them
+            is one document).
+        field: the key of the text in a ``.jsonl`` line.
+
+    Raises:
+        CorpusError: a file is missing, is not UTF-8, or a line is no such object; or no document is
+            left.
+    """
+    documents = []
+    for path in paths:
+        for document in _read_documents(Path(path), field):
+            documents.append(document)
+    if not documents:
+        raise CorpusError(
+            f"no text in {', '.join(map(str, paths)) or 'an empty list of files'}: give a "
+            "file with text"
+        )
+    return documents
+
+
+def _read_documents(path: Path, field: str) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CorpusError(f"cannot read the text file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"{path} is not UTF-8 at byte {error.start}: convert it to UTF-8 text or .jsonl"
+        ) from error
+    if path.suffix == ".jsonl":
+        parts = _json_lines(path, text, field)
+    else:
+        parts = text.replace("\r\n", "\n").split(DOCUMENT_BREAK)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _json_lines(path: Path, text: str, field: str) -> list[str]:
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)[field]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorpusError(
+                f'{path}:{number}: expected a JSON object with "{field}", got {line[:60]!r}'
+            ) from error
+        if not isinstance(value, str):
+            raise CorpusError(
+                f'{path}:{number}: "{field}" must be a string, got {type(value).__name__}'
+            )
+        found.append(value)
+    return found
+
+
+def shuffle_documents(documents: Sequence[str], seed: int = 0) -> list[str]:
+    """The documents in an order that depends on the seed and on each text alone, on no library's
+    random numbers."""
+    return sorted(documents, key=lambda text: hashlib.sha256(f"{seed}/{text}".encode()).digest())
+
+
+def token_stream(
+    documents: Sequence[str], tokenizer: Tokenizer, *, tokens: int | None = None
+) -> tuple[torch.Tensor, int]:
+    """Tokens of the documents one after another, an end token after each; no beginning token is
+    added.
+
+    Args:
+        documents: texts, in order.
+        tokenizer: of the model.
+        tokens: stop when there are so many; None takes all.
+
+    Returns:
+        ([T] int64, number of documents used).
+
+    Raises:
+        CorpusError: the tokenizer has no end token, or there is less text than asked for.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise CorpusError(
+            "the tokenizer has no end token (eos_token) to put between documents: set one"
+        )
+    stream: list[int] = []
+    used = 0
+    for start in range(0, len(documents), CHUNK_DOCUMENTS):
+        chunk = list(documents[start : start + CHUNK_DOCUMENTS])
+        for ids in tokenizer(chunk, add_special_tokens=False)["input_ids"]:
+            stream += [*ids, end]
+            used += 1
+            if tokens is not None and len(stream) >= tokens:
+                return torch.tensor(stream[:tokens], dtype=torch.int64), used
+    if tokens is not None:
+        raise CorpusError(
+            f"{tokens} tokens asked for, the text holds {len(stream)}: ask for fewer or give "
+            "more text"
+        )
+    return torch.tensor(stream, dtype=torch.int64), used
+
+
+def calibration_windows(
+    documents: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    tokens: int,
+    window: int = 512,
+    batch: int = 1,
+    seed: int = 0,
+) -> TokenWindows:
+    """``tokens // window`` windows of the documents in a seeded order.
+
+    Raises:
+        CorpusError: window or tokens make no window, or there is too little text.
+    """
+    if window < 2 or tokens < window or batch < 1:
+        raise CorpusError(
+            f"window={window}, tokens={tokens}, batch={batch}: need 2 <= window <= tokens "
+            "and batch >= 1"
+        )
+    count = tokens // window
+    stream, used = token_stream(
+        shuffle_documents(documents, seed), tokenizer, tokens=count * window
+    )
+    return TokenWindows(stream.view(count, window), batch=batch, documents=used, seed=seed)
