@@ -135,6 +135,7 @@ def check_operands(
     expected = {"linear_24_int8": torch.int8, "linear_int8": torch.int8}.get(
         name, floats or torch.uint8
     )
+    scaled: tuple[int, ...]
     if name.endswith("int8"):
         scaled = (rows,)
     else:

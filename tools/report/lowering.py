@@ -46,9 +46,9 @@ def plan_table(plan: Lowering) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("layers", "shape", "form", "ms", "dense ms", "bytes", "dense", "why"):
         table.add_column(column, overflow="fold")
-    groups: dict[tuple[object, ...], list[LayerPlan]] = {}
+    groups: dict[tuple[str, tuple[int, ...], str], list[LayerPlan]] = {}
     for row in plan.layers:
-        groups.setdefault((row.kind, row.shape, _last_part(row.layer)), []).append(row)
+        groups.setdefault((row.kind, tuple(row.shape), _last_part(row.layer)), []).append(row)
     for (kind, shape, name), rows in groups.items():
         cells = [f"{_sum_field(rows, 'ms'):.3f}", f"{_sum_field(rows, 'dense_ms'):.3f}"]
         cells += [
@@ -58,7 +58,7 @@ def plan_table(plan: Lowering) -> Table:
         table.add_row(
             f"{len(rows)} x {name}",
             str(list(shape)),
-            str(kind),
+            kind,
             *cells,
             _short_reason(rows[0].reason),
         )
