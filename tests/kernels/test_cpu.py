@@ -218,7 +218,7 @@ def test_a_killed_build_leaves_nothing_that_is_used(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", script(tmp_path, FAKE.replace("sleep 0.2", "kill -9 $PPID")))
-    code = "from secateur.kernels.sparse24 import cpu; cpu.build()"
+    code = "from secateur.kernels.sparse24 import cpu; cpu.build_library()"
     killed = subprocess.run(
         [sys.executable, "-P", "-c", code],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},

@@ -110,23 +110,11 @@ def decode(
     WARPS: gl.constexpr,
     L: gl.constexpr,
 ):
-    # columns
-    if KIND == "int4":
-        BLOCK: gl.constexpr = 128
-    else:
-        BLOCK = 64
-    # words of values in a block of 16 rows
-    if KIND == "float":
-        V: gl.constexpr = 256
-    else:
-        V = 128
+    BLOCK: gl.constexpr = 128 if KIND == "int4" else 64  # columns
+    V: gl.constexpr = 256 if KIND == "float" else 128  # words of values in a block of 16 rows
     E: gl.constexpr = BLOCK // 2  # words of indices
-    p = axis(P, 0, 6, L)
-    mt = axis(MT, 1, 6, L)
-    nt = axis(NT, 2, 6, L)
-    warp = axis(WARPS, 3, 6, L)
-    lane = axis(32, 4, 6, L)
-    reg = axis(4, 5, 6, L)
+    p, mt, nt, warp = axis(P, 0, 6, L), axis(MT, 1, 6, L), axis(NT, 2, 6, L), axis(WARPS, 3, 6, L)
+    lane, reg = axis(32, 4, 6, L), axis(4, 5, 6, L)
     blocks = K // BLOCK
     stride = gl.num_programs(1) * (WARPS * P)
     block = (gl.program_id(1) * WARPS + warp) * P + p
@@ -162,10 +150,12 @@ def decode(
         gl.sum(acc, 3), 0
     )  # over warps, through shared memory, and over P, in registers: [MT, NT, 32, 4]
     LT: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, L))
-    mt = axis(MT, 0, 4, LT)
-    nt = axis(NT, 1, 4, LT)
-    lane = axis(32, 2, 4, LT)
-    reg = axis(4, 3, 4, LT)
+    mt, nt, lane, reg = (
+        axis(MT, 0, 4, LT),
+        axis(NT, 1, 4, LT),
+        axis(32, 2, 4, LT),
+        axis(4, 3, 4, LT),
+    )
     row = (gl.program_id(0) * MT + mt) * 16 + lane // 4 + (reg // 2) * 8
     col = nt * 8 + (lane % 4) * 2 + reg % 2
     if KIND == "int8":

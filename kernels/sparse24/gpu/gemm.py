@@ -34,8 +34,7 @@ def layouts(mt: int, nt: int, wm: int, wn: int) -> dict[str, gl.DistributedLinea
     L: accumulators [MT, WM, NT, WN, 32, 4]; LA, LE: a k tile's values [tiles, 128] and index words
     [tiles, 32]; LX: its x [batch rows, 16].
     """
-    tiles = mt * wm
-    rows = 8 * nt * wn
+    tiles, rows = mt * wm, 8 * nt * wn
     warps = unit_vectors(6, 1, wm) + unit_vectors(6, 3, wn)
     along_m = unit_vectors(2, 0, mt, start=wm)
     warps_m = unit_vectors(2, 0, wm) + [[0, 0]] * log2(wn)
@@ -174,11 +173,7 @@ def gemm(
     LE: gl.constexpr,
     LX: gl.constexpr,
 ):
-    # columns
-    if KIND == "int4":
-        BLOCK: gl.constexpr = 128
-    else:
-        BLOCK = 64
+    BLOCK: gl.constexpr = 128 if KIND == "int4" else 64  # columns
     R: gl.constexpr = (
         2 if KIND == "float" else 1
     )  # rows of 128 words of values in a block of 16 rows
@@ -218,17 +213,12 @@ def gemm(
     ep = e_ptr + (e_tile[:, None] * (blocks * H * 32) + ec[None, :])
     xp = x_ptr + (gl.where(xr < B, xr, 0).to(gl.int64)[:, None] * (K // 2) + xc[None, :])
     in_batch = (xr < B)[:, None]
-    mt = axis(MT, 0, 6, L)
-    wm = axis(WM, 1, 6, L)
-    nt = axis(NT, 2, 6, L)
-    wn = axis(WN, 3, 6, L)
-    lane = axis(32, 4, 6, L)
-    reg = axis(4, 5, 6, L)
+    mt, wm, nt, wn = axis(MT, 0, 6, L), axis(WM, 1, 6, L), axis(NT, 2, 6, L), axis(WN, 3, 6, L)
+    lane, reg = axis(32, 4, 6, L), axis(4, 5, 6, L)
     s_tile = gl.minimum(tile0 + mt * WM + wm, last_tile).to(gl.int64)
     sp = s_ptr + (s_tile * (blocks * 8) + lane // 4)
     acc = gl.zeros([MT, WM, NT, WN, 32, 4], gl.float32, L)
-    sources = (ap, ep, xp)
-    at = (ar // TILES, er // TILES, xc)
+    sources, at = (ap, ep, xp), (ar // TILES, er // TILES, xc)
     for i in gl.static_range(STAGES - 1):
         wanted = (i < steps) & (first + i < stages)
         places = (sa.index(i), se.index(i), sx.index(i))
@@ -237,9 +227,7 @@ def gemm(
         if KIND == "int4":  # one block a stage: its scales go straight to registers
             scale = gl.load(sp + (first + k) * 8)
         cp.wait_group(STAGES - 2)
-        a_now = sa.index(k % STAGES)
-        e_now = se.index(k % STAGES)
-        x_now = sx.index(k % STAGES)
+        a_now, e_now, x_now = sa.index(k % STAGES), se.index(k % STAGES), sx.index(k % STAGES)
         ahead = k + STAGES - 1
         wanted = (ahead < steps) & (first + ahead < stages)
         places = (sa.index(ahead % STAGES), se.index(ahead % STAGES), sx.index(ahead % STAGES))
@@ -247,8 +235,10 @@ def gemm(
         for u in gl.static_range(KU):
             if KIND == "float":
                 e = load_indices(e_now, u, MT, WM, LE, L)
-                a0 = load_values(a_now, 2 * u, MT, WM, LA, L)
-                a1 = load_values(a_now, 2 * u + 1, MT, WM, LA, L)
+                a0, a1 = (
+                    load_values(a_now, 2 * u, MT, WM, LA, L),
+                    load_values(a_now, 2 * u + 1, MT, WM, LA, L),
+                )
                 acc = mma(a0, load_x(x_now, 2 * u, NT, WN, LX, L), acc, e, False, F16)
                 acc = mma(a1, load_x(x_now, 2 * u + 1, NT, WN, LX, L), acc, e, True, F16)
             elif KIND == "int8":
@@ -257,8 +247,10 @@ def gemm(
                 acc = mma(a0, load_x(x_now, 2 * u, NT, WN, LX, L), acc, e, False, F16)
                 acc = mma(a1, load_x(x_now, 2 * u + 1, NT, WN, LX, L), acc, e, True, F16)
             else:
-                e0 = load_indices(e_now, 0, MT, WM, LE, L)
-                e1 = load_indices(e_now, 1, MT, WM, LE, L)
+                e0, e1 = (
+                    load_indices(e_now, 0, MT, WM, LE, L),
+                    load_indices(e_now, 1, MT, WM, LE, L),
+                )
                 a0, a1, a2, a3 = unpack_int4(load_values(a_now, 0, MT, WM, LA, L), F16)
                 part = mma(a0, load_x(x_now, 0, NT, WN, LX, L), gl.zeros_like(acc), e0, False, F16)
                 part = mma(a1, load_x(x_now, 1, NT, WN, LX, L), part, e0, True, F16)

@@ -31,8 +31,7 @@ def int8_text(element: str) -> str:
     1."""
     lines = ["{ .reg .b32 p, q; .reg .f32 f, h;"]
     for out in range(8):
-        word = 8 + out // 2
-        low = 2 * (out % 2)
+        word, low = 8 + out // 2, 2 * (out % 2)
         lines += [
             f"prmt.b32 p, ${word}, 0x4B000000, 0x744{low}; prmt.b32 q, ${word}, 0x4B000000, "
             f"0x744{low + 1};",
@@ -51,8 +50,7 @@ def int4_text(element: str) -> str:
     }[element]
     lines = [f"{{ .reg .b32 p, one, off; mov.b32 one, {one:#010x}; mov.b32 off, {offset:#010x};"]
     for out in range(16):
-        word = f"${16 + out // 4}"
-        r = out % 4
+        word, r = f"${16 + out // 4}", out % 4
         lines.append(f"shr.u32 p, {word}, {4 * r};" if r else f"mov.b32 p, {word};")
         lines.append(
             f"lop3.b32 p, p, 0x000f000f, {base:#010x}, 0xEA; fma.rn.{element}x2 ${out}, p, "
@@ -73,18 +71,9 @@ INT4_OPERANDS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 4))
 @gluon.jit
 def mma(a, b, c, e, ODD: gl.constexpr, F16: gl.constexpr):
     """c + a @ b on the even (selector 0) or odd (selector 1) k tile of the index words e."""
-    if F16:
-        EVEN_TEXT: gl.constexpr = F16_EVEN
-    else:
-        EVEN_TEXT = BF16_EVEN
-    if F16:
-        ODD_TEXT: gl.constexpr = F16_ODD
-    else:
-        ODD_TEXT = BF16_ODD
-    if ODD:
-        TEXT: gl.constexpr = ODD_TEXT
-    else:
-        TEXT = EVEN_TEXT
+    EVEN_TEXT: gl.constexpr = F16_EVEN if F16 else BF16_EVEN
+    ODD_TEXT: gl.constexpr = F16_ODD if F16 else BF16_ODD
+    TEXT: gl.constexpr = ODD_TEXT if ODD else EVEN_TEXT
     return gl.inline_asm_elementwise(
         TEXT, MMA_OPERANDS, [a, b, c, e], dtype=gl.float32, is_pure=True, pack=4
     )
@@ -93,10 +82,7 @@ def mma(a, b, c, e, ODD: gl.constexpr, F16: gl.constexpr):
 @gluon.jit
 def unpack_int8(words, F16: gl.constexpr):
     """Two A operands (k tiles 0, 1 of a block of 64) of a block's packed words."""
-    if F16:
-        TEXT: gl.constexpr = F16_INT8
-    else:
-        TEXT = BF16_INT8
+    TEXT: gl.constexpr = F16_INT8 if F16 else BF16_INT8
     return gl.inline_asm_elementwise(
         TEXT, INT8_OPERANDS, [words], dtype=(gl.int32, gl.int32), is_pure=True, pack=4
     )
@@ -105,10 +91,7 @@ def unpack_int8(words, F16: gl.constexpr):
 @gluon.jit
 def unpack_int4(words, F16: gl.constexpr):
     """Four A operands (k tiles 0..3 of a block of 128) of a block's packed words."""
-    if F16:
-        TEXT: gl.constexpr = F16_INT4
-    else:
-        TEXT = BF16_INT4
+    TEXT: gl.constexpr = F16_INT4 if F16 else BF16_INT4
     return gl.inline_asm_elementwise(
         TEXT,
         INT4_OPERANDS,
@@ -131,30 +114,12 @@ def axis(SIZE: gl.constexpr, D: gl.constexpr, RANK: gl.constexpr, L: gl.constexp
     """0 .. SIZE - 1 along axis D of a tensor of that rank and layout L, one along its other
     axes."""
     # What is left of the layout when the other axes are sliced away, the last one first.
-    if D != 5 and RANK > 5:
-        S5: gl.constexpr = gl.SliceLayout(5, L)
-    else:
-        S5 = L
-    if D != 4 and RANK > 4:
-        S4: gl.constexpr = gl.SliceLayout(4, S5)
-    else:
-        S4 = S5
-    if D != 3:
-        S3: gl.constexpr = gl.SliceLayout(3, S4)
-    else:
-        S3 = S4
-    if D != 2:
-        S2: gl.constexpr = gl.SliceLayout(2, S3)
-    else:
-        S2 = S3
-    if D != 1:
-        S1: gl.constexpr = gl.SliceLayout(1, S2)
-    else:
-        S1 = S2
-    if D != 0:
-        S0: gl.constexpr = gl.SliceLayout(0, S1)
-    else:
-        S0 = S1
+    S5: gl.constexpr = gl.SliceLayout(5, L) if D != 5 and RANK > 5 else L
+    S4: gl.constexpr = gl.SliceLayout(4, S5) if D != 4 and RANK > 4 else S5
+    S3: gl.constexpr = gl.SliceLayout(3, S4) if D != 3 else S4
+    S2: gl.constexpr = gl.SliceLayout(2, S3) if D != 2 else S3
+    S1: gl.constexpr = gl.SliceLayout(1, S2) if D != 1 else S2
+    S0: gl.constexpr = gl.SliceLayout(0, S1) if D != 0 else S1
     v = gl.arange(0, SIZE, S0)
     for d in gl.static_range(RANK):
         if d != D:

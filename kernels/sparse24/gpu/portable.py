@@ -57,10 +57,7 @@ def load_pairs(
     """Kept pairs in fp32, int4 scales applied, and their codes: U blocks from `first`, zeros past
     the end."""
     i = tl.arange(0, U * 256)
-    register = i & 3
-    lane = (i >> 2) & 31
-    odd = (i >> 7) & 1
-    block = first + (i >> 8)
+    register, lane, odd, block = i & 3, (i >> 2) & 31, (i >> 7) & 1, first + (i >> 8)
     live = block < blocks
     at = tile.to(tl.int64) * blocks + block
     code = tl.load(e_ptr + at * 32 + (lane & 28) + 2 * odd + (register >> 1), mask=live, other=0)
@@ -107,8 +104,7 @@ def gemv(
     tile = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     i = tl.arange(0, U * 256)
-    register = i & 3
-    lane = (i >> 2) & 31
+    register, lane = i & 3, (i >> 2) & 31
     word = (
         (i >> 7) * 16 + (register >> 1) * 8 + (lane & 3) * 2
     )  # of x: the first two columns of the group
@@ -148,22 +144,16 @@ def expand(
 
     One program owns 16 rows x 64 * U columns: grid (tiles, ceil(K / (64 * U))).
     """
-    tile = tl.program_id(0)
-    first = tl.program_id(1) * U
-    blocks = K // 64
+    tile, first, blocks = tl.program_id(0), tl.program_id(1) * U, K // 64
     i = tl.arange(0, U * 256)
-    register = i & 3
-    lane = (i >> 2) & 31
+    register, lane = i & 3, (i >> 2) & 31
     row = tile * 16 + (lane >> 2) + 8 * (register & 1)
     low, high, code = load_pairs(v_ptr, e_ptr, s_ptr, tile, first, blocks, U, KIND, F16)
     if KIND == "int8":
         scale = tl.load(s_ptr + row, mask=row < N, other=0)
-        low = low * scale
-        high = high * scale
-    a = narrow(low, F16)
-    b = narrow(high, F16)
-    i0 = code & 3
-    i1 = (code >> 2) & 3
+        low, high = low * scale, high * scale
+    a, b = narrow(low, F16), narrow(high, F16)
+    i0, i1 = code & 3, (code >> 2) & 3
     d01 = tl.where(i0 < 2, a << ((i0 & 1) * 16), 0) | tl.where(i1 < 2, b << ((i1 & 1) * 16), 0)
     d23 = tl.where(i0 >= 2, a << ((i0 & 1) * 16), 0) | tl.where(i1 >= 2, b << ((i1 & 1) * 16), 0)
     word = first * 32 + (i >> 7) * 16 + (register >> 1) * 8 + (lane & 3) * 2

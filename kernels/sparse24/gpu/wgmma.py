@@ -96,10 +96,7 @@ def wgmma(
 ):
     WARPS: gl.constexpr = 4 * WG
     ROWS: gl.constexpr = 128
-    if F16:
-        TEXT: gl.constexpr = F16_TEXT
-    else:
-        TEXT = BF16
+    TEXT: gl.constexpr = F16_TEXT if F16 else BF16
     element: gl.constexpr = x_ptr.dtype.element_ty
     sx = gl.allocate_shared_memory(element, [STAGES, ROWS, 64], gl.NVMMASharedLayout(128, 16, 2))
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
@@ -108,10 +105,8 @@ def wgmma(
     xp = x_ptr + (gl.where(xr < B, xr, 0).to(gl.int64)[:, None] * K + xc[None, :])
     in_batch = (xr < B)[:, None] & (xc >= 0)[None, :]
     steps = K // 64
-    warp = axis(WARPS, 0, 4, L)
-    nt = axis(ROWS // 8, 1, 4, L)
-    lane = axis(32, 2, 4, L)
-    reg = axis(4, 3, 4, L)
+    warp, nt = axis(WARPS, 0, 4, L), axis(ROWS // 8, 1, 4, L)
+    lane, reg = axis(32, 2, 4, L), axis(4, 3, 4, L)
     tile = gl.program_id(0) * WARPS + warp
     # Row tiles past the end read the last one again; their rows are not stored.
     at = gl.minimum(tile, (N + 15) // 16 - 1).to(gl.int64) * steps
@@ -121,9 +116,7 @@ def wgmma(
     for i in gl.static_range(STAGES - 1):
         cp.async_copy_global_to_shared(sx.index(i), xp + i * 64, mask=in_batch & (i < steps))
         cp.commit_group()
-    a0 = gl.load(vp)
-    a1 = gl.load(vp + 128)
-    e = gl.load(ep)
+    a0, a1, e = gl.load(vp), gl.load(vp + 128), gl.load(ep)
     for k in range(steps):
         cp.wait_group(STAGES - 2)
         # what this thread copied is made visible to the instruction, then all threads meet
@@ -132,8 +125,7 @@ def wgmma(
         vp += 256
         ep += 32
         more = k + 1 < steps
-        b0 = gl.load(vp, mask=more, other=0)
-        b1 = gl.load(vp + 128, mask=more, other=0)
+        b0, b1 = gl.load(vp, mask=more, other=0), gl.load(vp + 128, mask=more, other=0)
         f = gl.load(ep, mask=more, other=0x44444444)
         offset = (k % STAGES) * (ROWS * 64 * 2) + lane * 0 + reg * 0 + warp * 0
         address = gl.inline_asm_elementwise(
@@ -148,9 +140,7 @@ def wgmma(
             sx.index(ahead % STAGES), xp + ahead * 64, mask=in_batch & (ahead < steps)
         )
         cp.commit_group()
-        a0 = b0
-        a1 = b1
-        e = f
+        a0, a1, e = b0, b1, f
     cp.wait_group(0)
     row = tile * 16 + lane // 4 + (reg // 2) * 8
     col = gl.program_id(1) * ROWS + nt * 8 + (lane % 4) * 2 + reg % 2

@@ -282,7 +282,7 @@ def test_activations_on_the_disk_change_no_bit(
     monkeypatch.setattr(repair_run, "LARGE", 1)
     monkeypatch.setattr(
         repair_run,
-        "mapped",
+        "map_copy",
         lambda value, folder: (moved.append(value.nbytes), mapped(value, folder))[1],
     )
     start = sparse(program_of("llama"))

@@ -325,7 +325,7 @@ def test_activations_on_the_disk_change_no_bit_and_leave_nothing(
     data = samples([tokens(6, 12, 128)], cut)
     moved = list[int]()
     monkeypatch.setattr(
-        "secateur.passes.calibration.lockstep.mapped",
+        "secateur.passes.calibration.lockstep.map_copy",
         lambda value, folder: (moved.append(value.nbytes), map_copy(value, folder))[1],
     )
     on_disk = Repair(offload=True)(cut, Context(data=data, resume=tmp_path / "new"))
@@ -392,7 +392,7 @@ def test_sequences_that_chose_the_damping_do_not_judge(
         seen.append(parts)
         return fit_damped(*parts)
 
-    monkeypatch.setattr("secateur.passes.repair.repair.fit", remembered)
+    monkeypatch.setattr("secateur.passes.repair.repair.fit_damped", remembered)
     pruned = keep(residual, dict.fromkeys(neurons(residual), range(5)))
     for count, rows in ((20, (16 * 24, 2 * 24, 2 * 24)), (4, (3 * 24, 12, 12))):
         seen.clear()
@@ -409,7 +409,7 @@ def test_a_fit_that_the_judges_lose_by_is_not_taken(
         judge.cross_NK = -judge.cross_NK
         return fit_damped(chosen, chooser, judge)
 
-    monkeypatch.setattr("secateur.passes.repair.repair.fit", lost)
+    monkeypatch.setattr("secateur.passes.repair.repair.fit_damped", lost)
     after = repaired(pruned, [tokens()])
     assert after.history[-1].figures["consumers"]["down.0.weight"] == {
         "error": 1.0,

@@ -152,7 +152,7 @@ def test_what_is_put_into_a_result_while_it_is_replaced_stays(
         real(new, old)
 
     write(tmp_path / "out", "old")
-    monkeypatch.setattr(artifact, "exchange", exchange)
+    monkeypatch.setattr(artifact, "exchange_folders", exchange)
     with caplog.at_level(logging.WARNING):
         write(tmp_path / "out", "new", overwrite=True)
     assert contents(tmp_path / "out.left-1")["notes.md"] == "mine" and "out.left-1" in caplog.text

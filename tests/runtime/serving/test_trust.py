@@ -56,7 +56,7 @@ def make(folder: Path, *, signed: bool) -> Path:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Folders whose machine code was run."""
     ran = list[Path]()
-    monkeypatch.setattr(package, "Packaged", lambda folder, facts: ran.append(folder))
+    monkeypatch.setattr(package, "PackagedModel", lambda folder, facts: ran.append(folder))
     return ran
 
 
