@@ -22,7 +22,7 @@ from zoo.folders import save_tiny_model, write_letters
 ROOT = Path(__file__).parents[1]
 COMMANDS = """
 import sys
-from secateur.tools.cli import run
+from secateur.tools.cli import run_command
 model, text, out = sys.argv[1:]
 pipeline = "score{metric=wanda},prune-width{mlp=0.5},repair"
 sizes = ["--tokens", "256", "--window", "64"]
@@ -31,7 +31,7 @@ for arguments in (
     ["compress", model, "-p", pipeline, "--data", text, "-o", out, *sizes],
     ["generate", out, "--prompt", "abcabc", "--max-new-tokens", "4", "--json"],
 ):
-    code = run(arguments)
+    code = run_command(arguments)
     if code:
         sys.exit(f"{arguments[0]} ended with {code}")
 """

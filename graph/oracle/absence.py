@@ -437,12 +437,17 @@ def _split_names(text: str) -> list[str]:
 
 MEANINGS: dict[str, Handler] = {
     **dict.fromkeys(
-        _split_names("""view reshape view_as reshape_as _unsafe_view view_copy _reshape_alias flatten
-        unflatten squeeze unsqueeze permute t numpy_T transpose swapaxes swapdims mT movedim expand
-        broadcast_to repeat tile repeat_interleave slice narrow select split split_with_sizes chunk tensor_split unsafe_split
-        unsafe_chunk unbind cat concat concatenate stack roll flip embedding index _unsafe_index
-        index_select gather take_along_dim index_put scatter slice_scatter select_scatter index_copy
-        index_add scatter_add unfold as_strided diagonal"""),
+        _split_names(
+            """
+            view reshape view_as reshape_as _unsafe_view view_copy _reshape_alias flatten
+            unflatten squeeze unsqueeze permute t numpy_T transpose swapaxes swapdims mT movedim
+            expand broadcast_to repeat tile repeat_interleave slice narrow select split
+            split_with_sizes chunk tensor_split unsafe_split unsafe_chunk unbind cat concat
+            concatenate stack roll flip embedding index _unsafe_index index_select gather
+            take_along_dim index_put scatter slice_scatter select_scatter index_copy index_add
+            scatter_add unfold as_strided diagonal
+            """
+        ),
         _handle_move,
     ),
     **dict.fromkeys(

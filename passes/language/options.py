@@ -19,6 +19,7 @@ from secateur.passes.language.grammar import Spec, format_specs
 from secateur.passes.language.plugins import PluginError, list_installed, load_installed
 
 LONGEST_NAME, LONGEST_REASON = 60, 400
+OPTION_LINE = re.compile(r"(\w+(?:, [\w.]+)*): (.+)")
 
 
 class OptionError(PipelineError):
@@ -69,8 +70,13 @@ class Options:
 
     @classmethod
     def summary(cls) -> str:
-        """The first line of the docstring."""
-        return (cls.__doc__ or "").strip().split("\n")[0]
+        """The first sentences of the docstring: its lines up to a blank line or an option."""
+        lines: list[str] = []
+        for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+            if not line.strip() or OPTION_LINE.match(line):
+                break
+            lines.append(line.strip())
+        return " ".join(lines)
 
     def to_spec(self, *, defaults: bool = False) -> Spec:
         """Name and options, as ``Table.build`` reads them back; options at their default are left
@@ -325,7 +331,7 @@ def _parse_option_lines(text: str) -> dict[str, str]:
     told: dict[str, str] = {}
     names: list[str] = []
     for line in inspect.cleandoc(text).splitlines()[1:]:
-        match = re.match(r"(\w+(?:, [\w.]+)*): (.+)", line)
+        match = OPTION_LINE.match(line)
         if match:
             names = match[1].split(", ")
             told |= dict.fromkeys(names, match[2])

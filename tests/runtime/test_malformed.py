@@ -201,7 +201,7 @@ def test_quantized_folders_are_told_a_way(
 
 
 def test_odd_metadata_and_deep_headers(folder: Path) -> None:
-    from test_source import edit_header
+    from zoo.folders import edit_header
 
     edit_header(folder, lambda header: header.update(__metadata__={"format": 3}))
     with pytest.raises(SourceError, match="__metadata__"):
@@ -315,7 +315,7 @@ def test_what_nobody_expected_is_an_internal_error(
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr(cli, "inspect", broken)
+    monkeypatch.setattr(cli, "inspect_program", broken)
     assert cli.run_command(["inspect", str(folder)]) == 70
     err = capsys.readouterr().err
     assert (

@@ -328,7 +328,7 @@ OUR_FAULTS: list[tuple[Callable[[Path], None], str, str]] = [
     (other_packed, "packed weights", "1 numbers differ, first in row 0"),
     (wrong_mask, "packed weights", "row 1, columns 0-3 do not keep exactly two"),
     (no_packed_file, "packed weights", "is damaged"),
-    (damaged_plan, "packed weights", "is damaged"),
+    (damaged_plan, "packed weights", "cannot be read as JSON"),
     (stale_hash, "manifest", "generation_config.json"),
     (planted_file, "manifest", "extra.json is not in the manifest"),
     (damaged_manifest, "manifest", "is damaged"),

@@ -115,7 +115,7 @@ def test_dry_runs_generate_and_write_nothing(lowered: Path, tmp_path: Path, caps
         (["generate", "{model}", "--prompt", "a", "--chat"], "no chat template"),
         (["generate", "{model}", "--prompt", "a", "--dtype", "int3"], "one of float32"),
         (["generate", "{empty}", "--prompt", "a"], "no tokenizer that opens"),
-        (["package", "{model}", "-o", "{model}"], "not a secateur artifact"),
+        (["package", "{model}", "-o", "{model}"], "nothing is written there"),
     ],
 )
 def test_what_cannot_be_done_is_told_before_any_work(

@@ -3,14 +3,19 @@ text."""
 
 from __future__ import annotations
 
+import json
 import random
+import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from zoo.models import tiny_model
 
 LETTERS = "abcdefghij"
+SINGLE = "model.safetensors"
 
 
 def save_tiny_model(folder: Path) -> None:
@@ -36,3 +41,13 @@ def write_letters(file: Path) -> None:
     letters = random.Random(0)
     documents = ["".join(letters.choices(LETTERS, k=200)) for _ in range(8)]
     file.write_text("\n\n\n".join(documents))
+
+
+def edit_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the header of a folder's one safetensors file and leave its data."""
+    data = (folder / SINGLE).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    (folder / SINGLE).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])

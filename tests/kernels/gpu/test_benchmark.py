@@ -57,7 +57,9 @@ def test_a_wrong_kernel_is_not_timed(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        benchmark, "launch_product", lambda x, *_: torch.full((len(x), 16), float("nan"), dtype=x.dtype)
+        benchmark,
+        "launch_product",
+        lambda x, *_: torch.full((len(x), 16), float("nan"), dtype=x.dtype),
     )
     packed = benchmark.health.random_weight(16, 64, "bfloat16")
     bad = row(benchmark, "bfloat16", "decode", [])

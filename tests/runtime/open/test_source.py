@@ -14,6 +14,7 @@ import torch
 from runtime_models import GPT2, SMALL, tiny
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from zoo.folders import edit_header
 
 from secateur.graph.errors import SourceError
 from secateur.runtime.open.checkpoint import INDEX, SINGLE, read_checkpoint, read_header
@@ -37,15 +38,6 @@ def edit_bytes(folder: Path, change: Callable[[bytearray], object]) -> None:
     data = bytearray((folder / SINGLE).read_bytes())
     change(data)
     (folder / SINGLE).write_bytes(bytes(data))
-
-
-def edit_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    data = (folder / SINGLE).read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    (folder / SINGLE).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ def test_two_models_a_text_and_tasks(
     model_folder: Path, other_folder: Path, text_file: Path, tmp_path: Path, capsys: Output
 ) -> None:
     pytest.importorskip("lm_eval")
-    write_tasks(tmp_path)
+    task_folder = tmp_path / "tasks"
+    task_folder.mkdir()
+    write_tasks(task_folder)
     picture = tmp_path / "found.svg"
     command = [
         "evaluate",
@@ -51,7 +53,7 @@ def test_two_models_a_text_and_tasks(
         "--window",
         "64",
         "--tasks",
-        str(tmp_path),
+        str(task_folder),
         "--limit",
         "4",
         "--picture",
