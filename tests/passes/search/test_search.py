@@ -53,7 +53,7 @@ def test_the_best_candidate_stays(scored: Program, context: Context) -> None:
 
 def test_candidates_are_repaired(scored: Program) -> None:
     options: dict[str, Any] = {"mlp": (24,), "at_most": 1.0, "at_least": 0.1, "top": 1}
-    ids = torch.randint(3, 120, (20, 32), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(3, 120, (40, 32), generator=torch.Generator().manual_seed(2))
     context = Context(data=samples(ids, scored))
     rough, repaired = (
         Search(**options, repair=asked)(scored, context).history[-1].figures["candidates"][0]
