@@ -1,5 +1,7 @@
 """How a program is opened, kept, loaded, run and handed on."""
 
+from typing import TYPE_CHECKING, NoReturn
+
 from secateur.runtime.compress import compress
 from secateur.runtime.open.source import open_model
 from secateur.runtime.packed.graph import lower_graph
@@ -23,6 +25,27 @@ from secateur.runtime.stock.to_transformers import (
     to_transformers_with_plan,
 )
 from secateur.runtime.verify import verify_folder
+
+RENAMED = {
+    "Raised": "TransformersModel",
+    "StockMisfit": "UnsupportedConfigError",
+    "raise_model": "to_transformers",
+    "raise_with_plan": "to_transformers_with_plan",
+    "working": "hold_work_folder",
+    "writing": "write_artifact",
+}
+"""Names that earlier versions had, and what they are called now."""
+
+
+if not TYPE_CHECKING:  # a checker shall see that other names are missing
+
+    def __getattr__(name: str) -> NoReturn:
+        if name in RENAMED:
+            raise AttributeError(
+                f"secateur.runtime.{name} is called secateur.runtime.{RENAMED[name]} now"
+            )
+        raise AttributeError(f"module 'secateur.runtime' has no attribute {name!r}")
+
 
 __all__ = [
     "ConfigPlan",

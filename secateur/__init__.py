@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
@@ -43,7 +43,18 @@ from secateur.runtime import (
 )
 from secateur.runtime.open.declared import read_declared
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0.dev0"
+
+# Names that earlier versions had, and what they are called now.
+RENAMED = {"raise_model": "to_transformers"}
+
+
+if not TYPE_CHECKING:  # a checker shall see that other names are missing
+
+    def __getattr__(name: str) -> NoReturn:
+        if name in RENAMED:
+            raise AttributeError(f"secateur.{name} is called secateur.{RENAMED[name]} now")
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
 
 
 def capture(model: nn.Module | str | Path, example_inputs: Any = None) -> Program:
