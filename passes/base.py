@@ -1,5 +1,4 @@
-"""A pass takes a Program and returns one.  What every pass shares: options, refusals, verification,
-history."""
+"""The base of passes: requirements, execution, verification of the result, history."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ log = logging.getLogger("secateur.passes")
 
 
 class Progress(Protocol):
-    """Shows that long work goes on.  Returns the items, reporting each as it is taken."""
+    """A reporter of long work: returns the items and reports each as it is taken."""
 
     def __call__(
         self, items: Iterable[T], description: str, total: int | None = None
@@ -32,24 +31,48 @@ class Progress(Protocol):
 
 
 def no_progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """The silent reporter."""
+    """Return the items without a report.
+
+    Args:
+        items: to be worked on.
+        description: not used.
+        total: not used.
+
+    Returns:
+        the items.
+    """
     return items
 
 
 class Checkpoints(Protocol):
-    """Keeps what the passes of a pipeline left, so that a run that was killed goes on.  Positions
-    count from 1."""
+    """Storage of the results of a pipeline's passes, from which an interrupted run continues.
+
+    Positions count from 1.
+    """
 
     def restore(self, program: Program) -> tuple[int, Program]:
-        """How many passes were finished before, and the Program after them; at first none, and the
-        given Program."""
+        """The number of finished passes, and the Program after them.
+
+        Args:
+            program: returned with 0 where no pass was finished.
+        """
 
     def pass_folder(self, position: int, name: str) -> Path:
-        """The folder of the pass at a position, its own until the pass is finished."""
+        """The folder of one pass, for its own files until it is finished.
+
+        Args:
+            position: of the pass in the pipeline.
+            name: of the pass.
+        """
 
     def store(self, position: int, name: str, program: Program) -> None:
-        """Keep the Program that the pass at a position left; what stood for it before is
-        dropped."""
+        """Keep the result of one pass and drop the entry of the pass before it.
+
+        Args:
+            position: of the pass in the pipeline.
+            name: of the pass.
+            program: its result.
+        """
 
 
 @dataclass(frozen=True)
@@ -153,16 +176,28 @@ class Pass(Options):
         return Cost()
 
     def requires(self, program: Program) -> list[str]:
-        """Reasons why the pass cannot run on this Program; none means it can."""
+        """Reasons why the pass cannot run on this Program; none means it can.
+
+        Args:
+            program: to be transformed.
+        """
         return self.explain_order(program_facts(program))
 
     def explain_order(self, known: Set[str]) -> list[str]:
-        """Reasons why the pass cannot run where these facts hold."""
+        """Reasons why the pass cannot run where these facts hold.
+
+        Args:
+            known: facts about a Program, see ``program_facts``.
+        """
         missing = [MISSING[fact] for fact in sorted(self.uses - known)]
         return missing + [self.bars[fact] for fact in sorted(self.bars.keys() & known)]
 
     def plan(self, program: Program) -> list[PlannedEdit]:
-        """The edits that the pass would make.  Needs no weights, scores or data."""
+        """The edits that the pass would make.  Needs no weights, scores or data.
+
+        Args:
+            program: on any device.
+        """
         return []
 
     def preview(self, program: Program) -> Program:
@@ -172,7 +207,12 @@ class Pass(Options):
 
     @abstractmethod
     def call(self, program: Program, context: Context) -> PassResult:
-        """The work itself."""
+        """Transform the Program; requirements hold.
+
+        Args:
+            program: to be transformed; it stays as it is.
+            context: data, seed and folders.
+        """
 
     @final
     def __call__(self, program: Program, context: Context | None = None) -> Program:
@@ -195,7 +235,13 @@ class Pass(Options):
         return self.record(result, context.seed, time.perf_counter() - start)
 
     def record(self, result: PassResult, seed: int, seconds: float) -> Program:
-        """The resulting Program with this pass in its history."""
+        """The resulting Program with this pass in its history.
+
+        Args:
+            result: of ``call``.
+            seed: of the run.
+            seconds: that the pass took.
+        """
         figures = {**result.figures, "seed": seed, "seconds": round(seconds, 3)}
         step = Step(self.name, self.to_json(), figures)
         return result.program.replace(history=(*result.program.history, step))

@@ -1,6 +1,6 @@
-"""How a pass opens what it names: a model folder, and the tokenizer beside a model.
+"""Opening of model folders and tokenizers that passes name.
 
-Passes stand below the runtime, which knows how a model is opened safely; it says so here when it is
+Passes stand below the runtime, which opens models safely; it registers its opener here when it is
 imported.
 """
 
@@ -19,7 +19,7 @@ _openers = list[Opener]()
 
 
 def use_opener(opener: Opener) -> None:
-    """Say how model folders are opened; the runtime's ``open_model`` in all but tests.
+    """Register how model folders are opened; the runtime's ``open_model`` in all but tests.
 
     Args:
         opener: takes a folder and gives the stock model, all its weights checked.

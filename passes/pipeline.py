@@ -1,5 +1,4 @@
-"""Passes in a row.  A pipeline is itself a pass; it is written as text, or as a recipe file
-(YAML)."""
+"""Pipelines: passes in a row, written as text or as a recipe file (YAML); itself a pass."""
 
 from __future__ import annotations
 
@@ -72,6 +71,9 @@ class Pipeline(Pass):
     def parse(cls, text: str) -> Pipeline:
         """A pipeline from its text, for example ``score{metric=taylor},prune-width{mlp=0.25}``.
 
+        Args:
+            text: see ``language.grammar``.
+
         Raises:
             PipelineError: does not parse, unknown pass or option, wrong type, out of range; with
                 the position.
@@ -89,11 +91,9 @@ class Pipeline(Pass):
         Raises:
             PipelineError: no such recipe or file, not YAML, unknown keys, or what ``parse`` raises.
         """
-        read = load_recipe(
-            recipes.recipe_text(recipe)
-            if isinstance(recipe, str) and recipe in recipes.recipe_names()
-            else recipe
-        )
+        if isinstance(recipe, str) and recipe in recipes.recipe_names():
+            recipe = recipes.recipe_text(recipe)
+        read = load_recipe(recipe)
         passes = []
         for place, entry in enumerate(read.passes):
             try:
@@ -112,29 +112,32 @@ class Pipeline(Pass):
 
     @property
     def needs_data(self) -> bool:
+        """Whether any of the passes needs calibration data."""
         return any(p.needs_data for p in self.passes)
 
     @property
     def files(self) -> tuple[Path, ...]:
+        """The files of all passes, in order."""
         return tuple(file for p in self.passes for file in p.files)
 
     @property
     def cost(self) -> Cost:
+        """The sum of the forward passes, and the largest memory that one pass needs."""
         costs = [p.cost for p in self.passes]
-        largest = (
-            max((getattr(c, name) for c in costs), default=0)
-            for name in ("bytes_per_parameter", "holds", "solves")
+        return Cost(
+            sum(c.flops for c in costs),
+            max((c.bytes_per_parameter for c in costs), default=0),
+            holds=max((c.holds for c in costs), default=0),
+            solves=max((c.solves for c in costs), default=0),
         )
-        held, holds, solves = largest
-        return Cost(sum(c.flops for c in costs), held, holds=holds, solves=solves)
 
     def requires(self, program: Program) -> list[str]:
-        """What the order of the passes leaves missing, told before any work."""
+        """Reasons why the passes cannot run in this order, known before any work."""
         known = program_facts(program)
         reasons = []
-        for one in self.passes:
-            reasons += [f"{one.name}: {reason}" for reason in one.explain_order(known)]
-            known = (known - one.ends) | one.gives
+        for step in self.passes:
+            reasons += [f"{step.name}: {reason}" for reason in step.explain_order(known)]
+            known = (known - step.ends) | step.gives
         asked = {*self.hooks.print_after, *filter(None, [self.hooks.stop_after])}
         names = {p.name for p in self.passes}
         reasons += [
@@ -143,15 +146,17 @@ class Pipeline(Pass):
         return reasons
 
     def plan(self, program: Program) -> list[PlannedEdit]:
+        """The edits of all passes, each planned on the preview of those before it."""
         edits = []
-        for one in self.passes:
-            edits += one.plan(program)
-            program = one.preview(program)
+        for step in self.passes:
+            edits += step.plan(program)
+            program = step.preview(program)
         return edits
 
     def preview(self, program: Program) -> Program:
-        for one in self.passes:
-            program = one.preview(program)
+        """A Program of the shapes that all passes leave."""
+        for step in self.passes:
+            program = step.preview(program)
         return program
 
     def run(
@@ -168,12 +173,14 @@ class Pipeline(Pass):
         """Apply the passes.
 
         Args:
+            program: what the first pass takes.
             data: calibration batches, ``input_ids`` [batch, seq] int64 or maps of model inputs; see
                 passes.data.
             progress: reporter of long work.
             seed: instead of the pipeline's own.
             output: folder for by-products.
-            raise_model, checkpoints: see Context; ``secateur.compress`` gives both.
+            raise_model: see Context; given by ``secateur.compress``.
+            checkpoints: see Context; given by ``secateur.compress``.
 
         Returns:
             the new Program; the given one stays usable.
@@ -200,33 +207,37 @@ class Pipeline(Pass):
         )
 
     def call(self, program: Program, context: Context) -> PassResult:
+        """Run the passes, from the first that no checkpoint holds.
+
+        Raises:
+            SecateurError: what a pass raises, with a note that names the pass and those already
+                run.
+        """
         checkpoints = context.checkpoints
+        done = 0
         if checkpoints:
             done, program = checkpoints.restore(program)
-        else:
-            done = 0
-            program = program
-        for position, one in enumerate(self.passes[: self._number_of_passes], 1):
+        for position, step in enumerate(self.passes[: self._number_of_passes], 1):
             if position <= done:
                 continue
             start = time.perf_counter()
             try:
-                program = one(program, _for_pass(context, position, one))
+                program = step(program, _for_pass(context, position, step))
                 if checkpoints:
-                    checkpoints.store(position, one.name, program)
+                    checkpoints.store(position, step.name, program)
             except Exception as error:
                 ran = ", ".join(p.name for p in self.passes[: position - 1]) or "none"
                 error.add_note(
-                    f"in pass {one.name} ({position} of {len(self.passes)}); already run: {ran}"
+                    f"in pass {step.name} ({position} of {len(self.passes)}); already run: {ran}"
                 )
                 raise
-            self._report_pass(one, program, time.perf_counter() - start)
+            self._report_pass(step, program, time.perf_counter() - start)
         return PassResult(program, modified=False)
 
     @property
     def _number_of_passes(self) -> int:
         """How many passes run: those up to the first that ``stop_after`` names."""
-        names = [one.name for one in self.passes]
+        names = [step.name for step in self.passes]
         if self.hooks.stop_after in names:
             return names.index(self.hooks.stop_after) + 1
         return len(names)

@@ -53,5 +53,5 @@ def add_plugin(where: str) -> None:
     Raises:
         PluginError: see ``plugins.load_class``; or its name is taken.
     """
-    found = load_class(where, (Pass, Importance))
-    (PASSES if issubclass(found, Pass) else IMPORTANCES).add_class(found)
+    plugin = load_class(where, (Pass, Importance))
+    (PASSES if issubclass(plugin, Pass) else IMPORTANCES).add_class(plugin)

@@ -16,6 +16,8 @@ from torch import Tensor
 from secateur.graph import Program, SecateurError
 
 IGNORED = -100
+Inputs = dict[str, Any]
+"""Keyword arguments of a model by name."""
 Batch = Tensor | Mapping[str, Any]
 
 
@@ -38,9 +40,10 @@ class Sample:
     @property
     def tokens(self) -> int:
         """Positions of the sequence (1 where the input is not a sequence of tokens)."""
-        tensors = [
-            v for v in self.inputs.values() if isinstance(v, Tensor) and not v.is_floating_point()
-        ]
+        tensors = []
+        for v in self.inputs.values():
+            if isinstance(v, Tensor) and not v.is_floating_point():
+                tensors.append(v)
         return max((v.shape[1] for v in tensors if v.dim() > 1), default=1)
 
 
@@ -59,16 +62,18 @@ def samples(data: Iterable[Batch], program: Program) -> tuple[Sample, ...]:
             does not take.
     """
     device = next((p.device for _, p in program.named_parameters()), torch.device("cpu"))
-    batches = [_move_inputs(device, _as_inputs(batch, program)) for batch in _list_batches(data)]
-    found = []
+    batches = []
+    for batch in _list_batches(data):
+        batches.append(_move_inputs(device, _as_inputs(batch, program)))
+    sequences = []
     for inputs in batches:
         for sample in _split_rows(inputs, program):
-            found.append(sample)
-    if not found:
+            sequences.append(sample)
+    if not sequences:
         raise CalibrationError(
             "the calibration data is empty: give at least one batch of input_ids [batch, seq]"
         )
-    return tuple(found)
+    return tuple(sequences)
 
 
 def main_input(program: Program) -> str:
@@ -90,7 +95,7 @@ def _list_batches(data: Iterable[Batch]) -> list[Batch]:
     return batches
 
 
-def _as_inputs(batch: Batch, program: Program) -> dict[str, Any]:
+def _as_inputs(batch: Batch, program: Program) -> Inputs:
     if isinstance(batch, Mapping):
         return dict(batch)
     if not isinstance(batch, Tensor):
@@ -107,17 +112,21 @@ def _as_inputs(batch: Batch, program: Program) -> dict[str, Any]:
     return {name: batch}
 
 
-def _move_inputs(device: torch.device, inputs: dict[str, Any]) -> dict[str, Any]:
+def _move_inputs(device: torch.device, inputs: Inputs) -> Inputs:
     """Inputs where the weights are; on the CPU when those are nowhere yet."""
     if device.type == "meta":
         return inputs
-    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+    result: Inputs = {}
+    for name, v in inputs.items():
+        result[name] = v.to(device) if isinstance(v, Tensor) else v
+    return result
 
 
-def _split_rows(inputs: dict[str, Any], program: Program) -> list[Sample]:
-    sizes = {
-        name: v.shape[0] for name, v in inputs.items() if isinstance(v, Tensor) and v.dim() > 0
-    }
+def _split_rows(inputs: Inputs, program: Program) -> list[Sample]:
+    sizes = {}
+    for name, v in inputs.items():
+        if isinstance(v, Tensor) and v.dim() > 0:
+            sizes[name] = v.shape[0]
     if len(set(sizes.values())) != 1:
         raise CalibrationError(
             f"the tensors of a batch must share their first dim, found {sizes or 'no tensor'}"
@@ -149,7 +158,7 @@ def static_batch(program: Program) -> int | None:
     return None
 
 
-def static_size(size: Any) -> int | None:
+def static_size(size: int | torch.SymInt) -> int | None:
     """A size that the graph fixes, or None where it is open."""
     if isinstance(size, torch.SymInt):
         if size.node.expr.is_number:
@@ -158,7 +167,7 @@ def static_size(size: Any) -> int | None:
     return int(size)
 
 
-def _make_sample(row: dict[str, Any], program: Program) -> Sample:
+def _make_sample(row: Inputs, program: Program) -> Sample:
     accepted = set(program.source.example_inputs)
     row = _trim_padding(row, bool(getattr(program.source.config, "is_encoder_decoder", False)))
     if "labels" in row and "labels" not in accepted:
@@ -180,20 +189,25 @@ def _make_sample(row: dict[str, Any], program: Program) -> Sample:
     return Sample(row, labels)
 
 
-def _trim_padding(row: dict[str, Any], encoder_decoder: bool) -> dict[str, Any]:
+def _trim_padding(row: Inputs, encoder_decoder: bool) -> Inputs:
     """Cut padding off both ends (by the mask), or ignored labels off the tail; encoder and decoder
     each alone."""
-    decoder = {name for name in row if name == "labels" or name.startswith("decoder_")}
+    decoder = set()
+    for name in row:
+        if name == "labels" or name.startswith("decoder_"):
+            decoder.add(name)
     if encoder_decoder:
         late = decoder
     else:
         late = set[str]()
     sides = [[name for name in row if name not in late], sorted(late)]
-    trimmed = [_trim_side({name: row[name] for name in side}) for side in sides]
+    trimmed = []
+    for side in sides:
+        trimmed.append(_trim_side({name: row[name] for name in side}))
     return {**trimmed[0], **trimmed[1]}
 
 
-def _trim_side(side: dict[str, Any]) -> dict[str, Any]:
+def _trim_side(side: Inputs) -> Inputs:
     mask = next(
         (side[name] for name in ("attention_mask", "decoder_attention_mask") if name in side), None
     )
@@ -210,9 +224,11 @@ def _trim_side(side: dict[str, Any]) -> dict[str, Any]:
     start = int(where[0])
     stop = int(where[-1]) + 1
     seq = real.numel()
-    fits = {
-        name
-        for name, v in side.items()
-        if isinstance(v, Tensor) and v.dim() == 2 and v.shape[1] == seq
-    }
-    return {name: v[:, start:stop] if name in fits else v for name, v in side.items()}
+    fits = set()
+    for name, v in side.items():
+        if isinstance(v, Tensor) and v.dim() == 2 and v.shape[1] == seq:
+            fits.add(name)
+    result: Inputs = {}
+    for name, v in side.items():
+        result[name] = v[:, start:stop] if name in fits else v
+    return result

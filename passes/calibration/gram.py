@@ -89,5 +89,5 @@ def output_error(weight_NK: Tensor, changed_NK: Tensor, gram_KK: Tensor) -> floa
     """Root of the summed squared change of the outputs, relative to the outputs'."""
     delta = (changed_NK - weight_NK).double()
     weight = weight_NK.double()
-    changed, whole = ((m * (m @ gram_KK)).sum() for m in (delta, weight))
-    return float((changed.clamp_min(0) / whole.clamp_min(1e-300)).sqrt())
+    changed, energy = ((m * (m @ gram_KK)).sum() for m in (delta, weight))
+    return float((changed.clamp_min(0) / energy.clamp_min(1e-300)).sqrt())

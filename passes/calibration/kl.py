@@ -53,12 +53,12 @@ class KL:
         Raises:
             QualityError: no token at all, or a divergence that is not finite.
         """
-        kept = []
+        covered_masses = []
         for s in sequences:
             if s.numel():
-                kept.append(s.detach().double().cpu())
-        if kept:
-            values = torch.cat(kept)
+                covered_masses.append(s.detach().double().cpu())
+        if covered_masses:
+            values = torch.cat(covered_masses)
         else:
             values = torch.empty(0, dtype=torch.float64)
         if not values.numel() or not bool(values.isfinite().all()):
@@ -67,21 +67,27 @@ class KL:
             )
         ordered = values.sort(descending=True).values
         total = float(values.sum())
-        worst = {
-            part: float(ordered[: max(1, math.ceil(part * len(ordered)))].sum()) for part in SHARES
-        }
+        worst = {}
+        for part in SHARES:
+            worst[part] = float(ordered[: max(1, math.ceil(part * len(ordered)))].sum())
         return cls(
             mean=total / len(values),
-            stderr=mean_stderr(kept),
+            stderr=mean_stderr(covered_masses),
             quantiles={level: float(values.quantile(level)) for level in QUANTILES},
-            shares={part: found / total if total > 0 else 0.0 for part, found in worst.items()},
+            shares={
+                part: total_kl / total if total > 0 else 0.0 for part, total_kl in worst.items()
+            },
             tokens=len(values),
         )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        levels = {f"q{100 * level:g}": value for level, value in self.quantiles.items()}
-        parts = {f"share_of_worst_{100 * part:g}%": value for part, value in self.shares.items()}
+        levels = {}
+        for level, value in self.quantiles.items():
+            levels[f"q{100 * level:g}"] = value
+        parts = {}
+        for part, value in self.shares.items():
+            parts[f"share_of_worst_{100 * part:g}%"] = value
         return {"mean": self.mean, "stderr": self.stderr, **levels, **parts, "tokens": self.tokens}
 
 
@@ -160,15 +166,17 @@ class CachedLogProbs:
             raise QualityError(
                 f"{len(logits_TV)} positions cannot be compared with {len(self.log_p)}"
             )
-        pieces = [t.split(chunk) for t in (self.log_p, self.indices, self.rest, logits_TV)]
+        pieces = []
+        for t in (self.log_p, self.indices, self.rest, logits_TV):
+            pieces.append(t.split(chunk))
         return _join_parts([_kl_of_top(*piece) for piece in zip(*pieces, strict=True)])
 
 
 def _kl_of_top(log_p: Tensor, indices: Tensor, rest: Tensor, logits: Tensor) -> Tensor:
-    at = indices.long().to(logits.device)
+    entries = indices.long().to(logits.device)
     q = F.log_softmax(logits.float(), -1)
-    q_top = q.gather(-1, at)
-    q_rest = q.scatter(-1, at, -torch.inf).logsumexp(-1)
+    q_top = q.gather(-1, entries)
+    q_rest = q.scatter(-1, entries, -torch.inf).logsumexp(-1)
     p = F.log_softmax(torch.cat([log_p.float(), rest[:, None]], -1), -1).to(logits.device)
     terms = p.exp() * (p - torch.cat([q_top, q_rest[:, None]], -1))
     return torch.where(p.isneginf(), 0.0, terms).sum(-1).clamp_min(0)
@@ -200,17 +208,17 @@ def cache_log_probs(
 # Of Programs, on calibration sequences
 def select_logits(output: Any) -> Tensor:
     """The logits of a model's output: its attribute of that name, or its first tensor."""
-    found = getattr(output, "logits", output)
-    if isinstance(found, Mapping):
-        found = next(iter(found.values()))
-    return found[0] if isinstance(found, tuple | list) else found  # type: ignore[no-any-return]
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, Mapping):
+        logits = next(iter(logits.values()))
+    return logits[0] if isinstance(logits, tuple | list) else logits  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def sample_logits(program: Program, sample: Sample) -> Tensor:
     """The logits of one sequence: [T, V]."""
-    found = select_logits(program(**sample.inputs))
-    return found.reshape(-1, found.shape[-1])
+    logits = select_logits(program(**sample.inputs))
+    return logits.reshape(-1, logits.shape[-1])
 
 
 def predict_reference(
@@ -239,7 +247,7 @@ def kl_to(
     """KL(reference || program) on the sequences that the reference was made of."""
     pairs = progress(list(zip(found, samples, strict=True)), "KL", len(samples))
     return KL.from_sequences(
-        [one.kl(sample_logits(program, sample), chunk) for one, sample in pairs]
+        [cached.kl(sample_logits(program, sample), chunk) for cached, sample in pairs]
     )
 
 
@@ -270,13 +278,13 @@ def next_token_losses(program: Program, sample: Sample, chunk: int = CHUNK) -> T
         ids = sample.labels
     else:
         ids = sample.inputs[main_input(program)]
-    found = sample_logits(program, sample)
+    logits = sample_logits(program, sample)
     wanted = ids.reshape(-1)
-    if len(found) != len(wanted):
+    if len(logits) != len(wanted):
         raise QualityError(
-            f"{len(found)} predictions for {len(wanted)} tokens: this is no next-token model"
+            f"{len(logits)} predictions for {len(wanted)} tokens: this is no next-token model"
         )
-    return token_losses(found[:-1], wanted[1:], chunk)[wanted[1:] != IGNORED]
+    return token_losses(logits[:-1], wanted[1:], chunk)[wanted[1:] != IGNORED]
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ class Lockstep(fx.Interpreter):
         super().__init__(program.gm, garbage_collect_values=False)
         self.extra_traceback = False
         self._nodes = list(program.gm.graph.nodes)
-        self._place = {node.name: at for at, node in enumerate(self._nodes)}
+        self._place = {node.name: position for position, node in enumerate(self._nodes)}
         self._ends = _last_reads(self._nodes)
         self._writes = any(is_mutable(node) for node in self._nodes)
         self._values: dict[str, Tensor] = {}
@@ -97,11 +97,11 @@ class Lockstep(fx.Interpreter):
             the output node's value: flat, without the model's output class.
         """
         state = self._environments[sample]
-        own = self._values
+        replaced_values = self._values
         self.env = {
             node: _copy_tensor(value) if self._writes else value for node, value in state.items()
         }
-        self._values = {**own, **values}
+        self._values = {**replaced_values, **values}
         try:
             with torch.no_grad():
                 for node in (node for chain in chains for node in chain if node in self.env):
@@ -110,11 +110,14 @@ class Lockstep(fx.Interpreter):
                     self._run_node(sample, node)
                 return self.run_node(self._nodes[-1])
         finally:
-            self._values = own
+            self._values = replaced_values
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target in self._values:
-            return self._values[target]
+    def get_attr(
+        self, target: fx.node.Target, args: tuple[fx.node.Argument, ...], kwargs: dict[str, object]
+    ) -> Any:
+        """The replaced value of a parameter, or the one of the graph module."""
+        if str(target) in self._values:
+            return self._values[str(target)]
         return super().get_attr(target, args, kwargs)
 
     def _enter_sample(self, sample: int) -> None:
@@ -125,19 +128,19 @@ class Lockstep(fx.Interpreter):
         disk where that is asked for."""
         if self._writes:
             return
-        held = self._environments[sample]
+        state = self._environments[sample]
         known = self._settled[sample]
         first = self._environments[0]
-        for node, value in held.items():
+        for node, value in state.items():
             if node.op == "get_attr" or node in known or not _is_large(value):
                 continue
             twin = None
             if sample:
                 twin = first.get(node)
             if twin is not None and _is_equal(twin, value):
-                held[node] = twin
+                state[node] = twin
             else:
-                held[node] = offload_tensor(value, self._folder)
+                state[node] = offload_tensor(value, self._folder)
             known.add(node)
 
     def _run_node(self, sample: int, node: fx.Node) -> None:
@@ -165,12 +168,12 @@ def map_copy(value: Tensor, folder: Path) -> Tensor:
     return copy.view(value.shape).copy_(value)
 
 
-def _is_large(value: Any) -> bool:
+def _is_large(value: object) -> bool:
     return isinstance(value, Tensor) and value.device.type == "cpu" and value.nbytes >= LARGE
 
 
-def _is_equal(one: Any, other: Tensor) -> bool:
-    return isinstance(one, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+def _is_equal(value: object, other: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dtype == other.dtype and torch.equal(value, other)
 
 
 def _copy_tensor(value: Any) -> Any:

@@ -105,7 +105,7 @@ def readers(program: Program, group: CoupledGroup, head: bool = True) -> list[Re
     Args:
         head: whether what the head reads counts where other weights read the group, too.
     """
-    found: dict[tuple[fx.Node, int, bytes], Reader] = {}
+    readers_by_key: dict[tuple[fx.Node, int, bytes], Reader] = {}
     only_head = dict[tuple[fx.Node, int, bytes], bool]()
     for member in group.members:
         if member.role not in READS:
@@ -113,16 +113,19 @@ def readers(program: Program, group: CoupledGroup, head: bool = True) -> list[Re
         for node, dim in consumers(program.gm, member.parameter, member.dim):
             node, dim = source_of(node, dim)
             key = (node, dim, member.positions.contiguous().numpy().tobytes())
-            found.setdefault(key, Reader(node, dim, member.positions))
+            readers_by_key.setdefault(key, Reader(node, dim, member.positions))
             only_head[key] = only_head.get(key, True) and is_head(program, member.parameter)
     if not head and not all(only_head.values()):
-        return [reader for key, reader in found.items() if not only_head[key]]
-    return list(found.values())
+        return [reader for key, reader in readers_by_key.items() if not only_head[key]]
+    return list(readers_by_key.values())
 
 
 def is_head(program: Program, parameter: str) -> bool:
     """Whether a weight makes what the model returns, or the scores of a vocabulary."""
-    leaves = [leaf for axis in analyse(program).tensors[parameter][0] for leaf in axis.leaves()]
+    leaves = []
+    for axis in analyse(program).tensors[parameter][0]:
+        for leaf in axis.leaves():
+            leaves.append(leaf)
     return any("vocabulary" in leaf.marks or OUTPUT in leaf.locks for leaf in leaves)
 
 
@@ -136,11 +139,11 @@ def source_of(node: fx.Node, dim: int) -> tuple[fx.Node, int]:
         last = dim % rank == rank - 1
         if name in SAME_ROWS | SOME_ROWS:
             widths = []
-            for one in (before, node):
-                if one.meta["val"].dim():
-                    widths.append(one.meta["val"].shape[-1])
-            whole = len(widths) == 2 and isinstance(widths[0], int) and widths[0] == widths[1]
-            if not (last and whole and _leaves_channels(node, before)):
+            for value_node in (before, node):
+                if value_node.meta["val"].dim():
+                    widths.append(value_node.meta["val"].shape[-1])
+            same_width = len(widths) == 2 and isinstance(widths[0], int) and widths[0] == widths[1]
+            if not (last and same_width and _leaves_channels(node, before)):
                 break
             dim = -1
         elif name not in SAME_DIMS:
@@ -163,27 +166,27 @@ def _leaves_channels(node: fx.Node, before: fx.Node) -> bool:
 def consumers(gm: fx.GraphModule, parameter: str, dim: int) -> list[tuple[fx.Node, int]]:
     """(activation node, its dim) wherever the graph sums over this dim of this parameter."""
     wanted = gm.get_parameter(parameter)
-    found = []
+    consuming = []
     for node in gm.graph.nodes:
         if node.op == "get_attr" and _get_attribute(gm, node.target) is wanted:
-            found += _follow_weight(node, list(range(wanted.dim())), dim)
-    return found
+            consuming += _follow_weight(node, list(range(wanted.dim())), dim)
+    return consuming
 
 
 def _follow_weight(node: fx.Node, dims: Dims, dim: int) -> list[tuple[fx.Node, int]]:
     """Uses of a weight downstream of node; dims says which dim of the parameter each dim of node
     is."""
-    found = []
+    consuming = []
     for user in node.users:
         name = op_name(user)
         if name in CONSUMERS:
             x_arg, w_arg, w_dim, x_dim = CONSUMERS[name]
             operands = positional_arguments(user)
             if operands[w_arg] is node and len(dims) >= abs(w_dim) and dims[w_dim] == dim:
-                found.append((operands[x_arg], x_dim))
+                consuming.append((operands[x_arg], x_dim))
         elif name in CARRIERS and user.args[0] is node:
-            found += _follow_weight(user, CARRIERS[name](user, dims), dim)
-    return found
+            consuming += _follow_weight(user, CARRIERS[name](user, dims), dim)
+    return consuming
 
 
 def observe(
@@ -217,11 +220,14 @@ class _Observer(fx.Interpreter):
         see: Callable[[Reader, Tensor, int], None],
     ) -> None:
         super().__init__(program.gm, garbage_collect_values=True)
-        self.program, self.wanted, self.see, self.batch = program, wanted, see, 1
+        self.program = program
+        self.wanted = wanted
+        self.see = see
+        self.batch = 1
 
     def run_inputs(self, inputs: Mapping[str, Any]) -> None:
         """One forward pass; inputs that are not given have the value they were captured with."""
-        given = {**self.program.source.example_inputs, **inputs}
+        feed = {**self.program.source.example_inputs, **inputs}
         tensors = []
         for v in inputs.values():
             if isinstance(v, Tensor) and v.dim() > 0:
@@ -230,8 +236,11 @@ class _Observer(fx.Interpreter):
             self.batch = tensors[0].shape[0]
         else:
             self.batch = 1
-        placeholders = [node for node in self.program.gm.graph.nodes if node.op == "placeholder"]
-        self.run(*(given.get(node.target) for node in placeholders), enable_io_processing=False)
+        placeholders = []
+        for node in self.program.gm.graph.nodes:
+            if node.op == "placeholder":
+                placeholders.append(node)
+        self.run(*(feed.get(node.target) for node in placeholders), enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -252,13 +261,13 @@ def positional_arguments(node: fx.Node) -> list[Any]:
     """Positional arguments of an op, with those given by keyword put in their places."""
     schema = node.target._schema  # type: ignore[union-attr]
     names = [a.name for a in schema.arguments]
-    return [
-        node.args[i] if i < len(node.args) else node.kwargs.get(name)
-        for i, name in enumerate(names)
-    ]
+    arguments: list[Any] = []
+    for i, name in enumerate(names):
+        arguments.append(node.args[i] if i < len(node.args) else node.kwargs.get(name))
+    return arguments
 
 
-def _get_attribute(gm: fx.GraphModule, target: Any) -> Any:
+def _get_attribute(gm: fx.GraphModule, target: object) -> object:
     owner, _, name = str(target).rpartition(".")
     return getattr(gm.get_submodule(owner), name, None)
 
@@ -270,7 +279,11 @@ def _swap_dims(dims: Dims, a: int, b: int) -> Dims:
 
 
 def _remove_dim(dims: Dims, dim: int) -> Dims:
-    return [v for d, v in enumerate(dims) if d != dim % len(dims)]
+    result = []
+    for d, v in enumerate(dims):
+        if d != dim % len(dims):
+            result.append(v)
+    return result
 
 
 def _insert_dim(dims: Dims, dim: int) -> Dims:
@@ -278,11 +291,11 @@ def _insert_dim(dims: Dims, dim: int) -> Dims:
     return [*dims[:place], None, *dims[place:]]
 
 
-def _as_list(values: Any) -> list[Any]:
+def _as_list(values: object) -> list[Any]:
     if isinstance(values, tuple | list):
         return list(values)
     return [values]
 
 
-def _as_integers(values: Any) -> list[int]:
+def _as_integers(values: object) -> list[int]:
     return [int(v) for v in _as_list(values)]

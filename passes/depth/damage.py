@@ -43,21 +43,24 @@ def measure_damages(
         by: kl, KL(reference || rest); perplexity, the mean loss of the next token (its exponential
             is the perplexity) or of the sequence's own labels.
     """
-    found = [_Plan(chain(program), cut) for cut in cuts]
+    plans = [_Plan(chain(program), cut) for cut in cuts]
     sums = torch.zeros(len(cuts), dtype=torch.float64)
     count = 0
     data = context.data or ()
-    work = [(sample, at) for sample in data for at in range(len(cuts))]
+    work = []
+    for sample in data:
+        for index in range(len(cuts)):
+            work.append((sample, index))
     states: list[Values] = []
     judge: _Judge | None = None
     with torch.no_grad():
-        for sample, at in context.progress(work, what, len(work)):
-            if at == 0:
+        for sample, index in context.progress(work, what, len(work)):
+            if index == 0:
                 states = list(_stage_inputs(chain(program), sample))
                 judge = _Judge(program, reference, sample, by)
                 count += judge.count_tokens
             assert judge is not None
-            sums[at] += judge(found[at].run_from(states))
+            sums[index] += judge(plans[index].run_from(states))
     if count == 0:
         raise CalibrationError(
             "the calibration sequences have no token to predict: give longer ones"
@@ -75,14 +78,14 @@ def block_influences(program: Program, parts: Sequence[Part], context: Context) 
     meters = [_Meter(part) for part in parts]
     none = torch.empty(0, dtype=torch.int64)
     readers = {
-        Reader(node, -1, none): (meter, at)
+        Reader(node, -1, none): (meter, index)
         for meter in meters
-        for at, node in enumerate(meter.nodes)
+        for index, node in enumerate(meter.nodes)
     }
 
     def observe_value(reader: Reader, value: Tensor, batch: int) -> None:
-        meter, at = readers[reader]
-        meter.take_value(at, value)
+        meter, index = readers[reader]
+        meter.take_value(index, value)
 
     observe(program, context, list(readers), observe_value)
     return {meter.part.name: 1 - meter.total / max(1, meter.rows) for meter in meters}
@@ -90,17 +93,24 @@ def block_influences(program: Program, parts: Sequence[Part], context: Context) 
 
 def part_parameters(program: Program) -> dict[str, int]:
     """Elements of the parameters that only one block or sub-block reads, by its name."""
-    sizes = {name: parameter.numel() for name, parameter in program.named_parameters()}
+    sizes = {}
+    for name, parameter in program.named_parameters():
+        sizes[name] = parameter.numel()
     parts = {part.name: part.parameters for part in blocks(program)}
     parts |= {sub.name: sub.parameters for block in blocks(program) for sub in block.sub_blocks}
-    return {name: sum(sizes[parameter] for parameter in own) for name, own in parts.items()}
+    result: dict[str, int] = {}
+    for name, parameters in parts.items():
+        result[name] = sum(sizes[parameter] for parameter in parameters)
+    return result
 
 
 class _Meter:
     """Sums the cosines of one part; its values of a sequence come in the order of the graph."""
 
     def __init__(self, part: Part) -> None:
-        self.part, self.total, self.rows = part, 0.0, 0
+        self.part = part
+        self.total = 0.0
+        self.rows = 0
         joined = isinstance(part, SubBlock) and not part.alone
         end = part.end
         if isinstance(part, SubBlock) and joined:
@@ -126,12 +136,13 @@ class _Judge:
     """Sums the damage over one sequence's tokens."""
 
     def __init__(self, program: Program, reference: Program, sample: Sample, by: By) -> None:
-        self.program, self.sample = program, sample
+        self.program = program
+        self.sample = sample
         self.expected = sample_logits(reference, sample) if by == "kl" else None
-        given = sample.labels is not None and (
+        has_labels = sample.labels is not None and (
             sample.labels.dim() == 1 or _is_encoder_decoder(program)
         )
-        if given:
+        if has_labels:
             self.loss: LossKind = "labels"
         else:
             self.loss = "next-token"
@@ -145,8 +156,8 @@ class _Judge:
     def __call__(self, output: Any) -> float:
         if self.expected is None:
             return float(sum_loss(output, self.program, self.sample, self.loss))
-        found = select_logits(output)
-        return float(token_kl(self.expected, found.reshape(-1, found.shape[-1])).double().sum())
+        logits = select_logits(output)
+        return float(token_kl(self.expected, logits.reshape(-1, logits.shape[-1])).double().sum())
 
 
 def _is_encoder_decoder(program: Program) -> bool:

@@ -51,9 +51,17 @@ class FillDropped(Pass):
     }
 
     def preview(self, program: Program) -> Program:
+        """A Program of the shapes after filling; its values are not checked against the
+        outputs before.
+        """
         return _fill_parts(program, list(_find_dropped_parts(program)))
 
     def call(self, program: Program, context: Context) -> PassResult:
+        """Put the dropped sub-blocks back.
+
+        Raises:
+            EditError: the outputs change although the sub-blocks write zeros.
+        """
         subs = list(_find_dropped_parts(program))
         if not subs:
             return PassResult(program, modified=False, figures={"filled": []})
@@ -83,20 +91,27 @@ def _fill_parts(program: Program, subs: list[SubBlock]) -> Program:
         return program
     dense = program.cut.dense
     names = {sub.name for sub in subs}
-    whole = {part.name for part in blocks(dense) if isinstance(part, Block)} & set(
+    dropped_blocks = {part.name for part in blocks(dense) if isinstance(part, Block)} & set(
         program.cut.dropped
     )
-    kept: Units = {
+    units: Units = {
         **program.cut.kept,
         **_filled_widths(program, {name for sub in subs for name in sub.parameters}),
     }
-    if whole:
-        base = drop(keep(dense, kept), sorted(whole))
+    if dropped_blocks:
+        base = drop(keep(dense, units), sorted(dropped_blocks))
     else:
-        base = keep(dense, kept)
+        base = keep(dense, units)
     values = dict(program.named_parameters())
-    back = [sub for block in blocks(base) for sub in block.sub_blocks if sub.name in names]
-    zeros = {name for sub in back for name in _output_parameters(base, sub)}
+    back = []
+    for block in blocks(base):
+        for sub in block.sub_blocks:
+            if sub.name in names:
+                back.append(sub)
+    zeros = set()
+    for sub in back:
+        for name in _output_parameters(base, sub):
+            zeros.add(name)
     filled = {}
     for n, p in base.named_parameters():
         if n in values:
@@ -113,7 +128,7 @@ def _filled_widths(program: Program, owned: set[str]) -> dict[str, Tensor]:
     does not matter."""
     assert program.cut is not None
     groups = coupled_groups(program.cut.dense)
-    found = dict[str, Tensor]()
+    widths = dict[str, Tensor]()
     counts: dict[tuple[str, int], set[int]] = {}
     for group in groups:
         if group.name in program.cut.kept:
@@ -127,8 +142,8 @@ def _filled_widths(program: Program, owned: set[str]) -> dict[str, Tensor]:
             and {m.parameter for m in group.members} <= owned
             and len(alike) == 1
         ):
-            found[group.name] = torch.arange(next(iter(alike)))
-    return found
+            widths[group.name] = torch.arange(next(iter(alike)))
+    return widths
 
 
 def _output_parameters(program: Program, sub: SubBlock) -> set[str]:
@@ -138,13 +153,13 @@ def _output_parameters(program: Program, sub: SubBlock) -> set[str]:
     for axis in axes:
         for leaf in axis.leaves():
             leaves.add(leaf)
-    return {
-        member.parameter
-        for group in coupled_groups(program)
-        if group.leaf in leaves
-        for member in group.members
-        if member.role == "produces" and member.parameter in sub.parameters
-    }
+    names: set[str] = set()
+    for group in coupled_groups(program):
+        if group.leaf in leaves:
+            for member in group.members:
+                if member.role == "produces" and member.parameter in sub.parameters:
+                    names.add(member.parameter)
+    return names
 
 
 def check_unchanged(before: Program, after: Program, reason: str) -> None:
@@ -152,8 +167,8 @@ def check_unchanged(before: Program, after: Program, reason: str) -> None:
     than 1e-4."""
     inputs = dict(before.source.example_inputs)
     with torch.no_grad():
-        one = select_logits(before(**inputs))
+        logits_before = select_logits(before(**inputs))
         other = select_logits(after(**inputs))
-    gap = float((one - other).abs().max()) / max(1.0, float(one.abs().max()))
+    gap = float((logits_before - other).abs().max()) / max(1.0, float(logits_before.abs().max()))
     if not gap <= 1e-4:
         raise EditError(f"{reason}; the outputs differ by {gap:.3g}")

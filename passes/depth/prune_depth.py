@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from secateur.graph import Program, blocks, drop
 from secateur.graph.errors import EditError
-from secateur.passes.base import Context, Cost, Pass, PassResult, PlannedEdit
+from secateur.passes.base import JSON, Context, Cost, Pass, PassResult, PlannedEdit
 from secateur.passes.depth.damage import By
 from secateur.passes.depth.rounds import DepthChoice, Level, Method, Rounds, may_go
 from secateur.passes.language.options import OptionError
@@ -72,10 +72,12 @@ class PruneDepth(Pass):
 
     @property
     def needs_data(self) -> bool:
+        """Whether blocks are measured on calibration data: not where ``layers`` names them."""
         return not self.layers
 
     @property
     def cost(self) -> Cost:
+        """Forward passes of all rounds over the calibration data, for estimates."""
         if self.method == "greedy":
             rounds = self.drop
         else:
@@ -87,6 +89,9 @@ class PruneDepth(Pass):
         return Cost(0.0 if self.layers else rounds * finer * FORWARDS[self.method])
 
     def requires(self, program: Program) -> list[str]:
+        """Reasons why the pass cannot run; measuring needs weights, naming the layers does
+        not.
+        """
         on_meta = any(p.is_meta for _, p in program.named_parameters()) and not self.layers
         return (
             super().requires(program)
@@ -125,7 +130,12 @@ class PruneDepth(Pass):
         return rounds.program
 
     def call(self, program: Program, context: Context) -> PassResult:
-        figures: dict[str, Any] = {"parameters_before": program.num_parameters, "rounds": []}
+        """Drop the named blocks, or measure and drop round after round.
+
+        Raises:
+            EditError: fewer blocks may go than are asked for, or a number names no layer.
+        """
+        figures: JSON = {"parameters_before": program.num_parameters, "rounds": []}
         if self.layers:
             smaller = drop(program, self._resolve_names(program))
         else:
@@ -148,12 +158,15 @@ class PruneDepth(Pass):
 
     def _end_blocks(self, program: Program) -> frozenset[str]:
         """The names of the blocks at the ends of every stack."""
-        found: dict[str, list[str]] = {}
+        blocks_by_end: dict[str, list[str]] = {}
         for block in blocks(program):
-            found.setdefault(block.name.rpartition(".")[0], []).append(block.name)
-        first = {name for names in found.values() for name in names[: self.keep_first]}
+            blocks_by_end.setdefault(block.name.rpartition(".")[0], []).append(block.name)
+        first = set()
+        for names in blocks_by_end.values():
+            for name in names[: self.keep_first]:
+                first.add(name)
         return frozenset(
-            first.union(*(names[len(names) - self.keep_last :] for names in found.values()))
+            first.union(*(names[len(names) - self.keep_last :] for names in blocks_by_end.values()))
         )
 
     def _check_options(self, program: Program) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from secateur.graph import Block, Program, blocks, drop
 from secateur.graph.errors import EditError
-from secateur.passes.base import Context
+from secateur.passes.base import JSON, Context
 from secateur.passes.depth.damage import (
     By,
     Part,
@@ -35,7 +35,11 @@ class DepthChoice:
 
 def may_go(program: Program, ends: frozenset[str]) -> list[Block]:
     """The blocks that are neither locked nor named."""
-    return [block for block in blocks(program) if block.locked is None and block.name not in ends]
+    result: list[Block] = []
+    for block in blocks(program):
+        if block.locked is None and block.name not in ends:
+            result.append(block)
+    return result
 
 
 class Rounds:
@@ -55,23 +59,32 @@ class Rounds:
             self.reference = program.cut.dense
         else:
             self.reference = program
-        self.journal, self.told = Journal(self.context.resume), told if told is not None else []
+        self.journal = Journal(self.context.resume)
+        self.told = told if told is not None else []
         self.start = len(blocks(program))
         sizes = part_parameters(program)
         self.budget = choice.drop * sum(sizes[block.name] for block in blocks(program)) / self.start
-        subs = [sizes[sub.name] for block in blocks(program) for sub in block.sub_blocks]
+        subs = []
+        for block in blocks(program):
+            for sub in block.sub_blocks:
+                subs.append(sizes[sub.name])
         self.slack = min(subs) / 2
         self.full = program.num_parameters
 
     def run_rounds(self) -> Program:
+        """Measure and drop until enough is gone.
+
+        Returns:
+            the shallower Program.
+        """
         while not self.is_finished():
             name = f"round {len(self.told)}"
-            kept = self.journal.read(name)
-            if kept:
-                facts = kept.facts
+            entry = self.journal.read(name)
+            if entry:
+                facts = entry.facts
             else:
                 facts = self._measure_choices()
-            if kept is None:
+            if entry is None:
                 self.journal.write(name, facts=facts)
             self.told.append(facts)
             self.drop_parts(facts["dropped"])
@@ -84,6 +97,11 @@ class Rounds:
         return not self.list_candidates()
 
     def drop_parts(self, names: Sequence[str]) -> None:
+        """Drop blocks or sub-blocks of the current Program.
+
+        Args:
+            names: of blocks or sub-blocks.
+        """
         self.program = drop(self.program, names)
 
     def list_candidates(self) -> list[Part]:
@@ -92,20 +110,23 @@ class Rounds:
         if self.choice.level == "block":
             return free
         sizes = part_parameters(self.program)
-        left = self._remaining_budget()
-        found = blocks(self.program)
-        if len(found) == 1 and len(found[0].sub_blocks) == 1:
-            last = {sub.name for sub in found[0].sub_blocks}
+        budget = self._remaining_budget()
+        remaining_blocks = blocks(self.program)
+        if len(remaining_blocks) == 1 and len(remaining_blocks[0].sub_blocks) == 1:
+            last = {sub.name for sub in remaining_blocks[0].sub_blocks}
         else:
             last = set()
-        subs = [
-            sub
-            for b in found
-            if b.name not in self.choice.ends
-            for sub in b.sub_blocks
-            if sub.locked is None
-        ]
-        return [sub for sub in subs if 0 < sizes[sub.name] <= left and sub.name not in last]
+        subs = []
+        for b in remaining_blocks:
+            if b.name not in self.choice.ends:
+                for sub in b.sub_blocks:
+                    if sub.locked is None:
+                        subs.append(sub)
+        result: list[Part] = []
+        for sub in subs:
+            if 0 < sizes[sub.name] <= budget and sub.name not in last:
+                result.append(sub)
+        return result
 
     def _remaining_budget(self) -> float:
         """Parameters that may still go at level sub-block."""
@@ -117,24 +138,29 @@ class Rounds:
         parts = self.list_candidates()
         if self.choice.method == "contiguous":
             return list(_neighbour_runs(self.program, parts, self.choice.drop))
-        choices: list[tuple[str, ...]] = [(part.name,) for part in parts]
-        found = blocks(self.program)
-        if self.choice.method == "greedy" and self.choice.level == "sub-block" and len(found) > 1:
+        choices: list[tuple[str, ...]] = []
+        for part in parts:
+            choices.append((part.name,))
+        remaining_blocks = blocks(self.program)
+        if (
+            self.choice.method == "greedy"
+            and self.choice.level == "sub-block"
+            and len(remaining_blocks) > 1
+        ):
             sizes = part_parameters(self.program)
             free = {part.name for part in parts}
-            whole = []
-            for block in found:
+            full_blocks = []
+            for block in remaining_blocks:
                 if len(block.sub_blocks) > 1:
-                    whole.append(tuple(sub.name for sub in block.sub_blocks))
-            fitting = [
-                names
-                for names in whole
-                if sum(sizes[name] for name in names) <= self._remaining_budget()
-            ]
+                    full_blocks.append(tuple(sub.name for sub in block.sub_blocks))
+            fitting = []
+            for names in full_blocks:
+                if sum(sizes[name] for name in names) <= self._remaining_budget():
+                    fitting.append(names)
             choices += [names for names in fitting if free.issuperset(names)]
         return choices
 
-    def _measure_choices(self) -> dict[str, Any]:
+    def _measure_choices(self) -> JSON:
         """What each choice would do (the least goes first), what the model does now, and which
         parts go."""
         choices = self._list_choices()
@@ -148,14 +174,18 @@ class Rounds:
         sizes = part_parameters(self.program)
         order = sorted(
             range(len(choices)),
-            key=lambda at: (scores[at] - now) / self._choice_price(choices[at], sizes),
+            key=lambda position: (
+                (scores[position] - now) / self._choice_price(choices[position], sizes)
+            ),
         )
         if self.choice.method in ("greedy", "contiguous"):
             chosen = list(choices[order[0]])
         else:
-            chosen = self._select_fitting([choices[at][0] for at in order])
-        told = {" + ".join(choice): score for choice, score in zip(choices, scores, strict=True)}
-        return {"now": now, "scores": told, "dropped": chosen}
+            chosen = self._select_fitting([choices[position][0] for position in order])
+        metrics = {}
+        for choice, score in zip(choices, scores, strict=True):
+            metrics[" + ".join(choice)] = score
+        return {"now": now, "scores": metrics, "dropped": chosen}
 
     def _choice_price(self, names: Sequence[str], sizes: Mapping[str, int]) -> int:
         """Parameters at level sub-block; else a block is as good as any other."""
@@ -168,13 +198,13 @@ class Rounds:
         if self.choice.level == "block":
             return list(order[: self.choice.drop])
         sizes = part_parameters(self.program)
-        left = self.budget + self.slack
-        found = list[str]()
+        budget = self.budget + self.slack
+        fitting = list[str]()
         for name in order:
-            if sizes[name] <= left:
-                found.append(name)
-                left -= sizes[name]
-        return found
+            if sizes[name] <= budget:
+                fitting.append(name)
+                budget -= sizes[name]
+        return fitting
 
     def _measure_damages(self, cuts: Sequence[frozenset[str]]) -> list[float]:
         what = f"depth, round {len(self.told) + 1}"
@@ -193,9 +223,11 @@ def _neighbour_runs(
     """
     names = [block.name for block in blocks(program)]
     may = {part.name for part in free}
-    found = [tuple(names[at : at + count]) for at in range(len(names) - count + 1)]
+    runs = []
+    for start in range(len(names) - count + 1):
+        runs.append(tuple(names[start : start + count]))
     fitting = []
-    for run in found:
+    for run in runs:
         if may.issuperset(run) and len({name.rpartition(".")[0] for name in run}) == 1:
             fitting.append(run)
     if not fitting:

@@ -59,9 +59,24 @@ class Activation(Importance):
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context
     ) -> MemberScores:
-        named = {group.name: readers(program, group, self.final_norm) for group in groups}
-        reading = {name: found for name, found in named.items() if found}
-        wanted = [reader for found in reading.values() for reader in found]
+        """Activation scores of each group, one for each activation that its consumers read.
+
+        Args:
+            program: the model.
+            groups: to score.
+            context: with calibration data.
+
+        Returns:
+            by group name, tensors [units] float32; groups that nothing reads are left out.
+        """
+        named = {}
+        for group in groups:
+            named[group.name] = readers(program, group, self.final_norm)
+        reading = {}
+        for name, group_readers in named.items():
+            if group_readers:
+                reading[name] = group_readers
+        wanted = [reader for group_readers in reading.values() for reader in group_readers]
         totals = {
             reader: torch.zeros(len(reader.positions), dtype=torch.float64) for reader in wanted
         }
@@ -80,7 +95,10 @@ class Activation(Importance):
             reader: over(max(counts[reader], 1), totals[reader], squares[reader]).float()
             for reader in wanted
         }
-        return {name: [scored[reader] for reader in found] for name, found in reading.items()}
+        scores = {}
+        for name, group_readers in reading.items():
+            scores[name] = [scored[reader] for reader in group_readers]
+        return scores
 
 
 def unit_activity(

@@ -145,8 +145,6 @@ def per_unit(salience: Tensor, member: Member, vectors: bool = False) -> Tensor:
         along = salience.double()
     if vectors:
         along = along.abs()
-    else:
-        along = along
     return along[member.positions.to(along.device)].sum(1).cpu()
 
 
@@ -183,9 +181,17 @@ def scores_of(
     for group in groups:
         for place, member in enumerate(distinct_members(group)):
             wanted.setdefault(member.parameter, []).append((group.name, place, member))
-    found: dict[str, dict[int, Tensor]] = {}
+    scores_by_group: dict[str, dict[int, Tensor]] = {}
     for name, value in saliences:
         for group_name, place, member in wanted[name]:
-            found.setdefault(group_name, {})[place] = per_unit(value, member, vectors).float()
-    scored = {group.name: found[group.name] for group in groups if group.name in found}
-    return {name: [by_place[i] for i in sorted(by_place)] for name, by_place in scored.items()}
+            scores_by_group.setdefault(group_name, {})[place] = per_unit(
+                value, member, vectors
+            ).float()
+    scored = {}
+    for group in groups:
+        if group.name in scores_by_group:
+            scored[group.name] = scores_by_group[group.name]
+    result: dict[str, list[Tensor]] = {}
+    for name, by_place in scored.items():
+        result[name] = [by_place[i] for i in sorted(by_place)]
+    return result

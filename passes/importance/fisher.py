@@ -46,27 +46,44 @@ class Fisher(Importance):
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context
     ) -> MemberScores:
-        reading = {group.name: found for group in groups if (found := readers(program, group))}
-        wanted = [reader for found in reading.values() for reader in found]
-        sums = {
-            reader: torch.zeros(len(reader.positions), dtype=torch.float64) for reader in wanted
-        }
+        """Half the Fisher information of each unit, one tensor for each activation that is
+        read.
+
+        Args:
+            program: the model.
+            groups: to score.
+            context: with calibration data; its seed draws the labels.
+
+        Returns:
+            by group name, tensors [units] float32, nats a token.
+
+        Raises:
+            CalibrationError: labels=data, and predictions and tokens differ in number.
+        """
+        reading = {}
+        for group in groups:
+            if group_readers := readers(program, group):
+                reading[group.name] = group_readers
+        wanted = [reader for group_readers in reading.values() for reader in group_readers]
+        sums = {}
+        for reader in wanted:
+            sums[reader] = torch.zeros(len(reader.positions), dtype=torch.float64)
         data = context.data or ()
         generator = torch.Generator().manual_seed(context.seed)
         runner = _Gradients(program, sums)
         for sample in context.progress(data, "gradients", len(data)):
             scores, labels = self._scores_and_labels(program, runner, sample, generator)
-            for at, drawn in enumerate(labels):
+            for draw, drawn in enumerate(labels):
                 summed = F.cross_entropy(scores, drawn, ignore_index=IGNORED, reduction="sum")
-                summed.backward(retain_graph=at + 1 < len(labels))
+                summed.backward(retain_graph=draw + 1 < len(labels))
             del scores, summed  # so that the next sequence takes their place
             trim_heap()
         tokens = sum(sample.tokens for sample in data) * (
             self.draws if self.labels == "sampled" else 1
         )
         return {
-            name: [(sums[r] / (2 * tokens)).float() for r in found]
-            for name, found in reading.items()
+            name: [(sums[r] / (2 * tokens)).float() for r in group_readers]
+            for name, group_readers in reading.items()
         }
 
     def _scores_and_labels(
@@ -99,7 +116,8 @@ class _Gradients(fx.Interpreter):
         super().__init__(program.gm, garbage_collect_values=True)
         self.extra_traceback = False
         self._nodes = list(program.gm.graph.nodes)
-        self._given, self._sums = program.source.example_inputs, sums
+        self._given = program.source.example_inputs
+        self._sums = sums
         self._wanted: dict[fx.Node, list[Reader]] = {}
         for reader in sums:
             self._wanted.setdefault(reader.node, []).append(reader)
@@ -107,14 +125,19 @@ class _Gradients(fx.Interpreter):
     def forward(self, inputs: Mapping[str, Any]) -> Any:
         """The model's output; parameters are constants, the values that consumers read are
         variables."""
-        given = {**self._given, **inputs}
-        placeholders = [node for node in self._nodes if node.op == "placeholder"]
+        feed = {**self._given, **inputs}
+        placeholders = []
+        for node in self._nodes:
+            if node.op == "placeholder":
+                placeholders.append(node)
         with torch.enable_grad():
             return self.run(
-                *(given.get(node.target) for node in placeholders), enable_io_processing=False
+                *(feed.get(node.target) for node in placeholders), enable_io_processing=False
             )
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def get_attr(
+        self, target: fx.node.Target, args: tuple[fx.node.Argument, ...], kwargs: dict[str, object]
+    ) -> Any:
         value = super().get_attr(target, args, kwargs)
         if isinstance(value, Tensor):
             return value.detach()

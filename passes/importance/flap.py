@@ -40,6 +40,16 @@ class Flap(Importance):
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context
     ) -> MemberScores:
+        """FLAP scores of each group, one tensor for each weight that consumes it.
+
+        Args:
+            program: the model.
+            groups: to score.
+            context: with calibration data.
+
+        Returns:
+            by group name, tensors [units] float32.
+        """
         if self.joint:
             over_channels = standardized_means
         else:

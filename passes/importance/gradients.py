@@ -65,8 +65,8 @@ class Sums:
             if leaf.grad is not None:
                 mean.add_(leaf.grad)
                 if squares is not None:  # of the sequence's own mean loss
-                    own = leaf.grad.float() * (self.total / self.count)
-                    squares.add_(own.square_(), alpha=1 / self.sequences)
+                    gradient = leaf.grad.float() * (self.total / self.count)
+                    squares.add_(gradient.square_(), alpha=1 / self.sequences)
                 leaf.grad = None
 
         return add_gradient
@@ -95,12 +95,13 @@ def loss_gradients(
         CalibrationError: nothing to predict, or labels are missing.
     """
     data, sums = _count_targets(program, context, loss, squared)
-    leaves = {
-        name: p.detach().requires_grad_()
-        for name, p in program.named_parameters()
-        if name in wanted
-    }
-    held = {name: sums.start_sums(leaf) for name, leaf in leaves.items()}
+    leaves = {}
+    for name, p in program.named_parameters():
+        if name in wanted:
+            leaves[name] = p.detach().requires_grad_()
+    gradients = {}
+    for name, leaf in leaves.items():
+        gradients[name] = sums.start_sums(leaf)
     with torch.enable_grad():
         for sample, count in context.progress(data, "gradients", len(data)):
             sums.count = count
@@ -109,7 +110,7 @@ def loss_gradients(
                 (sum_loss(output, program, sample, loss) / sums.total).backward(
                     inputs=list(leaves.values())
                 )
-    return _as_gradients(held)
+    return _as_gradients(gradients)
 
 
 def _count_targets(
@@ -117,7 +118,9 @@ def _count_targets(
 ) -> tuple[list[tuple[Sample, int]], Sums]:
     """Each sequence with its tokens to predict, and empty sums for all of them."""
     data = context.data or ()
-    counts = [int((loss_targets(sample, program, loss) != IGNORED).sum()) for sample in data]
+    counts = []
+    for sample in data:
+        counts.append(int((loss_targets(sample, program, loss) != IGNORED).sum()))
     if sum(counts) == 0:
         raise CalibrationError(
             "the calibration data holds no token to predict: sequences need at least two tokens"
@@ -127,7 +130,10 @@ def _count_targets(
 
 
 def _as_gradients(held: Mapping[str, tuple[Tensor, Tensor | None]]) -> Gradients:
-    squares = {name: square for name, (_, square) in held.items() if square is not None}
+    squares = {}
+    for name, (_, square) in held.items():
+        if square is not None:
+            squares[name] = square
     return Gradients({name: mean for name, (mean, _) in held.items()}, squares)
 
 
@@ -153,8 +159,8 @@ def gradients_by_block(
     """
     run = _Blockwise(program, wanted, *_count_targets(program, context, loss, squared))
     steps = [*run.chain.stages, *reversed(run.chain.stages)]
-    for at, stage in enumerate(context.progress(steps, "gradients by block", len(steps))):
-        if at < len(run.chain.stages):
+    for position, stage in enumerate(context.progress(steps, "gradients by block", len(steps))):
+        if position < len(run.chain.stages):
             run.forward_stage(stage)
         else:
             yield run.backward_stage(stage, loss)
@@ -168,11 +174,16 @@ class _Blockwise:
     def __init__(
         self, program: Program, wanted: set[str], data: Sequence[tuple[Sample, int]], sums: Sums
     ) -> None:
-        self.program, self.data, self.sums = program, data, sums
+        self.program = program
+        self.data = data
+        self.sums = sums
         self.chain: Chain = chain(program)
         self.names = {id(p): name for name, p in program.named_parameters() if name in wanted}
         self.owned = {stage: self._wanted_parameters(stage) for stage in self.chain.stages}
-        readers = [name for owned in self.owned.values() for name in set(owned.values())]
+        readers = []
+        for owned in self.owned.values():
+            for name in set(owned.values()):
+                readers.append(name)
         shared = sorted({name for name in readers if readers.count(name) > 1})
         if shared and sums.squared:
             message = (
@@ -196,16 +207,20 @@ class _Blockwise:
 
     def _wanted_parameters(self, stage: Stage) -> dict[str, str]:
         """Wanted parameters of a stage: their name in its module, and in the source model."""
-        found = stage.module.named_parameters(remove_duplicate=False)
-        return {target: self.names[id(p)] for target, p in found if id(p) in self.names}
+        named_parameters = stage.module.named_parameters(remove_duplicate=False)
+        result: dict[str, str] = {}
+        for target, p in named_parameters:
+            if id(p) in self.names:
+                result[target] = self.names[id(p)]
+        return result
 
     def _dependent_nodes(self) -> set[str]:
         """Names of the nodes whose value depends on a wanted parameter."""
         targets = dict(self.program.gm.named_parameters(remove_duplicate=False))
         moved: set[str] = set()
         for node in self.program.gm.graph.nodes:
-            own = node.op == "get_attr" and id(targets.get(str(node.target))) in self.names
-            if own or any(source.name in moved for source in node.all_input_nodes):
+            is_parameter = node.op == "get_attr" and id(targets.get(str(node.target))) in self.names
+            if is_parameter or any(source.name in moved for source in node.all_input_nodes):
                 moved.add(node.name)
         return moved
 
@@ -213,12 +228,12 @@ class _Blockwise:
     def forward_stage(self, stage: Stage) -> None:
         """Run a stage on every sequence, and keep what it read."""
         last = stage is self.chain.stages[-1]
-        for at, values in enumerate(self.now):
-            self.values[at][stage] = {name: _park_value(values[name]) for name in values}
+        for index, values in enumerate(self.now):
+            self.values[index][stage] = {name: _park_value(values[name]) for name in values}
             if last:
-                self.now[at] = {}
+                self.now[index] = {}
             else:
-                self.now[at] = self.chain.run_stage(stage, values)
+                self.now[index] = self.chain.run_stage(stage, values)
 
     def backward_stage(self, stage: Stage, loss: LossKind) -> Gradients:
         """Gradients of the parameters that no earlier stage reads."""
@@ -228,53 +243,68 @@ class _Blockwise:
             self.leaves[name] = parameters[target].detach().requires_grad_()
             self.held[name] = self.sums.start_sums(self.leaves[name])
         with torch.enable_grad():
-            for at, (_, count) in enumerate(self.data):
-                values, self.sums.count = self.values[at].pop(stage), count
+            for index, (_, count) in enumerate(self.data):
+                values = self.values[index].pop(stage)
+                self.sums.count = count
                 if count:
-                    self._backpropagate(stage, at, values, loss)
-        done = [name for name in self.held if self.first[name] is stage]
+                    self._backpropagate(stage, index, values, loss)
+        done = []
+        for name in self.held:
+            if self.first[name] is stage:
+                done.append(name)
         for name in done:
             del self.leaves[name]
-        found = _as_gradients({name: self.held.pop(name) for name in done})
+        gradients = _as_gradients({name: self.held.pop(name) for name in done})
         if stage is self.chain.stages[0]:
             rest = set(self.names.values()) - set(self.first)
         else:
             rest = set()
-        zeros = {
-            n: torch.zeros_like(p, dtype=torch.float32)
-            for n, p in self.program.named_parameters()
-            if n in rest
-        }
+        zeros = {}
+        for n, p in self.program.named_parameters():
+            if n in rest:
+                zeros[n] = torch.zeros_like(p, dtype=torch.float32)
         return Gradients(
-            {**found.mean, **zeros}, {**found.squares, **(zeros if self.sums.squared else {})}
+            {**gradients.mean, **zeros},
+            {**gradients.squares, **(zeros if self.sums.squared else {})},
         )
 
     def _backpropagate(self, stage: Stage, at: int, values: Values, loss: LossKind) -> None:
         """Run a stage again on one sequence, and take the gradients at its end to its inputs and
         parameters."""
-        inputs = {name: self._make_leaf(name, values[name]) for name in stage.inputs}
-        fed = [
-            v.clone() if n in stage.mutated_inputs and isinstance(v, Tensor) else v
-            for n, v in inputs.items()
-        ]
-        own = {target: self.leaves[name] for target, name in self.owned[stage].items()}
-        made = dict(zip(stage.outputs, functional_call(stage.module, own, tuple(fed)), strict=True))
-        leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
-        leaves += {id(leaf): leaf for leaf in own.values()}.values()
+        inputs = {}
+        for name in stage.inputs:
+            inputs[name] = self._make_leaf(name, values[name])
+        fed = []
+        for n, v in inputs.items():
+            fed.append(v.clone() if n in stage.mutated_inputs and isinstance(v, Tensor) else v)
+        leaf_values = {}
+        for target, name in self.owned[stage].items():
+            leaf_values[target] = self.leaves[name]
+        produced = dict(
+            zip(stage.outputs, functional_call(stage.module, leaf_values, tuple(fed)), strict=True)
+        )
+        leaves = []
+        for v in inputs.values():
+            if isinstance(v, Tensor) and v.requires_grad:
+                leaves.append(v)
+        leaves += {id(leaf): leaf for leaf in leaf_values.values()}.values()
         if stage is self.chain.stages[-1]:
-            output = self.chain.final_output({**values, **inputs, **made})
+            output = self.chain.final_output({**values, **inputs, **produced})
             ends: list[Tensor] = [
                 sum_loss(output, self.program, self.data[at][0], loss) / self.sums.total
             ]
-            given: list[Tensor | None] = [None]
+            output_gradients: list[Tensor | None] = [None]
         else:
-            reached = [name for name in made if name in self.grads[at] and made[name].requires_grad]
-            ends = [made[name] for name in reached]
-            given = [self.grads[at][name] for name in reached]
-        for name in made:
+            reached = []
+            for name in produced:
+                if name in self.grads[at] and produced[name].requires_grad:
+                    reached.append(name)
+            ends = [produced[name] for name in reached]
+            output_gradients = [self.grads[at][name] for name in reached]
+        for name in produced:
             self.grads[at].pop(name, None)
         if ends and leaves and ends[0].requires_grad:
-            torch.autograd.backward(ends, given, inputs=leaves)
+            torch.autograd.backward(ends, output_gradients, inputs=leaves)
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.grad is not None:
                 before = self.grads[at].get(name)
@@ -283,7 +313,7 @@ class _Blockwise:
                 else:
                     self.grads[at][name] = before + value.grad
 
-    def _make_leaf(self, name: str, value: Any) -> Any:
+    def _make_leaf(self, name: str, value: object) -> object:
         """An input of a stage, to take a gradient where a wanted parameter stands behind it."""
         if not isinstance(value, Tensor):
             return value
@@ -297,7 +327,7 @@ class _Blockwise:
         return next((p.device for _, p in self.program.named_parameters()), torch.device("cpu"))
 
 
-def _park_value(value: Any) -> Any:
+def _park_value(value: object) -> object:
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         return value.cpu()
     return value
@@ -325,9 +355,9 @@ def sum_loss(output: Any, program: Program, sample: Sample, loss: LossKind) -> T
     if loss == "next-token":
         scores = scores[:, :-1]
     if scores.dim() < 2 or scores.shape[:-1] != wanted.shape:
-        found = f"logits {list(scores.shape)} and targets {list(wanted.shape)}"
+        shapes = f"logits {list(scores.shape)} and targets {list(wanted.shape)}"
         raise CalibrationError(
-            f"the loss {loss!r} does not fit {found}: choose taylor{{loss=...}} or give labels"
+            f"the loss {loss!r} does not fit {shapes}: choose taylor{{loss=...}} or give labels"
         )
     flat = scores.reshape(-1, scores.shape[-1]).float()
     return F.cross_entropy(flat, wanted.reshape(-1), ignore_index=IGNORED, reduction="sum")

@@ -32,6 +32,17 @@ class Magnitude(Importance):
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context
     ) -> MemberScores:
+        """Sums of |w|^p of each group's units, one tensor for each member.
+
+        Args:
+            program: the model.
+            groups: to score.
+            context: not used.
+
+        Returns:
+            by group name, tensors [units] float32.
+        """
+
         def entry_salience(name: str, weight: Tensor) -> Tensor:
             return weight.float().abs().pow(self.p)
 

@@ -25,6 +25,7 @@ class Moments:
 
     @property
     def mean_square(self) -> Tensor:
+        """Mean of the squares over the calibration tokens: [channels] float64."""
         return self.squares / max(self.count, 1)
 
     @property
@@ -50,7 +51,10 @@ def weigh_columns(
         by group name, one tensor [units] float32 for each weight that consumes the group and each
         of its inputs.
     """
-    pairs = {group.name: found for group in groups if (found := pairs_of(program, group))}
+    pairs = {}
+    for group in groups:
+        if pairs_of_group := pairs_of(program, group):
+            pairs[group.name] = pairs_of_group
     seen: dict[tuple[object, int], Moments] = {}
 
     def observe_value(reader: Reader, value: Tensor, batch: int) -> None:
@@ -61,13 +65,17 @@ def weigh_columns(
             new = Moments(old.count + new.count, old.total + new.total, old.squares + new.squares)
         seen[reader.node, reader.dim] = new
 
-    inputs = {(reader.node, reader.dim): reader for found in pairs.values() for _, reader in found}
+    inputs = {
+        (reader.node, reader.dim): reader
+        for pairs_of_group in pairs.values()
+        for _, reader in pairs_of_group
+    }
     observe(program, context, list(inputs.values()), observe_value)
     named = dict(program.named_parameters())
     norms: dict[tuple[str, int], Tensor] = {}
     scores: dict[str, list[Tensor]] = {}
-    for name, found in pairs.items():
-        for member, reader in found:
+    for name, pairs_of_group in pairs.items():
+        for member, reader in pairs_of_group:
             weight = named[member.parameter].detach()
             key = (member.parameter, member.dim)
             norm = norms.setdefault(key, _column_squares(weight, member.dim))
@@ -80,12 +88,12 @@ def weigh_columns(
 def pairs_of(program: Program, group: CoupledGroup) -> list[tuple[Member, Reader]]:
     """Each weight that consumes the group, with each activation that it meets; the head counts,
     tied or not."""
-    return [
-        (member, Reader(node, dim, member.positions))
-        for member in distinct_members(group)
-        if member.role in READS
-        for node, dim in consumers(program.gm, member.parameter, member.dim)
-    ]
+    pairs: list[tuple[Member, Reader]] = []
+    for member in distinct_members(group):
+        if member.role in READS:
+            for node, dim in consumers(program.gm, member.parameter, member.dim):
+                pairs.append((member, Reader(node, dim, member.positions)))
+    return pairs
 
 
 def _column_squares(weight: Tensor, dim: int) -> Tensor:

@@ -57,6 +57,7 @@ class Obs(Importance):
 
     @property
     def cost(self) -> Cost:
+        """Two forward passes, the Gram matrix, its inverse, and the part of it that is left."""
         return Cost(
             2.0, 0.0, holds=1, solves=3
         )  # the products, their inverse, and what shrinks of it
@@ -64,13 +65,30 @@ class Obs(Importance):
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context
     ) -> MemberScores:
-        pairs = {group.name: pairs_of(program, group) for group in groups}
-        readers = {
-            (reader.node, reader.dim): reader for found in pairs.values() for _, reader in found
-        }
+        """OBS errors of each group's units, one tensor for each weight that consumes the
+        group.
+
+        Args:
+            program: the model.
+            groups: to score.
+            context: with calibration data.
+
+        Returns:
+            by group name, tensors [units] float32; groups that no weight consumes are left out.
+
+        Raises:
+            CalibrationError: an activation is not finite.
+        """
+        pairs = {}
+        for group in groups:
+            pairs[group.name] = pairs_of(program, group)
+        readers = {}
+        for group_pairs in pairs.values():
+            for _, reader in group_pairs:
+                readers[(reader.node, reader.dim)] = reader
         waiting: dict[tuple[fx.Node, int], list[tuple[str, int, Member]]] = {}
-        for name, found in pairs.items():
-            for place, (member, reader) in enumerate(found):
+        for name, group_pairs in pairs.items():
+            for place, (member, reader) in enumerate(group_pairs):
                 waiting.setdefault((reader.node, reader.dim), []).append((name, place, member))
         named = dict(program.named_parameters())
         scores = dict[tuple[str, int], Tensor]()
@@ -82,9 +100,9 @@ class Obs(Importance):
                     weight.flatten(0, -2), inverse_KK, member.positions
                 )
         return {
-            name: [scores[name, place] for place in range(len(found))]
-            for name, found in pairs.items()
-            if found
+            name: [scores[name, place] for place in range(len(group_pairs))]
+            for name, group_pairs in pairs.items()
+            if group_pairs
         }
 
     def _score_units(self, weight_RK: Tensor, inverse_KK: Tensor, positions_Uk: Tensor) -> Tensor:
@@ -105,7 +123,9 @@ def gram_matrices(
     All sequences advance together, so that memory is one layer's activations and one such matrix.
     """
     data = context.data or ()
-    order = {node: at for at, node in enumerate(program.gm.graph.nodes)}
+    order = {}
+    for position, node in enumerate(program.gm.graph.nodes):
+        order[node] = position
     run = Lockstep(program, data)
     for reader in context.progress(
         sorted(wanted, key=lambda r: order[r.node]), "input correlations", len(wanted)
@@ -163,7 +183,7 @@ def removal_errors(
     inverse = inverse_KK.clone()
     left_Uk = positions_Uk
     units = torch.arange(len(positions_Uk), device=positions_Uk.device)
-    found = torch.zeros(len(units), device=weight.device)
+    unit_errors = torch.zeros(len(units), device=weight.device)
     highest = torch.tensor(0.0, device=weight.device)
     while len(units):
         errors = obs_errors(weight, inverse, left_Uk).float()
@@ -172,7 +192,7 @@ def removal_errors(
             highest = torch.maximum(
                 errors[unit], torch.nextafter(highest, errors.new_tensor(torch.inf))
             )
-            found[units[unit]] = highest
+            unit_errors[units[unit]] = highest
         going = left_Uk[order[:at_once]].flatten()
         staying = order[at_once:].sort().values
         units = units[staying]
@@ -183,7 +203,7 @@ def removal_errors(
         inverse.addmm_(inverse[:, going], across, alpha=-1)
         if 2 * left_Uk.numel() <= len(inverse):
             weight, inverse, left_Uk = _restrict_to(weight, inverse, left_Uk)
-    return found
+    return unit_errors
 
 
 def _restrict_to(weight: Tensor, inverse: Tensor, left_Uk: Tensor) -> tuple[Tensor, Tensor, Tensor]:

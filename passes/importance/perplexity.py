@@ -3,7 +3,7 @@ turn."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -60,17 +60,33 @@ class Perplexity(Importance):
 
     @property
     def cost(self) -> Cost:
+        """Forward passes for about a hundred units on a part of the sequences."""
         return Cost(25.0, 0.0)  # for about a hundred units, a part of the sequences
 
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context
     ) -> MemberScores:
+        """Loss or KL without each unit, less that of the whole model.
+
+        Args:
+            program: the model.
+            groups: to score; those outside ``families`` are left out.
+            context: with calibration data.
+
+        Returns:
+            by group name, one tensor [units] float32, nats a token.
+
+        Raises:
+            CalibrationError: no token to predict, or predictions and tokens differ in number.
+        """
         data = (context.data or ())[: self.sequences]
         chosen = []
         for g in groups:
             if g.family in self.families and g.units > max(1, g.min_units):
                 chosen.append(g)
-        order = {node.name: at for at, node in enumerate(program.gm.graph.nodes)}
+        order = {}
+        for position, node in enumerate(program.gm.graph.nodes):
+            order[node.name] = position
         starts = {
             group.name: first_moved(program, _mask_unit(program, group, 0)) for group in chosen
         }
@@ -78,14 +94,17 @@ class Perplexity(Importance):
         judge = _Judge(program, data, self.measure)
         run = Lockstep(program, data)
         units = [(group, unit) for group in chosen for unit in range(group.units)]
-        found = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in chosen}
+        totals = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in chosen}
         for group, unit in context.progress(units, "units left out", len(units)):
             run.advance_to(starts[group.name])
             smaller = _mask_unit(program, group, unit)
             moved = find_affected_nodes(program, smaller)
-            rest = (rest_of(run, at, smaller, moved, starts[group.name]) for at in range(len(data)))
-            found[group.name][unit] = judge.mean_loss(rest)
-        return {name: [(scores - judge.whole).float()] for name, scores in found.items()}
+            rest = (
+                rest_of(run, position, smaller, moved, starts[group.name])
+                for position in range(len(data))
+            )
+            totals[group.name][unit] = judge.mean_loss(rest)
+        return {name: [(scores - judge.whole).float()] for name, scores in totals.items()}
 
 
 def _mask_unit(program: Program, group: CoupledGroup, unit: int) -> Program:
@@ -98,11 +117,13 @@ class _Judge:
     def __init__(self, program: Program, data: Sequence[Sample], measure: str) -> None:
         self.data, self.measure, self.main = data, measure, main_input(program)
         with torch.no_grad():
-            predictions = [
-                _flatten_logits(select_logits(program(**sample.inputs))) for sample in data
-            ]
+            predictions = []
+            for sample in data:
+                predictions.append(_flatten_logits(select_logits(program(**sample.inputs))))
             if measure == "kl":
-                self.reference: list[CachedLogProbs] = [cache_log_probs(one) for one in predictions]
+                self.reference: list[CachedLogProbs] = [
+                    cache_log_probs(logits) for logits in predictions
+                ]
             else:
                 self.reference = []
         if measure == "kl":
@@ -110,10 +131,10 @@ class _Judge:
         else:
             self.whole = self.mean_loss(predictions)
 
-    def mean_loss(self, predictions: Any) -> float:
+    def mean_loss(self, predictions: Iterable[Tensor]) -> float:
         """Nats a token, over all sequences."""
         values = torch.cat(
-            [self._token_losses(at, one) for at, one in enumerate(predictions)]
+            [self._token_losses(index, logits) for index, logits in enumerate(predictions)]
         ).double()
         if not values.numel():
             raise CalibrationError(
@@ -199,18 +220,20 @@ class _Rest(fx.Interpreter):
     def __init__(self, after: Program, run: Lockstep, sample: int, moved: Collection[str]) -> None:
         super().__init__(after.gm, garbage_collect_values=True)
         self.extra_traceback = False
-        self.run_of_whole, self.sample, self.moved = run, sample, moved
+        self.run_of_whole = run
+        self.sample = sample
+        self.moved = moved
 
     @torch.no_grad()
     def finish_from(self, start: str) -> Any:
         """The model's output."""
         nodes = list(self.graph.nodes)
-        at = next(i for i, node in enumerate(nodes) if node.name == start)
-        late = set(nodes[at:])
-        for node in nodes[:at]:
+        position = next(i for i, node in enumerate(nodes) if node.name == start)
+        late = set(nodes[position:])
+        for node in nodes[:position]:
             if any(user in late for user in node.users) or node.name in self.moved:
                 self.env[node] = self._early_value(node)
-        for node in nodes[at:-1]:
+        for node in nodes[position:-1]:
             self.env[node] = self.run_node(node)
             for done in self.user_to_last_uses.get(node, []):
                 self.env.pop(done, None)

@@ -25,10 +25,22 @@ class Random(Importance):
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context
     ) -> MemberScores:
-        return {
-            group.name: [torch.rand(group.units, generator=_make_generator(group.name, context))]
-            for group in groups
-        }
+        """Uniform random scores, drawn from the seed and each group's name.
+
+        Args:
+            program: not used.
+            groups: to score.
+            context: its seed is used.
+
+        Returns:
+            by group name, one tensor [units] float32 in [0, 1).
+        """
+        scores = {}
+        for group in groups:
+            scores[group.name] = [
+                torch.rand(group.units, generator=_make_generator(group.name, context))
+            ]
+        return scores
 
 
 def _make_generator(name: str, context: Context) -> torch.Generator:

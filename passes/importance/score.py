@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, InstanceOf
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.graph import CoupledGroup, Program, coupled_groups
 from secateur.graph.errors import PipelineError
-from secateur.passes.base import Context, Cost, Pass, PassResult
+from secateur.passes.base import JSON, Context, Cost, Pass, PassResult
 from secateur.passes.importance import (
     IMPORTANCES,
     Importance,
@@ -55,13 +55,16 @@ class Score(Pass):
 
     @property
     def needs_data(self) -> bool:
+        """Whether the metric reads activations or gradients."""
         return self.metric.needs != "nothing"
 
     @property
     def cost(self) -> Cost:
+        """The cost of the metric."""
         return self.metric.cost
 
     def requires(self, program: Program) -> list[str]:
+        """Reasons why the pass cannot run; scores need weights."""
         on_meta = any(p.is_meta for _, p in program.named_parameters())
         return (
             super().requires(program)
@@ -69,7 +72,15 @@ class Score(Pass):
         )
 
     def call(self, program: Program, context: Context) -> PassResult:
-        groups = [group for group in coupled_groups(program) if group.locked is None]
+        """Score every unlocked group.
+
+        Raises:
+            PipelineError: scores are not finite, or cannot be aggregated as asked.
+        """
+        groups = []
+        for group in coupled_groups(program):
+            if group.locked is None:
+                groups.append(group)
         by_cell = self.metric.by_cell and self.query_heads == "group"
         if by_cell:
             asked = [group.as_cells() for group in groups]
@@ -77,7 +88,9 @@ class Score(Pass):
             asked = groups
         members = self.metric.members(program, asked, context)
         by_name = {group.name: group for group in groups}
-        scores = {name: self._unit_scores(by_name[name], found) for name, found in members.items()}
+        scores = {}
+        for name, member_scores in members.items():
+            scores[name] = self._unit_scores(by_name[name], member_scores)
         for name, score in scores.items():
             if not bool(torch.isfinite(score).all()):
                 raise PipelineError(
@@ -88,7 +101,7 @@ class Score(Pass):
             context.log.info(
                 "score: %s cannot see %s: no weight reads its units", self.metric.name, name
             )
-        figures: dict[str, Any] = {"groups": len(scores), "unscored": unseen}
+        figures: JSON = {"groups": len(scores), "unscored": unseen}
         if context.data is not None and self.needs_data:
             figures |= {
                 "sequences": len(context.data),

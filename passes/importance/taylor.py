@@ -57,28 +57,42 @@ class Taylor(Importance):
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context
     ) -> MemberScores:
+        """Taylor scores of each group, one tensor for each member parameter.
+
+        Args:
+            program: the model.
+            groups: to score.
+            context: with calibration data.
+
+        Returns:
+            by group name, tensors [units] float32.
+
+        Raises:
+            CalibrationError: nothing to predict, labels are missing, or squared gradients are
+                asked block by block for a shared parameter.
+        """
         wanted = set()
         for group in groups:
             for member in group.members:
                 wanted.add(member.parameter)
         squared = self.form in NEEDS_SQUARES
         pieces = gradients_by_block if self.by_block else _all_at_once
-        found = pieces(program, wanted, context, self.loss, squared)
+        gradient_pieces = pieces(program, wanted, context, self.loss, squared)
         return scores_of(
-            groups, self._entry_saliences(program, found), vectors=self.form == "vector"
+            groups, self._entry_saliences(program, gradient_pieces), vectors=self.form == "vector"
         )
 
     def _entry_saliences(
         self, program: Program, pieces: Iterator[Gradients]
     ) -> Iterator[tuple[str, Tensor]]:
         named = dict(program.named_parameters())
-        for found in pieces:
-            while found.mean:  # each piece is let go before the next is asked for
-                name, mean = found.mean.popitem()
+        for gradients in pieces:
+            while gradients.mean:  # each piece is let go before the next is asked for
+                name, mean = gradients.mean.popitem()
                 yield (
                     name,
                     SALIENCE[self.form](
-                        named[name].detach().float(), mean, found.squares.pop(name, mean)
+                        named[name].detach().float(), mean, gradients.squares.pop(name, mean)
                     ),
                 )
                 del mean

@@ -30,4 +30,14 @@ class Wanda(Importance):
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context
     ) -> MemberScores:
+        """Wanda scores of each group, one tensor for each weight that consumes it.
+
+        Args:
+            program: the model.
+            groups: to score.
+            context: with calibration data.
+
+        Returns:
+            by group name, tensors [units] float32.
+        """
         return weigh_columns(program, groups, context, lambda moments: moments.mean_square)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,14 +93,14 @@ def read_word(word: str) -> Any:
 def tokenize(text: str) -> list[Token]:
     """The pieces of a text, an ``end`` piece last."""
     tokens = []
-    at = 0
+    position = 0
     while True:
-        match = TOKEN.match(text, at)
+        match = TOKEN.match(text, position)
         if match is None or match.lastgroup is None:
-            start = len(text) - len(text[at:].lstrip())
+            start = len(text) - len(text[position:].lstrip())
             raise PipelineError(locate_message("a quoted string does not end", text, start))
         tokens.append(Token(match.lastgroup, match[match.lastgroup], match.start(match.lastgroup)))
-        at = match.end()
+        position = match.end()
         if match.lastgroup == "end":
             return tokens
 
@@ -118,11 +118,11 @@ class _Reader:
 
     def make_error(self, expected: str) -> PipelineError:
         if self.next_token.kind == "end":
-            found = "the end of the text"
+            actual = "the end of the text"
         else:
-            found = shown(self.next_token.text)
+            actual = shown(self.next_token.text)
         return PipelineError(
-            locate_message(f"expected {expected}, found {found}", self.text, self.next_token.at)
+            locate_message(f"expected {expected}, found {actual}", self.text, self.next_token.at)
         )
 
     def is_mark(self, mark: str) -> bool:
@@ -131,9 +131,9 @@ class _Reader:
         return self.next_token.kind == "mark" and self.next_token.text == mark
 
     def take_mark(self, mark: str) -> bool:
-        found = self.is_mark(mark)
-        self.place += int(found and mark != "end")
-        return found
+        matches = self.is_mark(mark)
+        self.place += int(matches and mark != "end")
+        return matches
 
     def take_token(self, expected: str, *kinds: str) -> Token:
         token = self.next_token
@@ -142,22 +142,22 @@ class _Reader:
         self.place += 1
         return token
 
-    def read_items(self, one: Callable[[], Any], close: str, what: str) -> list[Any]:
+    def read_items(self, read_item: Callable[[], object], close: str, what: str) -> list[Any]:
         """Items between commas up to the closing mark; a comma may stand after the last."""
-        found: list[Any] = []
+        items: list[Any] = []
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise self.make_error(f"at most {MAX_DEPTH} levels")
         while not self.take_mark(close):
-            if found and not self.take_mark(","):
+            if items and not self.take_mark(","):
                 raise self.make_error("',' or " + (repr(close) if close != "end" else "the end"))
-            if found and self.take_mark(close):
+            if items and self.take_mark(close):
                 break
             if self.next_token.kind == "mark" and what == "a pass name":
                 raise self.make_error(what)
-            found.append(one())
+            items.append(read_item())
         self.depth -= 1
-        return found
+        return items
 
     def read_spec(self) -> Spec:
         name = self.take_token("a name", "word")
@@ -167,12 +167,13 @@ class _Reader:
 
     def options_of(self, name: Token) -> Spec:
         spec = Spec(name.text, at=name.at)
-        for key, value, at in self.read_items(self.read_option, "}", "an option"):
+        for key, value, position in self.read_items(self.read_option, "}", "an option"):
             if key in spec.options:
                 raise PipelineError(
-                    locate_message(f"option {shown(key)} is given twice", self.text, at)
+                    locate_message(f"option {shown(key)} is given twice", self.text, position)
                 )
-            spec.options[key], spec.option_at[key] = value, at
+            spec.options[key] = value
+            spec.option_at[key] = position
         return spec
 
     def read_option(self) -> tuple[str, Any, int]:
@@ -207,7 +208,7 @@ class _Reader:
         return read_word(token.text)
 
 
-def _format_value(value: Any) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, Spec):
         return value.name + (_format_options(value.options) if value.options else "")
     if isinstance(value, dict):
@@ -219,7 +220,7 @@ def _format_value(value: Any) -> str:
     return next((word for word, meaning in WORDS.items() if value is meaning), repr(value))
 
 
-def _format_options(options: dict[str, Any]) -> str:
+def _format_options(options: Mapping[str, object]) -> str:
     return (
         "{"
         + ",".join(f"{_quote_word(key)}={_format_value(value)}" for key, value in options.items())

@@ -1,5 +1,4 @@
-"""Things with typed options: frozen dataclasses that a name and a few options build, and tables of
-them."""
+"""Typed options: frozen dataclasses built from a name and options, and tables of such classes."""
 
 from __future__ import annotations
 
@@ -18,7 +17,8 @@ from secateur.graph.reading import reason_of, shown
 from secateur.passes.language.grammar import Spec, format_specs
 from secateur.passes.language.plugins import PluginError, list_installed, load_installed
 
-LONGEST_NAME, LONGEST_REASON = 60, 400
+LONGEST_NAME = 60
+LONGEST_REASON = 400
 OPTION_LINE = re.compile(r"(\w+(?:, [\w.]+)*): (.+)")
 
 
@@ -28,7 +28,8 @@ class OptionError(PipelineError):
 
     def __init__(self, message: str, at: int | None = None, option: str | None = None) -> None:
         super().__init__(message)
-        self.at, self.option = at, option
+        self.at = at
+        self.option = option
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -40,7 +41,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(names) or 'none'}"
 
 
-_types: dict[type[Any], dict[str, TypeAdapter[Any]]] = {}
+_types: dict[type[object], dict[str, TypeAdapter[Any]]] = {}
 
 
 def option_types(cls: type[Any]) -> dict[str, TypeAdapter[Any]]:
@@ -82,12 +83,14 @@ class Options:
         """Name and options, as ``Table.build`` reads them back; options at their default are left
         out unless
         ``defaults``."""
-        fields = [f for f in dataclasses.fields(self) if f.init]
-        values = {
-            f.name: getattr(self, f.name)
-            for f in fields
-            if defaults or getattr(self, f.name) != _default_of(f)
-        }
+        fields = []
+        for f in dataclasses.fields(self):
+            if f.init:
+                fields.append(f)
+        values = {}
+        for f in fields:
+            if defaults or getattr(self, f.name) != _default_of(f):
+                values[f.name] = getattr(self, f.name)
         return Spec(
             self.name, {key: _to_plain_value(value, defaults) for key, value in values.items()}
         )
@@ -100,7 +103,7 @@ class Options:
         return options
 
 
-def check_option(cls: type[Options], option: str, value: Any) -> Any:
+def check_option(cls: type[Options], option: str, value: object) -> Any:
     """The value in the option's type.  Numbers, booleans and strings never stand in for each other.
 
     Raises:
@@ -112,8 +115,8 @@ def check_option(cls: type[Options], option: str, value: Any) -> Any:
         raise _option_error(cls, option, value, error) from None
     if not _is_same_kind(value, checked):
         kind = type(checked).__name__
-        found = f"expected {kind}, found {type(value).__name__}"
-        raise OptionError(f"{cls.name}: {option}={shown(value)}: {found}", option=option)
+        message = f"expected {kind}, found {type(value).__name__}"
+        raise OptionError(f"{cls.name}: {option}={shown(value)}: {message}", option=option)
     if _beyond_64_bits(checked):
         raise OptionError(
             f"{cls.name}: {option}={shown(value)}: the number is too large", option=option
@@ -122,29 +125,27 @@ def check_option(cls: type[Options], option: str, value: Any) -> Any:
 
 
 def _option_error(
-    cls: type[Options], option: str, value: Any, error: ValidationError
+    cls: type[Options], option: str, value: object, error: ValidationError
 ) -> OptionError:
     """The most telling of a validator's complaints: what an inner name says of itself, else the
     deepest one."""
     first = max(error.errors(), key=lambda e: (len(e["loc"]), e["type"] == "literal_error"))
     cause = first.get("ctx", {}).get("error")
-    found = first["input"]
+    given_value = first["input"]
     if isinstance(cause, OptionError):
         return OptionError(f"{cls.name}: {option}: {cause}", cause.at, option)
     text = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    if len(text) <= LONGEST_REASON:
-        text = text
-    else:
+    if len(text) > LONGEST_REASON:
         text = text[:LONGEST_REASON] + "..."
-    if first["type"] == "literal_error" and isinstance(found, str):
+    if first["type"] == "literal_error" and isinstance(given_value, str):
         known = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        text = f"{shown(found)} is unknown; {did_you_mean(found, known)}"
-    elif found is not value and shown(found) not in text:
-        text = f"{shown(found)}: {text}"
+        text = f"{shown(given_value)} is unknown; {did_you_mean(given_value, known)}"
+    elif given_value is not value and shown(given_value) not in text:
+        text = f"{shown(given_value)}: {text}"
     return OptionError(f"{cls.name}: {option}={shown(value)}: {text}", option=option)
 
 
-def _beyond_64_bits(value: Any) -> bool:
+def _beyond_64_bits(value: object) -> bool:
     if isinstance(value, list | tuple):
         return any(map(_beyond_64_bits, value))
     if isinstance(value, dict):
@@ -152,7 +153,7 @@ def _beyond_64_bits(value: Any) -> bool:
     return isinstance(value, int) and abs(value) >= 2**63
 
 
-def _is_same_kind(given: Any, checked: Any) -> bool:
+def _is_same_kind(given: object, checked: object) -> bool:
     """Whether validation kept a boolean, a number or a string what it was."""
     if isinstance(given, list | tuple) and isinstance(checked, list | tuple):
         return all(map(_is_same_kind, given, checked))
@@ -162,7 +163,7 @@ def _is_same_kind(given: Any, checked: Any) -> bool:
     return kinds[0] == kinds[1] or "other" in kinds
 
 
-def _describe_kind(value: Any) -> str:
+def _describe_kind(value: object) -> str:
     if isinstance(value, bool):
         return "boolean"
     if isinstance(value, int | float):
@@ -178,17 +179,20 @@ def _default_of(field: dataclasses.Field[Any]) -> Any:
     return field.default
 
 
-def _to_plain_value(value: Any, defaults: bool) -> Any:
+def _to_plain_value(value: object, defaults: bool) -> Any:
     if isinstance(value, Options):
         return value.to_spec(defaults=defaults)
     if isinstance(value, list | tuple):
         return [_to_plain_value(v, defaults) for v in value]
     if isinstance(value, Mapping):
-        return {key: _to_plain_value(v, defaults) for key, v in value.items()}
+        plain = {}
+        for key, v in value.items():
+            plain[key] = _to_plain_value(v, defaults)
+        return plain
     return value
 
 
-def spec_to_json(value: Any, *, always_map: bool = False) -> Any:
+def spec_to_json(value: object, *, always_map: bool = False) -> Any:
     """A spec as JSON: its name alone, or ``{name: {option: value}}``."""
     if isinstance(value, Spec):
         if not value.options and not always_map:
@@ -201,7 +205,7 @@ def spec_to_json(value: Any, *, always_map: bool = False) -> Any:
     return value
 
 
-def spec_from_json(value: Any, what: str) -> Spec:
+def spec_from_json(value: object, what: str) -> Spec:
     """The inverse of ``spec_to_json``.
 
     Raises:
@@ -233,9 +237,15 @@ class Table(Generic[O_co]):
     """
 
     def __init__(
-        self, what: str, *classes: type[O_co], base: type[Any] = Options, plugins: str | None = None
+        self,
+        what: str,
+        *classes: type[O_co],
+        base: type[object] = Options,
+        plugins: str | None = None,
     ) -> None:
-        self.what, self.base, self.plugins = what, base, plugins
+        self.what = what
+        self.base = base
+        self.plugins = plugins
         self.classes = {cls.name: cls for cls in classes}
         assert len(self.classes) == len(classes), f"two classes of {what} share a name"
 
@@ -263,12 +273,12 @@ class Table(Generic[O_co]):
     def find_class(self, name: str) -> type[O_co] | None:
         """The class of a name, an installed plug-in imported if need be; ours go first."""
         if name not in self.classes and self.plugins is not None:
-            found = load_installed(self.plugins, name, self.base)
-            if found is not None:
-                self.add_class(found)
+            plugin = load_installed(self.plugins, name, self.base)
+            if plugin is not None:
+                self.add_class(plugin)
         return self.classes.get(name)
 
-    def build(self, spec: Any) -> O_co:
+    def build(self, spec: object) -> O_co:
         """An instance from a spec, a bare name, the JSON form, or an instance already.
 
         Raises:
@@ -297,8 +307,8 @@ class Table(Generic[O_co]):
         try:
             return cls(**spec.options)
         except OptionError as error:
-            at = spec.option_at.get(error.option or "", spec.at)
-            raise OptionError(str(error), at if error.at is None else error.at) from None
+            position = spec.option_at.get(error.option or "", spec.at)
+            raise OptionError(str(error), position if error.at is None else error.at) from None
         except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise OptionError(f"{cls.name}: {reason_of(error)}", spec.at) from None
 
@@ -309,37 +319,37 @@ def options_table(cls: type[Options]) -> list[tuple[str, str, str]]:
     The meaning is the docstring's line ``option: meaning``; an option without one shares that of
     the option before.
     """
-    found = []
-    told = _describe_options(cls)
+    rows = []
+    descriptions = _describe_options(cls)
     meaning = ""
     for field in (f for f in dataclasses.fields(cls) if f.init):
-        meaning = told.get(field.name, meaning)
-        found.append((field.name, _default_text(field), meaning))
-    return found
+        meaning = descriptions.get(field.name, meaning)
+        rows.append((field.name, _default_text(field), meaning))
+    return rows
 
 
 def _describe_options(cls: type[Options]) -> dict[str, str]:
     """Meanings by option, from docstring lines ``a, b: meaning`` and the indented lines after them;
     those of a class go before those of the classes that it extends."""
-    told: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        told |= _parse_option_lines(base.__doc__ or "")
-    return told
+        descriptions |= _parse_option_lines(base.__doc__ or "")
+    return descriptions
 
 
 def _parse_option_lines(text: str) -> dict[str, str]:
-    told: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     names: list[str] = []
     for line in inspect.cleandoc(text).splitlines()[1:]:
         match = OPTION_LINE.match(line)
         if match:
             names = match[1].split(", ")
-            told |= dict.fromkeys(names, match[2])
+            descriptions |= dict.fromkeys(names, match[2])
         elif line.startswith(" "):
-            told |= {name: f"{told[name]} {line.strip()}" for name in names}
+            descriptions |= {name: f"{descriptions[name]} {line.strip()}" for name in names}
         else:
             names = []
-    return told
+    return descriptions
 
 
 def _default_text(field: dataclasses.Field[Any]) -> str:

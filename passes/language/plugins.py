@@ -26,7 +26,7 @@ class PluginError(PipelineError):
     lies beside a model."""
 
 
-def load_class(where: str, base: type[Any] | tuple[type[Any], ...]) -> type[Any]:
+def load_class(where: str, base: type[object] | tuple[type[object], ...]) -> type[Any]:
     """The class that ``module:Class`` names.
 
     Args:
@@ -41,7 +41,7 @@ def load_class(where: str, base: type[Any] | tuple[type[Any], ...]) -> type[Any]
         raise PluginError(f"{where!r} is no plug-in: write module:Class")
     check_place(module)
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        cls = getattr(importlib.import_module(module), name, None)
     except (
         Exception
     ) as error:  # code of others: whatever it raises, the run cannot go on without it
@@ -52,17 +52,17 @@ def load_class(where: str, base: type[Any] | tuple[type[Any], ...]) -> type[Any]
         bases = base
     else:
         bases = (base,)
-    if not isinstance(found, type) or not issubclass(found, bases):
-        wanted = " or ".join(one.__name__ for one in bases)
+    if not isinstance(cls, type) or not issubclass(cls, bases):
+        wanted = " or ".join(parent.__name__ for parent in bases)
         raise PluginError(
-            f"{where} is {_describe_kind(found)}, expected a subclass of secateur.passes.{wanted}"
+            f"{where} is {_describe_kind(cls)}, expected a subclass of secateur.passes.{wanted}"
         )
-    if not isinstance(getattr(found, "name", None), str):
+    if not isinstance(getattr(cls, "name", None), str):
         raise PluginError(f"{where} has no name: give the class  name: ClassVar[str] = '...'")
-    return found
+    return cls
 
 
-def _describe_kind(found: Any) -> str:
+def _describe_kind(found: object) -> str:
     if found is None:
         return "nothing"
     return f"a {type(found).__name__}"
@@ -115,7 +115,7 @@ def list_installed(group: str) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=group)}
 
 
-def load_installed(group: str, name: str, base: type[Any]) -> type[Any] | None:
+def load_installed(group: str, name: str, base: type[object]) -> type[Any] | None:
     """The class of an installed plug-in, or None where no package has one of this name.
 
     Raises:
@@ -124,12 +124,12 @@ def load_installed(group: str, name: str, base: type[Any]) -> type[Any] | None:
     point = list_installed(group).get(name)
     if point is None:
         return None
-    found = load_class(f"{point.module}:{point.attr}", base)
-    if found.name != name:
+    cls = load_class(f"{point.module}:{point.attr}", base)
+    if cls.name != name:
         raise PluginError(
-            f"the entry point {name!r} of {group} gives a class named {found.name!r}: use one name"
+            f"the entry point {name!r} of {group} gives a class named {cls.name!r}: use one name"
         )
     log.info(
         "%s comes from the installed package %s", name, getattr(point.dist, "name", point.module)
     )
-    return found
+    return cls

@@ -103,8 +103,8 @@ def load_recipe(recipe: str | Path) -> Recipe:
     with reading("recipe", PipelineError, "Mend the file"):
         value = read_yaml(text, _Loader)
         if not isinstance(value, dict):
-            found = type(value).__name__
-            raise PipelineError(f"recipe: expected a map with the key 'passes', found {found}")
+            kind = type(value).__name__
+            raise PipelineError(f"recipe: expected a map with the key 'passes', found {kind}")
         try:
             return Recipe.model_validate(value)
         except ValidationError as error:
@@ -164,9 +164,9 @@ def _count_values(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     return total
 
 
-def dump_recipe(passes: list[Any], data: DataSpec | None, seed: int) -> str:
+def dump_recipe(passes: list[object], data: DataSpec | None, seed: int) -> str:
     """The YAML of a recipe."""
-    value: dict[str, Any] = {"seed": seed, "passes": passes}
+    value: dict[str, object] = {"seed": seed, "passes": passes}
     if data is not None:
         value["data"] = data.model_dump()
     text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
@@ -204,7 +204,7 @@ def _first_error(error: ValidationError) -> str:
     return f"{place}: {first['msg']}, found {shown(first['input'])}"
 
 
-def _describe_mark(mark: Any) -> str:
+def _describe_mark(mark: yaml.Mark | None) -> str:
     if mark is not None:
         return f" (line {mark.line + 1})"
     return ""

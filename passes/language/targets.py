@@ -43,19 +43,23 @@ def matches_name(pattern: str, name: str) -> bool:
 def matching_names(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
     """The names that a pattern means."""
     wanted = list(patterns)
-    return {name for name in names if any(matches_name(pattern, name) for pattern in wanted)}
+    result: set[str] = set()
+    for name in names:
+        if any(matches_name(pattern, name) for pattern in wanted):
+            result.add(name)
+    return result
 
 
 def parameter_aliases(program: Program) -> Mapping[str, list[str]]:
     """By parameter, all its names in the source model: a tied one has several."""
     owned = {name for name, _ in program.named_parameters()}
     first: dict[int, str] = {}
-    found: dict[str, list[str]] = {name: [name] for name in owned}
+    aliases: dict[str, list[str]] = {name: [name] for name in owned}
     for name, parameter in program.source.model.named_parameters(remove_duplicate=False):
         original = first.setdefault(id(parameter), name)
         if original in owned and name != original:
-            found[original].append(name)
-    return found
+            aliases[original].append(name)
+    return aliases
 
 
 def describe_unmatched(patterns: Iterable[str], names: Sequence[str], option: str) -> list[str]:
@@ -63,12 +67,11 @@ def describe_unmatched(patterns: Iterable[str], names: Sequence[str], option: st
     faults = []
     for pattern in patterns:
         if not any(matches_name(pattern, name) for name in names):
-            parts = {
-                run
-                for name in names
-                for run in _dotted_runs(name)
-                if not run.split(".")[-1].isdigit()
-            }
+            parts = set()
+            for name in names:
+                for run in _dotted_runs(name):
+                    if not run.split(".")[-1].isdigit():
+                        parts.add(run)
             if len(parts):
                 hint = did_you_mean(pattern.removeprefix(PREFIX), parts)
             else:
@@ -80,4 +83,8 @@ def describe_unmatched(patterns: Iterable[str], names: Sequence[str], option: st
 def _dotted_runs(name: str) -> list[str]:
     """All runs of dotted parts of a name."""
     parts = name.split(".")
-    return [".".join(parts[a:b]) for a in range(len(parts)) for b in range(a + 1, len(parts) + 1)]
+    result: list[str] = []
+    for a in range(len(parts)):
+        for b in range(a + 1, len(parts) + 1):
+            result.append(".".join(parts[a:b]))
+    return result

@@ -14,11 +14,10 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -27,8 +26,12 @@ from secateur.graph.errors import PipelineError
 from secateur.graph.reading import reason_of
 from secateur.passes.language.options import did_you_mean
 
-DENSE, SPARSE, INT8, INT4 = "dense", "2:4", "int8", "int4"
-SPARSE_INT8, SPARSE_INT4 = "2:4+int8", "2:4+int4"
+DENSE = "dense"
+SPARSE = "2:4"
+INT8 = "int8"
+INT4 = "int4"
+SPARSE_INT8 = "2:4+int8"
+SPARSE_INT4 = "2:4+int4"
 KINDS = (DENSE, SPARSE, SPARSE_INT8, SPARSE_INT4, INT8, INT4)
 BITS: Mapping[str, int | None] = {
     SPARSE_INT8: 8,
@@ -97,12 +100,13 @@ class Machine:
     def _roofline_share(self, kind: str, batch: int, dtype: torch.dtype) -> float:
         """The part of the roofline that a kind reached where it was measured; 1 where it was
         not."""
-        same = [
-            t
-            for t in self.timings
-            if (t.kind, t.batch, t.dtype) == (kind, batch, _dtype_name(dtype))
-        ]
-        parts = [self._roofline_ms(kind, t.n, t.k, batch, dtype) / t.ms for t in same]
+        same = []
+        for t in self.timings:
+            if (t.kind, t.batch, t.dtype) == (kind, batch, _dtype_name(dtype)):
+                same.append(t)
+        parts = []
+        for t in same:
+            parts.append(self._roofline_ms(kind, t.n, t.k, batch, dtype) / t.ms)
         if parts:
             return statistics.median(parts)
         return 1.0
@@ -159,12 +163,14 @@ def measure_machine() -> Machine:
     gpu = device.type == "cuda"
     bandwidth = stream_bandwidth(device)
     rate = _product_rate(device)
-    kept = read_timings()
-    if kept:
-        source = f"measured here, {len(kept)} products timed"
+    timings = read_timings()
+    if timings:
+        source = f"measured here, {len(timings)} products timed"
     else:
         source = "bandwidth and rate measured here, products modelled"
-    return Machine("here", bandwidth, rate, 4e-6 if gpu else 3e-6, 64 if gpu else 16, source, kept)
+    return Machine(
+        "here", bandwidth, rate, 4e-6 if gpu else 3e-6, 64 if gpu else 16, source, timings
+    )
 
 
 def stream_bandwidth(device: torch.device) -> float:
@@ -184,7 +190,7 @@ def _product_rate(device: torch.device, width: int = 2048) -> float:
     return width**3 / min(_measure_seconds(lambda: a @ b, device) for _ in range(3))
 
 
-def _measure_seconds(work: Any, device: torch.device) -> float:
+def _measure_seconds(work: Callable[[], object], device: torch.device) -> float:
     started = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -192,7 +198,7 @@ def _measure_seconds(work: Any, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def machine_fingerprint() -> dict[str, Any]:
+def machine_fingerprint() -> dict[str, object]:
     """What timings depend on; those of another machine, thread count or torch are not used."""
     return {
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
@@ -206,10 +212,10 @@ def machine_fingerprint() -> dict[str, Any]:
 def timings_file() -> Path:
     """Where timings are kept: ``$SECATEUR_TIMINGS``, or ``secateur/timings.json`` in the user's
     cache folder."""
-    given = os.environ.get("SECATEUR_TIMINGS")
+    path = os.environ.get("SECATEUR_TIMINGS")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    if given:
-        return Path(given)
+    if path:
+        return Path(path)
     return cache / "secateur" / "timings.json"
 
 
@@ -217,9 +223,9 @@ def read_timings() -> tuple[Timing, ...]:
     """The timings kept for this machine; none where there is no such file, or it is another
     machine's."""
     try:
-        kept = json.loads(timings_file().read_text("utf-8"))
-        if kept["fingerprint"] == machine_fingerprint():
-            rows = kept["timings"]
+        timings = json.loads(timings_file().read_text("utf-8"))
+        if timings["fingerprint"] == machine_fingerprint():
+            rows = timings["timings"]
         else:
             rows = ()
         return tuple(Timing(**row) for row in rows)

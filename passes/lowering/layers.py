@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -56,16 +55,18 @@ def linear_layers(program: Program) -> tuple[list[Layer], dict[str, str]]:
     Vectors are not told of: nothing is lost where a norm or a bias stays as it is.
     """
     uses = weight_uses(program)
-    order = {node: at for at, node in enumerate(program.gm.graph.nodes)}
-    found = list[Layer]()
+    order = {}
+    for position, node in enumerate(program.gm.graph.nodes):
+        order[node] = position
+    layers = list[Layer]()
     refused = dict[str, str]()
     for name, parameter in program.named_parameters():
-        made = _make_layer(name, parameter, uses)
-        if isinstance(made, Layer):
-            found.append(made)
-        elif made:
-            refused[name] = made
-    return sorted(found, key=lambda layer: order[layer.node]), refused
+        new_layer = _make_layer(name, parameter, uses)
+        if isinstance(new_layer, Layer):
+            layers.append(new_layer)
+        elif new_layer:
+            refused[name] = new_layer
+    return sorted(layers, key=lambda layer: order[layer.node]), refused
 
 
 def _make_layer(
@@ -108,10 +109,10 @@ def _make_layer(
     )
 
 
-def _bias_parameter(operand: Any, uses: Mapping[str, list[WeightUse]]) -> str | None:
+def _bias_parameter(operand: object, uses: Mapping[str, list[WeightUse]]) -> str | None:
     """The parameter that is added as bias."""
-    for name, found in uses.items():
-        if any(use.chain[-1] is operand for use in found):
+    for name, chains in uses.items():
+        if any(use.chain[-1] is operand for use in chains):
             return name
     return None
 
@@ -134,7 +135,7 @@ def sharing_input(layers: Iterable[Layer]) -> list[list[Layer]]:
 
     A value that is changed in place on the way is not the same value, so its readers stay alone.
     """
-    groups: dict[Any, list[Layer]] = {}
+    groups: dict[Layer | fx.Node, list[Layer]] = {}
     for layer in layers:
         changed = any(op_name(user).endswith("_") for user in layer.x.users)
         groups.setdefault(layer if changed else layer.x, []).append(layer)
@@ -161,7 +162,10 @@ def names_of(layers: Iterable[Layer]) -> set[str]:
 
 def parameter_values(program: Program) -> dict[str, Tensor]:
     """Every parameter's values by name, without gradient."""
-    return {name: parameter.detach() for name, parameter in program.named_parameters()}
+    result: dict[str, Tensor] = {}
+    for name, parameter in program.named_parameters():
+        result[name] = parameter.detach()
+    return result
 
 
 def on_meta(program: Program) -> bool:

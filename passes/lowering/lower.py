@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.graph import Program, Step
 from secateur.graph.reading import shown
-from secateur.passes.base import Context, Cost, Pass, PassResult
+from secateur.passes.base import JSON, Context, Cost, Pass, PassResult
 from secateur.passes.lowering.cost import (
     BITS,
     DENSE,
@@ -96,17 +96,15 @@ class Lowering:
         """The layers that do not stay dense."""
         return tuple(row for row in self.layers if row.kind != DENSE)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JSON:
         """As the history keeps it, with totals."""
         dense = Counter(row.reason.split(":")[0] for row in self.layers if row.kind == DENSE)
-        totals = {
-            name: sum(getattr(row, name) for row in self.layers)
-            for name in ("bytes", "dense_bytes")
-        }
-        times = {
-            name: round(sum(getattr(row, name) for row in self.layers), 4)
-            for name in ("ms", "dense_ms")
-        }
+        totals = {}
+        for name in ("bytes", "dense_bytes"):
+            totals[name] = sum(getattr(row, name) for row in self.layers)
+        times = {}
+        for name in ("ms", "dense_ms"):
+            times[name] = round(sum(getattr(row, name) for row in self.layers), 4)
         kinds = dict(Counter(row.kind for row in self.layers))
         return {**asdict(self), "kinds": kinds, "stays_dense": dict(dense), **totals, **times}
 
@@ -163,15 +161,18 @@ class Lower(Pass):
 
     @property
     def cost(self) -> Cost:
+        """No forward pass; one byte a parameter for the check of patterns and grids."""
         return Cost(0.0, 1.0)
 
     def requires(self, program: Program) -> list[str]:
+        """Reasons why the pass cannot run; a plan looks at the weights."""
         missing = ["the weights are on the meta device: open the model with weights"] * on_meta(
             program
         )
         return super().requires(program) + missing
 
     def call(self, program: Program, context: Context) -> PassResult:
+        """Plan the forms, log each with its reason, and keep the plan in the history."""
         plan = self.make_plan(program, machine_named(self.machine), context)
         for row in plan.layers:
             context.log.info("%s: %s (%s)", row.layer, row.kind, row.reason)
@@ -189,13 +190,15 @@ class Lower(Pass):
         context = context or Context()
         layers, refused = linear_layers(program)
         known = parameter_values(program)
-        own = next((known[layer.parameter].dtype for layer in layers), torch.float32)
-        dtype = DTYPES.get(self.dtype, own)
+        model_dtype = next((known[layer.parameter].dtype for layer in layers), torch.float32)
+        dtype = DTYPES.get(self.dtype, model_dtype)
         rows: dict[str, LayerPlan] = {}
         groups = sharing_input(layers)
         for sharing in context.progress(groups, "lower", len(groups)):
-            made = [self._plan_layer(one, known[one.parameter], machine, dtype) for one in sharing]
-            rows |= {row.layer: row for row in _unify_shared_inputs(sharing, made)}
+            planned = []
+            for member in sharing:
+                planned.append(self._plan_layer(member, known[member.parameter], machine, dtype))
+            rows |= {row.layer: row for row in _unify_shared_inputs(sharing, planned)}
         ordered = tuple(rows[layer.parameter] for layer in layers)
         return Lowering(
             ordered,
@@ -211,10 +214,10 @@ class Lower(Pass):
     ) -> LayerPlan:
         """The form with the least time (or bytes) of those open to one layer."""
         grid = find_grid(weight)
-        found, closed = self._open_forms(layer, weight, grid)
+        forms, closed = self._open_forms(layer, weight, grid)
         times = {
             kind: machine.milliseconds(kind, *layer.shape, self.batch, dtype)
-            for kind in (DENSE, *found)
+            for kind in (DENSE, *forms)
         }
         sizes = {kind: weight_bytes(kind, *layer.shape, dtype) for kind in times}
         need = {kind: float(sizes[kind]) if self.smallest else times[kind][0] for kind in times}
@@ -232,7 +235,7 @@ class Lower(Pass):
             ms=round(times[kind][0], 5),
             dense_ms=round(times[DENSE][0], 5),
             measured=times[kind][1] and times[DENSE][1],
-            reason=_explain_choice(kind, found, closed, times, self.smallest),
+            reason=_explain_choice(kind, forms, closed, times, self.smallest),
             rounds=kind == INT8 and grid is None,
         )
 
@@ -263,9 +266,9 @@ def _explain_choice(
     times: Mapping[str, tuple[float, bool]],
     smallest: bool,
 ) -> str:
-    told = {True: "measured", False: "expected"}
+    word = {True: "measured", False: "expected"}
     listed = ", ".join(
-        f"{name} {ms:.4f} ms {told[measured]}" for name, (ms, measured) in times.items()
+        f"{name} {ms:.4f} ms {word[measured]}" for name, (ms, measured) in times.items()
     )
     if not list(found):
         return closed
@@ -277,19 +280,21 @@ def _explain_choice(
 def _unify_shared_inputs(sharing: list[Layer], rows: list[LayerPlan]) -> list[LayerPlan]:
     """Layers of one input in one packed form, with or without biases alike, share one product."""
     first: dict[tuple[str, bool], str] = {}
-    made = []
+    row_unified = []
     for layer, row in zip(sharing, rows, strict=True):
         key = (row.kind, layer.bias is None)
         if row.kind != DENSE and not layer.head:
             leader = first.setdefault(key, row.layer)
         else:
             leader = ""
-        made.append(LayerPlan(**{**vars(row), "shares": leader}))
-    count = Counter(row.shares for row in made)
-    return [
-        LayerPlan(**{**vars(row), "shares": row.shares if count[row.shares] > 1 else ""})
-        for row in made
-    ]
+        row_unified.append(LayerPlan(**{**vars(row), "shares": leader}))
+    count = Counter(row.shares for row in row_unified)
+    unified: list[LayerPlan] = []
+    for row in row_unified:
+        unified.append(
+            LayerPlan(**{**vars(row), "shares": row.shares if count[row.shares] > 1 else ""})
+        )
+    return unified
 
 
 def last_lowering(history: Iterable[Step]) -> Lowering | None:
@@ -307,7 +312,10 @@ def plan_as_pruned(program: Program) -> Lowering:
     """Every weight that a pass made sparse in the packed form, if it is 2:4 as it stands (1:2 and
     1:4 are, too); for a program that was not lowered.  Times are zero: nobody asked how long a
     product takes."""
-    layers = [layer for layer in linear_layers(program)[0] if layer.parameter in program.sparse]
+    layers = []
+    for layer in linear_layers(program)[0]:
+        if layer.parameter in program.sparse:
+            layers.append(layer)
     known = parameter_values(program)
     dtype = next(
         (t for t in (known[layer.parameter].dtype for layer in layers) if t in DTYPES.values()),
@@ -323,7 +331,7 @@ def plan_as_pruned(program: Program) -> Lowering:
 def _as_pruned(
     layers: Iterable[Layer], known: Mapping[str, Tensor], dtype: torch.dtype
 ) -> list[LayerPlan]:
-    made = []
+    rows = []
     for layer in layers:
         weight = known[layer.parameter]
         dense = weight_bytes(DENSE, *layer.shape, dtype)
@@ -336,10 +344,10 @@ def _as_pruned(
             kind = SPARSE
             reason = "2:4 as it was pruned"
         size = weight_bytes(kind, *layer.shape, dtype)
-        made.append(
+        rows.append(
             LayerPlan(layer.parameter, kind, layer.shape, size, dense, 0.0, 0.0, False, reason)
         )
-    return made
+    return rows
 
 
 def bits_of(row: LayerPlan) -> int | None:

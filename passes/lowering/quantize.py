@@ -57,24 +57,38 @@ class Quantize(Pass):
 
     @property
     def needs_data(self) -> bool:
+        """Whether the method reads calibration data: gptq does."""
         return self.method == "gptq"
 
     @property
     def cost(self) -> Cost:
+        """One forward pass and a half for gptq, none for rounding to nearest."""
         if self.needs_data:
             return Cost(1.5, 1.0)
         return Cost(0.0, 1.0)
 
     def requires(self, program: Program) -> list[str]:
+        """Reasons why the pass cannot run; rounding needs weights."""
         missing = ["the weights are on the meta device: open the model with weights"] * on_meta(
             program
         )
         return super().requires(program) + missing
 
     def call(self, program: Program, context: Context) -> PassResult:
+        """Round the chosen weights.
+
+        Raises:
+            GramError: the Gram matrix of a layer's inputs cannot be factored.
+        """
         layers, refused = linear_layers(program)
-        spared = {layer.parameter: why for layer in layers if (why := self._reason_to_spare(layer))}
-        chosen = [layer for layer in layers if layer.parameter not in spared]
+        spared = {}
+        for layer in layers:
+            if why := self._reason_to_spare(layer):
+                spared[layer.parameter] = why
+        chosen = []
+        for layer in layers:
+            if layer.parameter not in spared:
+                chosen.append(layer)
         refused |= spared
         for name, reason in refused.items():
             context.log.info("quantize leaves %s alone: %s", name, reason)
@@ -82,19 +96,21 @@ class Quantize(Pass):
             work = self._round_by_gptq
         else:
             work = self._round_to_nearest
-        made, errors = work(program, chosen, context)
-        if not made:
+        quantized, errors = work(program, chosen, context)
+        if not quantized:
             return PassResult(
                 program, False, {"bits": self.bits, "layers": 0, "left_alone": refused}
             )
-        rounded = with_parameters(program, made).replace(scores={})
+        rounded = with_parameters(program, quantized).replace(scores={})
         error = math.sqrt(sum(e * e for e in errors.values()) / len(errors))
-        told = {name: round(value, 5) for name, value in errors.items()}
+        metrics = {}
+        for name, value in errors.items():
+            metrics[name] = round(value, 5)
         figures = {
-            "layers": len(made),
+            "layers": len(quantized),
             "error": round(error, 5),
             "left_alone": refused,
-            "errors": told,
+            "errors": metrics,
         }
         return PassResult(rounded, True, {"bits": self.bits, **figures})
 
@@ -109,11 +125,13 @@ class Quantize(Pass):
     def _round_to_nearest(self, program: Program, layers: list[Layer], context: Context) -> Made:
         """Round to nearest.  The error is that of the weights, relative to their norm."""
         known = parameter_values(program)
-        made: dict[str, Tensor] = {}
+        quantized: dict[str, Tensor] = {}
         for layer in context.progress(layers, "quantize", len(layers)):
             weight = known[layer.parameter]
-            made[layer.parameter] = grid_of(weight, self.bits).round_to_grid(weight)
-        return made, {name: _relative_error(known[name], value) for name, value in made.items()}
+            quantized[layer.parameter] = grid_of(weight, self.bits).round_to_grid(weight)
+        return quantized, {
+            name: _relative_error(known[name], value) for name, value in quantized.items()
+        }
 
     def _round_by_gptq(self, program: Program, layers: list[Layer], context: Context) -> Made:
         """Layer after layer, on the inputs that come out of the layers already rounded.  The error
@@ -121,7 +139,7 @@ class Quantize(Pass):
         known = parameter_values(program)
         data = context.data or ()
         run = Lockstep(program, data)
-        made: dict[str, Tensor] = {}
+        quantized: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
         groups = sharing_input(layers)
         for sharing in context.progress(groups, "quantize", len(groups)):
@@ -131,9 +149,9 @@ class Quantize(Pass):
                 weight = known[layer.parameter]
                 value = quantize_gptq(weight, gram, self.bits, self.damping)
                 errors[layer.parameter] = output_error(weight, value, gram)
-                made[layer.parameter] = value
+                quantized[layer.parameter] = value
                 run.replace_parameter(layer.parameter, value, layer.chain)
-        return made, errors
+        return quantized, errors
 
 
 def _relative_error(weight: Tensor, rounded: Tensor) -> float:

@@ -1,5 +1,4 @@
-"""Recipes by name: files of this folder, each a published practice with its source, to be used as
-it is or copied."""
+"""Recipes by name: files of this folder, each a published practice with its source."""
 
 from __future__ import annotations
 

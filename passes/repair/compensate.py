@@ -43,13 +43,16 @@ class Compensate(Pass):
 
     @property
     def needs_data(self) -> bool:
+        """Always: means are taken over calibration tokens."""
         return True
 
     @property
     def cost(self) -> Cost:
+        """Forward passes of the dense model and both checks."""
         return Cost(1.6, 0.0, holds=1)
 
     def requires(self, program: Program) -> list[str]:
+        """Reasons why the pass cannot run; biases need weights."""
         on_meta = any(p.is_meta for _, p in program.named_parameters())
         return (
             super().requires(program)
@@ -57,14 +60,20 @@ class Compensate(Pass):
         )
 
     def call(self, program: Program, context: Context) -> PassResult:
+        """Add to biases what pruned units gave on average, where held-back sequences gain by
+        it.
+
+        Raises:
+            CalibrationError: fewer than two calibration sequences.
+        """
         data = context.data or ()
         if len(data) < 2:
             raise CalibrationError(
                 "compensate needs two calibration sequences or more: one is held back to check it"
             )
         assert program.cut is not None
-        found, refused = find_sites(program, "own", bias=True)
-        refused |= {site.parameter: "its op has no bias" for site in found if site.bias is None}
+        sites, refused = find_sites(program, "own", bias=True)
+        refused |= {site.parameter: "its op has no bias" for site in sites if site.bias is None}
         for name, reason in refused.items():
             context.log.info("compensate leaves %s alone: %s", name, reason)
         dense = Lockstep(program.cut.dense, data)
@@ -72,7 +81,10 @@ class Compensate(Pass):
         parameters = dict(program.named_parameters())
         values = dict[str, Tensor]()
         figures = dict[str, Any]()
-        open_ = [site for site in found if site.bias is not None]
+        open_ = []
+        for site in sites:
+            if site.bias is not None:
+                open_.append(site)
         for site in context.progress(open_, "compensate", len(open_)):
             assert site.bias is not None
             bias = parameters[site.bias].detach()
@@ -82,27 +94,35 @@ class Compensate(Pass):
                 lacks.append(
                     _missing_output(site, dense, sample, parameters[site.parameter].detach(), bias)
                 )
-            shift, left = mean_lack(lacks, back)
-            figures[site.bias] = {"error": round(left, 4), "changed": shift is not None}
+            shift, error = mean_lack(lacks, back)
+            figures[site.bias] = {"error": round(error, 4), "changed": shift is not None}
             if shift is not None:
                 values[site.bias] = (bias.double() + shift).to(bias.dtype)
         if values:
             after = with_parameters(program, values).replace(scores={})
         else:
             after = program
-        held = [data[at] for at in sorted(back)]
+        held_back = [data[index] for index in sorted(back)]
         if values:
-            kls = [kl(program.cut.dense, one, held).mean for one in (program, after)]
+            kls = []
+            for candidate in (program, after):
+                kls.append(kl(program.cut.dense, candidate, held_back).mean)
         else:
             kls = [0.0, 0.0]
-        kept = kls[1] < kls[0]
-        if not kept and values:
+        is_better = kls[1] < kls[0]
+        if not is_better and values:
             context.log.info(
                 "compensate changes nothing: KL %.4f with it, %.4f without", kls[1], kls[0]
             )
-        facts = {"compensated": len(values) if kept else 0, "kl_before": kls[0], "kl_after": kls[1]}
+        facts = {
+            "compensated": len(values) if is_better else 0,
+            "kl_before": kls[0],
+            "kl_after": kls[1],
+        }
         return PassResult(
-            after if kept else program, kept, {**facts, "left_alone": refused, "biases": figures}
+            after if is_better else program,
+            is_better,
+            {**facts, "left_alone": refused, "biases": figures},
         )
 
 
@@ -115,14 +135,14 @@ def mean_lack(lacks: Sequence[Tensor], back: Collection[int]) -> tuple[Tensor | 
         lacks: what an output lacks, [tokens, outputs], by sequence.
         back: numbers of the sequences held back.
     """
-    seen, held = (
-        torch.cat([x for at, x in enumerate(lacks) if (at in back) == kind])
+    seen, held_back = (
+        torch.cat([x for index, x in enumerate(lacks) if (index in back) == kind])
         for kind in (False, True)
     )
-    before, after = (float(x.square().sum()) for x in (held, held - seen.mean(0)))
+    before, after = (float(x.square().sum()) for x in (held_back, held_back - seen.mean(0)))
     if not after < before:
         return None, 1.0
-    return torch.cat([seen, held]).mean(0), math.sqrt(after / before)
+    return torch.cat([seen, held_back]).mean(0), math.sqrt(after / before)
 
 
 def _missing_output(
@@ -132,8 +152,8 @@ def _missing_output(
     [tokens, outputs]."""
     x, wanted = (_as_rows(dense.node_value(sample, node.name)) for node in (site.x, site.node))
     weight_KN = (weight if site.turned else weight.T).double()
-    given = x.index_select(-1, site.keep_in.to(x.device)) @ weight_KN + bias.double()
-    return wanted.index_select(-1, site.keep_out.to(x.device)) - given
+    output = x.index_select(-1, site.keep_in.to(x.device)) @ weight_KN + bias.double()
+    return wanted.index_select(-1, site.keep_out.to(x.device)) - output
 
 
 def _as_rows(value: Tensor) -> Tensor:

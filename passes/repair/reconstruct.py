@@ -72,16 +72,19 @@ class Reconstruct(Pass):
 
     @property
     def needs_data(self) -> bool:
+        """Always: sub-blocks are fitted on calibration sequences."""
         return True
 
     @property
     def files(self) -> tuple[Path, ...]:
+        """The teacher's folder, where one is named."""
         if self.teacher is None:
             return ()
         return (Path(self.teacher).expanduser(),)
 
     @property
     def cost(self) -> Cost:
+        """Forward passes of both models and the steps of Adam."""
         if self.solver == "lsq":
             adam = 0.0
         else:
@@ -89,6 +92,9 @@ class Reconstruct(Pass):
         return Cost(4.0 + adam, 8.0, holds=0 if self.offload else 3)
 
     def requires(self, program: Program) -> list[str]:
+        """Reasons why the pass cannot run: no dense model, no weights, or a target without
+        meaning.
+        """
         reasons = {
             f"{MISSING['cut']}, or name a teacher folder": program.cut is None
             and self.teacher is None,
@@ -102,6 +108,12 @@ class Reconstruct(Pass):
         return super().requires(program) + [reason for reason, holds in reasons.items() if holds]
 
     def call(self, program: Program, context: Context) -> PassResult:
+        """Fit each sub-block in turn.
+
+        Raises:
+            CalibrationError: fewer than two calibration sequences.
+            PipelineError: the teacher's weights have other shapes.
+        """
         data = context.data or ()
         if len(data) < 2:
             raise CalibrationError(
@@ -121,20 +133,20 @@ class Reconstruct(Pass):
             figures = dict[str, Any]()
             for part in context.progress(walk.parts, "reconstruct", len(walk.parts)):
                 fitted, task = walk.reach_part(part, self.target)
-                kept = journal.read(part.name)
-                if kept is None:
-                    kept = self._fit_part(fitted, task, walk.free_layers(part), context)
-                    journal.write(part.name, kept.tensors, kept.facts)
+                entry = journal.read(part.name)
+                if entry is None:
+                    entry = self._fit_part(fitted, task, walk.free_layers(part), context)
+                    journal.write(part.name, entry.tensors, entry.facts)
                 fitted.masters |= {
-                    name: value.to(fitted.masters[name]) for name, value in kept.tensors.items()
+                    name: value.to(fitted.masters[name]) for name, value in entry.tensors.items()
                 }
                 walk.finish_part(part, fitted)
-                if kept.tensors:
+                if entry.tensors:
                     values |= {
                         name: offload_tensor(value, folder)
                         for name, value in fitted.parameter_values().items()
                     }
-                figures[part.name] = kept.facts
+                figures[part.name] = entry.facts
         if values:
             rebuilt = with_parameters(program, values).replace(scores={})
         else:
@@ -151,13 +163,16 @@ class Reconstruct(Pass):
     ) -> Entry:
         """What changes in a part, and by how much its error falls; nothing where it does not."""
         back = sorted(task.back)
-        before = {name: master.clone() for name, master in fitted.masters.items()}
+        before = {}
+        for name, master in fitted.masters.items():
+            before[name] = master.clone()
         errors = [stream_error(fitted, task, back)]
         if self.solver != "adam":
             fit_layers(fitted, task, layers)
             errors.append(stream_error(fitted, task, back))
             if not errors[-1] < errors[0]:
-                fitted.masters, errors[-1] = dict(before), errors[0]
+                fitted.masters = dict(before)
+                errors[-1] = errors[0]
         if self.solver != "lsq":
             train_part(
                 fitted,
@@ -168,9 +183,9 @@ class Reconstruct(Pass):
                 partial(_autocast_context, task, self.autocast),
             )
             errors.append(stream_error(fitted, task, back))
-        told = [round(math.sqrt(error), 6) for error in errors]
+        root_errors = [round(math.sqrt(error), 6) for error in errors]
         better = min(errors[1:]) < errors[0]
-        return Entry(fitted.parameter_values() if better else {}, {"error": told})
+        return Entry(fitted.parameter_values() if better else {}, {"error": root_errors})
 
 
 def _open_dense(program: Program, teacher: str) -> Program:
@@ -181,12 +196,13 @@ def _open_dense(program: Program, teacher: str) -> Program:
     """
     dense = capture(open_teacher(teacher))
     mine, theirs = (
-        {name: tuple(p.shape) for name, p in one.named_parameters()} for one in (program, dense)
+        {name: tuple(p.shape) for name, p in model.named_parameters()} for model in (program, dense)
     )
     odd = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
     if odd:
         shapes = " and ".join(
-            str(list(found[odd[0]])) if odd[0] in found else "missing" for found in (mine, theirs)
+            str(list(shapes_of[odd[0]])) if odd[0] in shapes_of else "missing"
+            for shapes_of in (mine, theirs)
         )
         raise PipelineError(
             f"reconstruct: {len(odd)} weights of teacher={teacher} have other shapes ({odd[0]}: "

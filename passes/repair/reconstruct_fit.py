@@ -35,10 +35,10 @@ def stream_error(fitted: FittedPart, task: Task, which: Sequence[int]) -> float:
     total = 0.0
     count = 0
     with torch.no_grad():
-        for at in which:
-            loss = _stream_loss(fitted.run_to_stream(task.inputs[at]), task.wanted[at])
-            total = total + float(loss) * _count_tokens(task.wanted[at])
-            count = count + _count_tokens(task.wanted[at])
+        for index in which:
+            loss = _stream_loss(fitted.run_to_stream(task.inputs[index]), task.wanted[index])
+            total = total + float(loss) * _count_tokens(task.wanted[index])
+            count = count + _count_tokens(task.wanted[index])
     return total / max(count, 1)
 
 
@@ -62,12 +62,12 @@ def fit_layers(fitted: FittedPart, task: Task, layers: Sequence[Layer]) -> None:
     """
     for sharing in sharing_input(layers):
         names = [layer.parameter for layer in sharing]
-        seen, held = (
+        seen, held_back = (
             _sum_products(fitted, task, sharing, which)
             for which in (task.fitting_sequences, sorted(task.back))
         )
         mask = torch.cat([_mask_of(fitted, name) for name in names])
-        delta_NK = fit_masked(seen, held, mask).delta_NK
+        delta_NK = fit_masked(seen, held_back, mask).delta_NK
         for name, part in (
             zip(names, _split_delta(delta_NK, fitted, names), strict=True)
             if delta_NK is not None
@@ -92,27 +92,28 @@ def _sum_products(
 ) -> Products:
     """Sums over the tokens of some sequences of what the layers' results lack."""
     weights = [fitted.masters[layer.parameter] for layer in sharing]
-    made = Products(weights[0].shape[1], sum(map(len, weights)), False, weights[0].device)
+    products = Products(weights[0].shape[1], sum(map(len, weights)), False, weights[0].device)
     last = len(sharing) == 1 and _adds_to_stream(fitted, sharing[0])
     if last:
         nodes = [fitted.part.end]
     else:
         nodes = [layer.node.name for layer in sharing]
-    for at in which:
-        x, *now = fitted.peek_values(task.inputs[at], [sharing[0].x.name, *nodes])
+    for index in which:
+        x, *now = fitted.peek_values(task.inputs[index], [sharing[0].x.name, *nodes])
         if last:
-            wanted = [task.wanted[at]]
+            wanted = [task.wanted[index]]
         else:
-            wanted = task.dense.peek_values(task.dense_inputs[at], nodes)
+            wanted = task.dense.peek_values(task.dense_inputs[index], nodes)
         if last:
-            by = token_weights(task.wanted[at])
+            by = token_weights(task.wanted[index])
         else:
             by = torch.ones(1, device=x.device)
         lacks = torch.cat(
-            [_as_rows(one) - _as_rows(other) for one, other in zip(wanted, now, strict=True)], 1
+            [_as_rows(target) - _as_rows(other) for target, other in zip(wanted, now, strict=True)],
+            1,
         )
-        made.add_rows(_as_rows(x) * by, lacks * by)
-    return made
+        products.add_rows(_as_rows(x) * by, lacks * by)
+    return products
 
 
 def _adds_to_stream(fitted: FittedPart, layer: Layer) -> bool:
@@ -139,21 +140,25 @@ def train_part(
         lr: relative to the root mean square of each parameter's free entries; it falls to zero as a
             cosine.
     """
-    groups = [
-        {"params": [_open_entries(master)], "lr": lr * _rms_of_entries(master, fitted.masks[name])}
-        for name, master in fitted.masters.items()
-    ]
+    groups = []
+    for name, master in fitted.masters.items():
+        groups.append(
+            {
+                "params": [_open_entries(master)],
+                "lr": lr * _rms_of_entries(master, fitted.masks[name]),
+            }
+        )
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     steps = epochs * len(task.fitting_sequences)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine_rate(step, steps))
     best = stream_error(fitted, task, sorted(task.back))
-    kept = _copy_masters(fitted)
+    best_masters = _copy_masters(fitted)
     for order in _epoch_orders(task.fitting_sequences, epochs, seed):
-        for at in order:
+        for index in order:
             with autocast():
-                found = fitted.run_to_stream(task.inputs[at])
+                outputs = fitted.run_to_stream(task.inputs[index])
             optimizer.zero_grad()
-            _stream_loss(found, task.wanted[at]).backward()
+            _stream_loss(outputs, task.wanted[index]).backward()
             for name, master in fitted.masters.items():
                 mask = fitted.masks[name]
                 if mask is not None and master.grad is not None:
@@ -163,8 +168,8 @@ def train_part(
         error = stream_error(fitted, task, sorted(task.back))
         if error < best:
             best = error
-            kept = _copy_masters(fitted)
-    fitted.masters = kept
+            best_masters = _copy_masters(fitted)
+    fitted.masters = best_masters
 
 
 def _open_entries(master: Tensor) -> Tensor:
@@ -172,7 +177,10 @@ def _open_entries(master: Tensor) -> Tensor:
 
 
 def _copy_masters(fitted: FittedPart) -> dict[str, Tensor]:
-    return {name: master.detach().clone() for name, master in fitted.masters.items()}
+    result: dict[str, Tensor] = {}
+    for name, master in fitted.masters.items():
+        result[name] = master.detach().clone()
+    return result
 
 
 def _rms_of_entries(master: Tensor, mask: Tensor | None) -> float:
@@ -197,4 +205,4 @@ def _cosine_rate(step: int, steps: int) -> float:
 def _epoch_orders(seen: Sequence[int], epochs: int, seed: int) -> Iterator[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        yield [seen[at] for at in torch.randperm(len(seen), generator=generator).tolist()]
+        yield [seen[index] for index in torch.randperm(len(seen), generator=generator).tolist()]

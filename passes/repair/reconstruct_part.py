@@ -41,25 +41,29 @@ class FittedPart:
             name = names.get(id(parameter), "")
             if name in free:
                 wide = torch.promote_types(parameter.dtype, torch.float32)
-                self._targets[target], self._dtypes[name] = name, parameter.dtype
+                self._targets[target] = name
+                self._dtypes[name] = parameter.dtype
                 self.masters.setdefault(name, parameter.detach().to(wide).clone())
 
     def __call__(self, values: Values) -> tuple[Any, ...]:
         """The stage's outputs, from the values before it; those stay as they are."""
-        given = tuple(self._stage_arguments(values))
-        found: tuple[Any, ...] = torch.func.functional_call(
-            self.module, self._module_tensors(), given
+        arguments = tuple(self._stage_arguments(values))
+        outputs: tuple[Any, ...] = torch.func.functional_call(
+            self.module, self._module_tensors(), arguments
         )
-        return found
+        return outputs
 
     def run_to_stream(self, values: Values) -> Tensor:
         """The stream after the part."""
-        found: Tensor = self(values)[self.part.stage.outputs.index(self.part.end)]
-        return found
+        stream: Tensor = self(values)[self.part.stage.outputs.index(self.part.end)]
+        return stream
 
     def parameter_values(self) -> dict[str, Tensor]:
         """The parameters in their own dtypes, by name."""
-        return {name: self._full_parameter(name) for name in self.masters}
+        result: dict[str, Tensor] = {}
+        for name in self.masters:
+            result[name] = self._full_parameter(name)
+        return result
 
     def make_module(self) -> fx.GraphModule:
         """The stage's module with what was found in it."""
@@ -88,16 +92,16 @@ class FittedPart:
 
     def _stage_arguments(self, values: Values) -> list[Any]:
         changed = self.part.stage.mutated_inputs
-        return [
-            values[name].clone() if name in changed else values[name]
-            for name in self.part.stage.inputs
-        ]
+        arguments: list[Any] = []
+        for name in self.part.stage.inputs:
+            arguments.append(values[name].clone() if name in changed else values[name])
+        return arguments
 
     def _module_tensors(self) -> dict[str, Tensor]:
-        return {
-            target: self.masters[name].to(self._dtypes[name])
-            for target, name in self._targets.items()
-        }
+        tensors: dict[str, Tensor] = {}
+        for target, name in self._targets.items():
+            tensors[target] = self.masters[name].to(self._dtypes[name])
+        return tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +125,11 @@ class Task:
     @property
     def fitting_sequences(self) -> list[int]:
         """Numbers of the sequences to fit on."""
-        return [at for at in range(len(self.inputs)) if at not in self.back]
+        result: list[int] = []
+        for index in range(len(self.inputs)):
+            if index not in self.back:
+                result.append(index)
+        return result
 
 
 class _Peek(fx.Interpreter):
@@ -129,19 +137,22 @@ class _Peek(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(module, garbage_collect_values=False)
-        self.extra_traceback, self._tensors = False, tensors
+        self.extra_traceback = False
+        self._tensors = tensors
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target in self._tensors:
-            return self._tensors[target]
+    def get_attr(
+        self, target: fx.node.Target, args: tuple[fx.node.Argument, ...], kwargs: dict[str, object]
+    ) -> Any:
+        if str(target) in self._tensors:
+            return self._tensors[str(target)]
         return super().get_attr(target, args, kwargs)
 
     def run_and_collect(self, given: Sequence[Any], nodes: Sequence[fx.Node]) -> list[Tensor]:
-        left = iter(given)
+        remaining = iter(given)
         self.env = {}
         for node in self.module.graph.nodes:  # type: ignore[union-attr]
             if node.op == "placeholder":
-                self.env[node] = next(left)
+                self.env[node] = next(remaining)
         missing = set(nodes) - set(self.env)
         for node in self.module.graph.nodes:  # type: ignore[union-attr]
             if not missing:

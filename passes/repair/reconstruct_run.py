@@ -39,7 +39,8 @@ class Walk:
         folder: where large values go, or None: in memory.
         """
         assert program.cut is not None
-        self._program, self._dense_program = program, program.cut.dense
+        self._program = program
+        self._dense_program = program.cut.dense
         self._now, self._dense = (
             _Runner(parts(p).chain, data, folder) for p in (program, program.cut.dense)
         )
@@ -59,26 +60,28 @@ class Walk:
 
     def reach_part(self, part: Part, target: Target) -> tuple[FittedPart, Task]:
         """Let both models run up to a part, and give what it is to be fitted to."""
-        there = self._ends[part.end]
+        end_values = self._ends[part.end]
         self._now.advance_to(part.stage)
-        self._dense.advance_to(there.stage)
+        self._dense.advance_to(end_values.stage)
         before = self._dense.values
         now = self._now.values
-        self._dense_after = self._dense.values_after(FittedPart(there, {}, {}))
-        wanted = [
-            self._select_remaining(values[part.end], part.end) for values in self._dense_after
-        ]
+        self._dense_after = self._dense.values_after(FittedPart(end_values, {}, {}))
+        wanted = []
+        for values in self._dense_after:
+            wanted.append(self._select_remaining(values[part.end], part.end))
         if target == "own":
             wanted = [
-                aim + here[part.start] - self._select_remaining(dense[there.start], there.start)
-                for aim, here, dense in zip(wanted, now, before, strict=True)
+                aim
+                + current[part.start]
+                - self._select_remaining(dense[end_values.start], end_values.start)
+                for aim, current, dense in zip(wanted, now, before, strict=True)
             ]
         if target == "dense":
             inputs = before
         else:
             inputs = now
         fitted = FittedPart(part, self._free[part], self._names)
-        return fitted, Task(inputs, wanted, FittedPart(there, {}, {}), before, self._back)
+        return fitted, Task(inputs, wanted, FittedPart(end_values, {}, {}), before, self._back)
 
     def finish_part(self, part: Part, fitted: FittedPart) -> None:
         """Let both models go on past the part that was reached, the pruned one with what was
@@ -91,24 +94,29 @@ class Walk:
         same shape."""
         dense = dict(self._dense_program.named_parameters())
         nodes = set(part.stage.nodes)
-        mine = [
-            one for one in self._layers if one.node in nodes and one.parameter in self._free[part]
-        ]
-        return [one for one in mine if dense[one.parameter].shape[0] == one.shape[0]]
+        mine = []
+        for layer in self._layers:
+            if layer.node in nodes and layer.parameter in self._free[part]:
+                mine.append(layer)
+        result: list[Layer] = []
+        for layer in mine:
+            if dense[layer.parameter].shape[0] == layer.shape[0]:
+                result.append(layer)
+        return result
 
     def _free_masks(self, part: Part, vectors: bool) -> dict[str, Tensor | None]:
         """The parameters of a part that may change, each with the mask of its free entries or
         None."""
         named = dict(self._program.named_parameters())
         sparse = self._program.sparse
-        found = dict[str, Tensor | None]()
+        masks = dict[str, Tensor | None]()
         for name in part.parameters:
             value = named[name].detach()
             if name in sparse:
-                found[name] = value != 0
+                masks[name] = value != 0
             elif value.is_floating_point() and (vectors if value.dim() < 2 else not sparse):
-                found[name] = None
-        return found
+                masks[name] = None
+        return masks
 
     def _incompatibility(self, part: Part) -> str | None:
         reasons = {
@@ -125,19 +133,19 @@ class Walk:
         """The channels of a value of the dense model that the pruned one still has."""
         if node not in self._channels:
             self._channels[node] = self._remaining_channels(node)
-        kept = self._channels[node]
-        if kept is None:
+        channels = self._channels[node]
+        if channels is None:
             return value
-        return value.index_select(-1, kept.to(value.device))
+        return value.index_select(-1, channels.to(value.device))
 
     def _remaining_channels(self, node: str) -> Tensor | None:
         """The channels of a dense value that are left, or None where none went."""
         assert self._program.cut is not None
-        kept = self._program.cut.kept
+        kept_units = self._program.cut.kept
         masks = dict[CoupledGroup, BoolArray]()
         for group in coupled_groups(self._dense_program):
-            if group.name in kept:
-                masks[group] = group.mask(kept[group.name]).numpy()
+            if group.name in kept_units:
+                masks[group] = group.mask(kept_units[group.name]).numpy()
         keeping = keeping_of(masks)
         values = analyse(self._dense_program).values
         axes: Any = next(axes for other, axes in values.items() if other.name == node)
@@ -150,15 +158,17 @@ class _Runner:
     """All sequences at one place of a chain."""
 
     def __init__(self, chain: Chain, data: Sequence[Sample], folder: Path | None) -> None:
-        self.chain, self.at, self._folder = chain, 0, folder
+        self.chain = chain
+        self.at = 0
+        self._folder = folder
         self.values: list[Values] = [chain.initial_values(sample.inputs) for sample in data]
 
     def advance_to(self, stage: Stage) -> None:
         """Run up to a stage, itself excluded."""
         with torch.no_grad():
-            for one in self.chain.stages[self.at : self.chain.place[stage]]:
+            for stage_between in self.chain.stages[self.at : self.chain.place[stage]]:
                 self.values = [
-                    self._offload_new(self.chain.run_stage(one, values), values)
+                    self._offload_new(self.chain.run_stage(stage_between, values), values)
                     for values in self.values
                 ]
         self.at = self.chain.place[stage]
@@ -175,13 +185,16 @@ class _Runner:
 
     def go_on(self, values: list[Values]) -> None:
         """Stand after the stage that was reached, with these values."""
-        self.values, self.at = values, self.at + 1
+        self.values = values
+        self.at = self.at + 1
 
     def _offload_new(self, values: Values, before: Values) -> Values:
         """The values, new large ones on the disk where that is asked for."""
         if self._folder is None:
             return values
-        return {
-            name: offload_tensor(value, self._folder) if value is not before.get(name) else value
-            for name, value in values.items()
-        }
+        offloaded = {}
+        for name, value in values.items():
+            offloaded[name] = (
+                offload_tensor(value, self._folder) if value is not before.get(name) else value
+            )
+        return offloaded

@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from secateur.graph import Program, with_parameters
-from secateur.passes.base import Context, Cost, Pass, PassResult
+from secateur.passes.base import JSON, Context, Cost, Pass, PassResult
 from secateur.passes.calibration.data import CalibrationError
 from secateur.passes.calibration.lockstep import Lockstep, offload_tensor
 from secateur.passes.repair.sites import Site, Target, find_sites
@@ -63,13 +63,16 @@ class Repair(Pass):
 
     @property
     def needs_data(self) -> bool:
+        """Always: refits are solved on calibration tokens."""
         return True
 
     @property
     def cost(self) -> Cost:
+        """Forward passes of both models, and six square matrices of the widest input."""
         return Cost(3.0, 0.0 if self.offload else 4.0, holds=0 if self.offload else 2, solves=6)
 
     def requires(self, program: Program) -> list[str]:
+        """Reasons why the pass cannot run; a refit needs weights."""
         on_meta = any(p.is_meta for _, p in program.named_parameters())
         return (
             super().requires(program)
@@ -77,39 +80,46 @@ class Repair(Pass):
         )
 
     def call(self, program: Program, context: Context) -> PassResult:
+        """Refit each site in graph order.
+
+        Raises:
+            CalibrationError: fewer than two calibration sequences.
+        """
         data = context.data or ()
         if len(data) < 2:
             raise CalibrationError(
                 "repair needs two calibration sequences or more: one is held back to check the fit"
             )
         assert program.cut is not None
-        found, refused = find_sites(program, self.target, self.bias)
+        sites, refused = find_sites(program, self.target, self.bias)
         for name, reason in refused.items():
             context.log.info("repair leaves %s alone: %s", name, reason)
         journal = Journal(context.resume)
         parameters = dict(program.named_parameters())
         values: dict[str, Tensor] = {}
-        figures: dict[str, Any] = {}
+        figures: JSON = {}
         with ExitStack() as stack:
             folder = None
             if self.offload:
                 folder = Path(stack.enter_context(TemporaryDirectory(dir=journal.ensure_folder)))
-            dense, pruned = (Lockstep(one, data, folder) for one in (program.cut.dense, program))
-            for site in context.progress(found, "repair", len(found)):
-                kept = journal.read(site.parameter)
-                if kept is None:
-                    made = fit_damped(
+            dense, pruned = (
+                Lockstep(model, data, folder) for model in (program.cut.dense, program)
+            )
+            for site in context.progress(sites, "repair", len(sites)):
+                entry = journal.read(site.parameter)
+                if entry is None:
+                    fit = fit_damped(
                         *_accumulate_products(site, dense, pruned, parameters, len(data))
                     )
-                    kept = Entry(_refitted_parameters(site, made, parameters), _fit_metrics(made))
-                    journal.write(site.parameter, kept.tensors, kept.facts)
-                if not kept.tensors:
+                    entry = Entry(_refitted_parameters(site, fit, parameters), _fit_metrics(fit))
+                    journal.write(site.parameter, entry.tensors, entry.facts)
+                if not entry.tensors:
                     context.log.info(
                         "repair leaves %s alone: no fit serves the held-back tokens", site.parameter
                     )
                 pruned.advance_to(site.node.name)
-                figures[site.parameter] = kept.facts
-                for name, value in kept.tensors.items():
+                figures[site.parameter] = entry.facts
+                for name, value in entry.tensors.items():
                     values[name] = offload_tensor(value.to(parameters[name].device), folder)
                     pruned.replace_parameter(
                         name,
@@ -150,7 +160,9 @@ def _accumulate_products(
         x = pruned.node_value(sample, site.x.name)
         wanted = dense.node_value(sample, site.target)
         got = pruned.node_value(sample, site.node.name)
-        others = [_as_rows(pruned.node_value(sample, other.name)) for other in site.others]
+        others = []
+        for other in site.others:
+            others.append(_as_rows(pruned.node_value(sample, other.name)))
         residual = _as_rows(wanted).index_select(-1, site.keep_out.to(device)) - sum(
             others, start=_as_rows(got)
         )
@@ -195,11 +207,14 @@ def _add_delta(value: Tensor, delta: Tensor) -> Tensor:
     return (value.double() + delta).to(value.dtype).contiguous()
 
 
-def _fit_metrics(made: Fit) -> dict[str, Any]:
+def _fit_metrics(made: Fit) -> JSON:
     """Root of the held-back error that is left, relative to the one before, and the damping; None:
     left alone."""
     if made.before > 0:
-        left = math.sqrt(max(made.after, 0.0) / made.before)
+        error = math.sqrt(max(made.after, 0.0) / made.before)
     else:
-        left = 1.0
-    return {"error": round(left, 4), "damping": made.damping if made.delta_NK is not None else None}
+        error = 1.0
+    return {
+        "error": round(error, 4),
+        "damping": made.damping if made.delta_NK is not None else None,
+    }

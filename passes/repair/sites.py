@@ -73,34 +73,39 @@ def find_sites(program: Program, target: Target, bias: bool) -> tuple[list[Site]
         bias: whether biases may change.
     """
     assert program.cut is not None
-    kept = remaining_positions(program.cut)
+    remaining = remaining_positions(program.cut)
     uses = weight_uses(program)
-    order = {node: at for at, node in enumerate(program.gm.graph.nodes)}
-    found = list[Site]()
+    order = {}
+    for position, node in enumerate(program.gm.graph.nodes):
+        order[node] = position
+    sites = list[Site]()
     refused = dict[str, str]()
-    left = {name for name, _ in program.named_parameters()}
+    parameters = {name for name, _ in program.named_parameters()}
     for name in (
-        name for name in consumed_parameters(program.cut) if name in left
+        name for name in consumed_parameters(program.cut) if name in parameters
     ):  # the others went with their blocks
-        made = _make_site(program, name, uses, kept, bias)
-        if isinstance(made, Site):
-            found.append(made)
+        new_site = _make_site(program, name, uses, remaining, bias)
+        if isinstance(new_site, Site):
+            sites.append(new_site)
         else:
-            refused[name] = made
-    found.sort(key=lambda site: order[site.node])
+            refused[name] = new_site
+    sites.sort(key=lambda site: order[site.node])
     known = {node.name for node in program.cut.dense.gm.graph.nodes}
-    for site in [site for site in found if site.target not in known]:
-        found.remove(site)
+    for site in [site for site in sites if site.target not in known]:
+        sites.remove(site)
         refused[site.parameter] = "the dense graph has no such op"
     if target == "stream":
-        aimed = _towards_stream(found, order)
-        found = [new if new.target in known else old for old, new in zip(found, aimed, strict=True)]
-    return found, refused
+        aimed = _towards_stream(sites, order)
+        sites = [new if new.target in known else old for old, new in zip(sites, aimed, strict=True)]
+    return sites, refused
 
 
 def consumed_parameters(cut: Cut) -> list[str]:
     """The parameters that sum over units of groups that lost some."""
-    groups = [group for group in coupled_groups(cut.dense) if group.name in cut.kept]
+    groups = []
+    for group in coupled_groups(cut.dense):
+        if group.name in cut.kept:
+            groups.append(group)
     return list(
         dict.fromkeys(
             m.parameter for group in groups for m in group.members if m.role == "consumes"
@@ -111,7 +116,9 @@ def consumed_parameters(cut: Cut) -> list[str]:
 def remaining_positions(cut: Cut) -> dict[tuple[str, int], Tensor]:
     """By (parameter, dim): the dense positions that stayed, ascending; dims that were not cut are
     left out."""
-    shapes = {name: p.shape for name, p in cut.dense.named_parameters()}
+    shapes = {}
+    for name, p in cut.dense.named_parameters():
+        shapes[name] = p.shape
     masks: dict[tuple[str, int], Tensor] = {}
     for group in (group for group in coupled_groups(cut.dense) if group.name in cut.kept):
         for member in group.members:
@@ -138,13 +145,13 @@ def weight_uses(program: Program) -> dict[str, list[WeightUse]]:
     """Every op that reads each parameter; a tied one goes by its first name."""
     names = {id(p): name for name, p in program.named_parameters()}
     by_target = dict(program.gm.named_parameters(remove_duplicate=False))
-    found: dict[str, list[WeightUse]] = {}
+    uses: dict[str, list[WeightUse]] = {}
     for node in program.gm.graph.nodes:
         if node.op == "get_attr" and str(node.target) in by_target:
-            found.setdefault(names[id(by_target[str(node.target)])], []).extend(
+            uses.setdefault(names[id(by_target[str(node.target)])], []).extend(
                 _follow_uses(node, (node,), 0)
             )
-    return found
+    return uses
 
 
 def _follow_uses(node: fx.Node, chain: tuple[fx.Node, ...], turns: int) -> Iterator[WeightUse]:
@@ -225,14 +232,14 @@ def _make_site(
 
 
 def _bias_parameter(
-    operand: Any, uses: Mapping[str, list[WeightUse]]
+    operand: object, uses: Mapping[str, list[WeightUse]]
 ) -> tuple[str | None, tuple[fx.Node, ...]]:
     """The parameter that is added as bias, unless others read it too."""
-    for name, found in uses.items():
-        if len(found) == 1 and isinstance(operand, fx.Node) and found[0].chain[-1] is operand:
+    for name, chains in uses.items():
+        if len(chains) == 1 and isinstance(operand, fx.Node) and chains[0].chain[-1] is operand:
             dims = operand.meta["val"].dim()
             if dims == 1:
-                return (name, found[0].chain)
+                return (name, chains[0].chain)
             return (None, ())
     return None, ()
 
@@ -255,9 +262,9 @@ def _towards_stream(found: list[Site], order: Mapping[fx.Node, int]) -> list[Sit
     site is reached.
     """
     aimed = []
-    for at, site in enumerate(found):
-        if at + 1 < len(found):
-            limit = order[found[at + 1].node]
+    for position, site in enumerate(found):
+        if position + 1 < len(found):
+            limit = order[found[position + 1].node]
         else:
             limit = len(order)
         end, others = _sum_after(site.node, order, limit)

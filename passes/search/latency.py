@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from secateur.graph import Program
@@ -26,7 +25,9 @@ from secateur.passes.repair.sites import LINEAR, weight_uses
 
 Array = npt.NDArray[np.float64]
 Timer = Callable[[int, int, Tensor], float]
-ROWS, RUNS, POINTS = 1, 5, 5
+ROWS = 1
+RUNS = 5
+POINTS = 5
 
 _uses: WeakKeyDictionary[Program, dict[str, int]] = WeakKeyDictionary()
 
@@ -34,15 +35,19 @@ _uses: WeakKeyDictionary[Program, dict[str, int]] = WeakKeyDictionary()
 def matrix_uses(program: Program) -> dict[str, int]:
     """How many linear ops read each matrix."""
     if program not in _uses:
-        found = weight_uses(program)
+        chains_by_weight = weight_uses(program)
         _uses[program] = {
             name: sum(_is_multiplication(use.node, use.chain) for use in uses)
-            for name, uses in found.items()
+            for name, uses in chains_by_weight.items()
         }
-    return {name: count for name, count in _uses[program].items() if count}
+    result: dict[str, int] = {}
+    for name, count in _uses[program].items():
+        if count:
+            result[name] = count
+    return result
 
 
-def _is_multiplication(node: Any, chain: Any) -> bool:
+def _is_multiplication(node: fx.Node, chain: Sequence[fx.Node]) -> bool:
     op = op_name(node)
     return op in LINEAR and positional_arguments(node)[LINEAR[op][1]] is chain[-1]
 
@@ -63,14 +68,16 @@ class LatencyTable:
             [[self._seconds_of_one(int(n), int(k), like) for k in grids[1]] for n in grids[0]]
         )
         by_column = np.array([np.interp(columns.ravel(), grids[1], row) for row in values])
-        at = np.clip(
+        position = np.clip(
             np.searchsorted(grids[0], rows.ravel(), side="right") - 1, 0, max(0, len(grids[0]) - 2)
         )
         where = np.arange(rows.size)
-        low = by_column[at, where]
-        high = by_column[np.minimum(at + 1, len(grids[0]) - 1), where]
-        span = np.maximum(grids[0][np.minimum(at + 1, len(grids[0]) - 1)] - grids[0][at], 1)
-        between = low + (high - low) * (rows.ravel() - grids[0][at]) / span
+        low = by_column[position, where]
+        high = by_column[np.minimum(position + 1, len(grids[0]) - 1), where]
+        span = np.maximum(
+            grids[0][np.minimum(position + 1, len(grids[0]) - 1)] - grids[0][position], 1
+        )
+        between = low + (high - low) * (rows.ravel() - grids[0][position]) / span
         return np.asarray(between, dtype=np.float64).reshape(rows.shape)
 
     def _seconds_of_one(self, rows: int, columns: int, like: Tensor) -> float:
@@ -81,9 +88,9 @@ class LatencyTable:
 
 def _size_grid(values: Array) -> Array:
     """At most POINTS of the sizes, the smallest and the largest among them."""
-    found = np.unique(values)
-    picked = np.unique(np.linspace(0, len(found) - 1, min(POINTS, len(found))).round().astype(int))
-    return np.asarray(found[picked], dtype=np.float64)
+    sizes = np.unique(values)
+    picked = np.unique(np.linspace(0, len(sizes) - 1, min(POINTS, len(sizes))).round().astype(int))
+    return np.asarray(sizes[picked], dtype=np.float64)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from secateur.graph import Program, blocks, drop, keep
 from secateur.graph.errors import EditError, PipelineError, SecateurError
-from secateur.passes.base import Context, Cost, Pass, PassResult, PlannedEdit
+from secateur.passes.base import JSON, Context, Cost, Pass, PassResult, PlannedEdit
 from secateur.passes.calibration.data import CalibrationError, Sample
 from secateur.passes.calibration.kl import kl_to, predict_reference
 from secateur.passes.depth.prune_depth import PruneDepth
@@ -108,22 +108,25 @@ class Search(Pass):
 
     @property
     def needs_data(self) -> bool:
+        """Always: shapes are compared on calibration sequences."""
         return True
 
     @property
     def cost(self) -> Cost:
+        """Forward passes of the shapes that are compared."""
         return Cost((3.0 if self.repair else 0.2) * self.top, 1.0)
 
     @property
     def varied_families(self) -> list[str]:
         """What differs between the shapes."""
-        return [
-            name
-            for name in (LAYERS, *FAMILIES)
-            if getattr(self, name) or (name == "mlp" and self.expansion)
-        ]
+        families: list[str] = []
+        for name in (LAYERS, *FAMILIES):
+            if getattr(self, name) or (name == "mlp" and self.expansion):
+                families.append(name)
+        return families
 
     def requires(self, program: Program) -> list[str]:
+        """Reasons why the pass cannot run; comparing shapes needs weights."""
         on_meta = any(p.is_meta for _, p in program.named_parameters())
         return (
             super().requires(program)
@@ -139,39 +142,38 @@ class Search(Pass):
             EditError: a family cannot be searched, or no shape fits.
         """
         costs = ShapeCosts(program, self.varied_families, table or LatencyTable())
-        choices = {
-            name: self._list_sizes(name, costs.full[name])
-            for name in self.varied_families
-            if getattr(self, name)
-        }
-        whole = float(
+        choices = {}
+        for name in self.varied_families:
+            if getattr(self, name):
+                choices[name] = self._list_sizes(name, costs.full[name])
+        full_budget = float(
             costs.cost({name: [costs.full[name]] for name in self.varied_families}, self.budget)[0]
         )
         if self.at_most <= 1:
-            most = self.at_most * whole
+            most = self.at_most * full_budget
         else:
             most = self.at_most
         if self.at_least is None:
             least = 0.95 * most
         else:
-            least = self.at_least * (whole if self.at_least <= 1 else 1)
-        found = list(
+            least = self.at_least * (full_budget if self.at_least <= 1 else 1)
+        shapes = list(
             shapes_within(
                 choices, lambda s: costs.cost(s, self.budget), most, least, self.expansion
             )
         )
-        found = [
-            one
-            for one in found
-            if all(one.shape[name] <= costs.full[name] for name in self.varied_families)
+        shapes = [
+            shape
+            for shape in shapes
+            if all(shape.shape[name] <= costs.full[name] for name in self.varied_families)
         ]
-        if not found:
+        if not shapes:
             raise EditError(
                 f"search: no shape costs between {least:,.6g} and {most:,.6g} {self.budget} (the "
-                f"model: {whole:,.6g}): "
+                f"model: {full_budget:,.6g}): "
                 "give more choices, or another budget"
             )
-        return found
+        return shapes
 
     def plan(self, program: Program) -> list[PlannedEdit]:
         """What the dearest shape would do."""
@@ -190,6 +192,7 @@ class Search(Pass):
         return edits
 
     def preview(self, program: Program) -> Program:
+        """The dearest shape within the budget, with the first units and blocks of each kind."""
         shape = self.list_candidates(program)[0].shape
         names = []
         for block in blocks(program):
@@ -207,22 +210,29 @@ class Search(Pass):
         )
 
     def call(self, program: Program, context: Context) -> PassResult:
+        """Compare the dearest shapes and keep the best one.
+
+        Raises:
+            CalibrationError: fewer than three calibration sequences.
+            EditError: no shape fits the budget.
+            PipelineError: no stock class holds any of the shapes compared.
+        """
         data = context.data or ()
         if len(data) < 3:
             raise CalibrationError(
                 "search needs three calibration sequences or more: some are held back to compare"
             )
         run = _Run(self, program, context, data)
-        found = self.list_candidates(program)
-        told = list(run.compare_candidates(found))
-        best = min(told, key=lambda row: row["kl"])
+        shapes = self.list_candidates(program)
+        rows = list(run.compare_candidates(shapes))
+        best = min(rows, key=lambda row: row["kl"])
         if self.tokens:
-            best = run.distil_best(told)
+            best = run.distil_best(rows)
         figures = {
-            "within": len(found),
+            "within": len(shapes),
             "budget": self.budget,
             "whole": program.num_parameters,
-            "candidates": told,
+            "candidates": rows,
         }
         return PassResult(run.finish_candidate(best), True, {**figures, "chosen": best["shape"]})
 
@@ -233,15 +243,15 @@ class Search(Pass):
         multiple = choice.get("multiple", 1)
         low = choice.get("low", max(1, full // 2))
         high = choice.get("high", full)
-        found = []
+        sizes = []
         for count in range(low, high + 1):
             if count % multiple == 0:
-                found.append(count)
-        if not found:
+                sizes.append(count)
+        if not sizes:
             raise EditError(
                 f"search: no multiple of {multiple} lies between {low} and {high} ({name})"
             )
-        return found
+        return sizes
 
 
 class _Run:
@@ -251,10 +261,12 @@ class _Run:
     def __init__(
         self, options: Search, program: Program, context: Context, data: Sequence[Sample]
     ) -> None:
-        self.options, self.program, self.context = options, program, context
+        self.options = options
+        self.program = program
+        self.context = context
         back = held_back_sequences(len(data))
-        self.judges = [sample for at, sample in enumerate(data) if at in back]
-        self.seen = tuple(sample for at, sample in enumerate(data) if at not in back)
+        self.judges = [sample for index, sample in enumerate(data) if index in back]
+        self.seen = tuple(sample for index, sample in enumerate(data) if index not in back)
         if program.cut:
             self.dense = program.cut.dense
         else:
@@ -266,20 +278,20 @@ class _Run:
         else:
             self.gone = []
 
-    def compare_candidates(self, found: Sequence[Candidate]) -> Iterator[dict[str, Any]]:
+    def compare_candidates(self, found: Sequence[Candidate]) -> Iterator[JSON]:
         """A row for each candidate: shape, cost, parameters, KL."""
         best = float("inf")
         since = 0
         chosen = found[: self.options.top]
         refused = 0
-        for at, one in enumerate(self.context.progress(chosen, "shapes", len(chosen))):
-            kept = self.journal.read(f"candidate {at}")
-            if kept:
-                row = kept.facts
+        for index, shape in enumerate(self.context.progress(chosen, "shapes", len(chosen))):
+            entry = self.journal.read(f"candidate {index}")
+            if entry:
+                row = entry.facts
             else:
-                row = self._candidate_row(one)
-            if kept is None:
-                self.journal.write(f"candidate {at}", facts=row)
+                row = self._candidate_row(shape)
+            if entry is None:
+                self.journal.write(f"candidate {index}", facts=row)
             if "refused" in row:
                 refused += 1
                 self.context.log.info("search passes over %s: %s", row["shape"], row["refused"])
@@ -298,7 +310,7 @@ class _Run:
                 "search: no stock class holds any of the shapes compared: choose other numbers"
             )
 
-    def distil_best(self, told: list[dict[str, Any]]) -> dict[str, Any]:
+    def distil_best(self, told: list[JSON]) -> JSON:
         """The best row after a short distillation of the first few."""
         first = sorted(told, key=lambda row: row["kl"])[: self.options.finalists]
         for row in first:
@@ -307,28 +319,32 @@ class _Run:
 
     def finish_candidate(self, row: Mapping[str, Any]) -> Program:
         """The Program of a row: pruned, repaired and, where that was asked for, distilled."""
-        made = self._repair_program(self._prune_to_shape(row["shape"]))
+        repaired = self._repair_program(self._prune_to_shape(row["shape"]))
         if not self.options.tokens:
-            return made
+            return repaired
         name = "distill " + "-".join(str(count) for count in row["shape"].values())
         folder = None
         if self.context.resume:
             folder = self.context.resume / name
         return Distill(tokens=self.options.tokens)(
-            made, replace(self.context, data=self.seen, resume=folder)
+            repaired, replace(self.context, data=self.seen, resume=folder)
         )
 
-    def _candidate_row(self, one: Candidate) -> dict[str, Any]:
+    def _candidate_row(self, one: Candidate) -> JSON:
         pruned = self._prune_to_shape(one.shape)
         try:
             if self.context.raise_model is not None:
                 self.context.raise_model(pruned)
         except SecateurError as error:
             return {"shape": dict(one.shape), "cost": one.cost, "refused": str(error)}
-        made = self._repair_program(pruned)
-        found = kl_to(self.expected, made, self.judges)
-        told = {"kl": found.mean, "stderr": found.stderr, "parameters": made.num_parameters}
-        return {"shape": dict(one.shape), "cost": one.cost, **told}
+        repaired = self._repair_program(pruned)
+        divergence = kl_to(self.expected, repaired, self.judges)
+        row = {
+            "kl": divergence.mean,
+            "stderr": divergence.stderr,
+            "parameters": repaired.num_parameters,
+        }
+        return {"shape": dict(one.shape), "cost": one.cost, **row}
 
     def _repair_program(self, pruned: Program) -> Program:
         if not self.options.repair or pruned.cut is None:
@@ -358,7 +374,11 @@ class _Run:
             folder = self.context.resume / "depth"
         asked = PruneDepth(drop=most, method=options.depth)
         shallow = asked(self.program, replace(self.context, data=self.seen, resume=folder))
-        return [name for told in shallow.history[-1].figures["rounds"] for name in told["dropped"]]
+        result: list[str] = []
+        for round_metrics in shallow.history[-1].figures["rounds"]:
+            for name in round_metrics["dropped"]:
+                result.append(name)
+        return result
 
 
 def _cut_program(

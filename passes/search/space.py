@@ -53,13 +53,18 @@ class ShapeCosts:
         self, program: Program, varied: Sequence[str], table: LatencyTable | None = None
     ) -> None:
         self.program, self.table = program, table or LatencyTable()
-        groups = {
-            family: groups_to_search(program, family) for family in varied if family != LAYERS
+        groups = {}
+        for family in varied:
+            if family != LAYERS:
+                groups[family] = groups_to_search(program, family)
+        self.leaves = {
+            group.leaf: family
+            for family, groups_of_family in groups.items()
+            for group in groups_of_family
         }
-        self.leaves = {group.leaf: family for family, found in groups.items() for group in found}
-        self.full = {family: found[0].units for family, found in groups.items()} | {
-            LAYERS: len(blocks(program))
-        }
+        self.full = {
+            family: groups_of_family[0].units for family, groups_of_family in groups.items()
+        } | {LAYERS: len(blocks(program))}
         self.dims = {name: self._dim_polynomials(name) for name, _ in program.named_parameters()}
         if LAYERS in varied:
             self._inside, self._outside = self._split_parameters()
@@ -69,7 +74,9 @@ class ShapeCosts:
     def cost(self, shapes: Mapping[str, Sequence[int]], budget: Budget) -> Array:
         """[shapes]: what each costs.  shapes: by family (and "layers"), the units of every
         shape."""
-        columns = {name: np.asarray(values, dtype=np.float64) for name, values in shapes.items()}
+        columns = {}
+        for name, values in shapes.items():
+            columns[name] = np.asarray(values, dtype=np.float64)
         columns = {
             **{name: np.asarray(float(value)) for name, value in self.full.items()},
             **columns,
@@ -87,17 +94,27 @@ class ShapeCosts:
     def _split_parameters(self) -> tuple[list[str], list[str]]:
         """The parameters of one layer, of which all others are copies, and those outside of the
         layers."""
-        found = blocks(self.program)
-        kinds = [sorted(repr(self.dims[name]) for name in block.parameters) for block in found]
+        program_blocks = blocks(self.program)
+        kinds = []
+        for block in program_blocks:
+            kinds.append(sorted(repr(self.dims[name]) for name in block.parameters))
         if any(kind != kinds[0] for kind in kinds):
             other = next(
-                block.name for block, kind in zip(found, kinds, strict=True) if kind != kinds[0]
+                block.name
+                for block, kind in zip(program_blocks, kinds, strict=True)
+                if kind != kinds[0]
             )
             raise EditError(
-                f"search: {found[0].name} and {other} are of different sizes: leave layers out"
+                f"search: {program_blocks[0].name} and {other} are of different sizes: "
+                "leave layers out"
             )
-        inside = {name for block in found for name in block.parameters}
-        return list(found[0].parameters), [name for name in self.dims if name not in inside]
+        inside = set()
+        for block in program_blocks:
+            for name in block.parameters:
+                inside.add(name)
+        return list(program_blocks[0].parameters), [
+            name for name in self.dims if name not in inside
+        ]
 
     def _dim_polynomials(self, name: str) -> tuple[Polynomial, ...]:
         return tuple(self._axis_polynomial(axis) for axis in analyse(self.program).tensors[name][0])
@@ -119,10 +136,11 @@ def _count_numbers(
     costs: ShapeCosts, names: Sequence[str], columns: Mapping[str, Array], budget: Budget
 ) -> Array:
     """Parameters or bytes of some parameters."""
-    weights = {
-        name: costs.program.gm.get_parameter(name).element_size() if budget == "bytes" else 1
-        for name in names
-    }
+    weights = {}
+    for name in names:
+        weights[name] = (
+            costs.program.gm.get_parameter(name).element_size() if budget == "bytes" else 1
+        )
     return _evaluate_polynomial(
         _add_polynomials(
             _multiply_polynomials([{(): weights[name]}, *costs.dims[name]]) for name in names
@@ -138,7 +156,9 @@ def _sum_seconds(
     total = np.asarray(0.0)
     uses = matrix_uses(costs.program)
     for name in (name for name in names if name in uses):
-        sizes = [_evaluate_polynomial(dim, columns) for dim in costs.dims[name]]
+        sizes = []
+        for dim in costs.dims[name]:
+            sizes.append(_evaluate_polynomial(dim, columns))
         total = total + uses[name] * costs.table.seconds(
             sizes[0], sizes[1], costs.program.gm.get_parameter(name)
         )
@@ -146,19 +166,19 @@ def _sum_seconds(
 
 
 def _multiply_polynomials(factors: Iterable[Polynomial]) -> Polynomial:
-    found: Polynomial = {(): 1}
+    product: Polynomial = {(): 1}
     for factor in factors:
-        pairs = itertools.product(found.items(), factor.items())
-        found = _add_polynomials({tuple(sorted((*a, *b))): m * n} for (a, m), (b, n) in pairs)
-    return found
+        pairs = itertools.product(product.items(), factor.items())
+        product = _add_polynomials({tuple(sorted((*a, *b))): m * n} for (a, m), (b, n) in pairs)
+    return product
 
 
 def _add_polynomials(terms: Iterable[Polynomial]) -> Polynomial:
-    found: dict[tuple[str, ...], int] = {}
+    total: dict[tuple[str, ...], int] = {}
     for term in terms:
         for monomial, factor in term.items():
-            found[monomial] = found.get(monomial, 0) + factor
-    return dict(sorted(found.items()))
+            total[monomial] = total.get(monomial, 0) + factor
+    return dict(sorted(total.items()))
 
 
 def _evaluate_polynomial(polynomial: Polynomial, columns: Mapping[str, Array]) -> Array:
@@ -177,19 +197,22 @@ def groups_to_search(program: Program, family: str) -> list[CoupledGroup]:
     Raises:
         EditError: they are not; says which.
     """
-    found = [group for group in coupled_groups(program) if group.family == family]
-    if not found:
+    groups = []
+    for group in coupled_groups(program):
+        if group.family == family:
+            groups.append(group)
+    if not groups:
         present = ", ".join(sorted({group.family for group in coupled_groups(program)}))
         raise EditError(f"search: the model has no group of family {family!r}; it has: {present}")
-    if locked := [group for group in found if group.locked]:
+    if locked := [group for group in groups if group.locked]:
         raise EditError(f"search: {locked[0].name} must not be pruned: {locked[0].locked}")
-    if len({group.units for group in found}) > 1:
-        sizes = sorted({group.units for group in found})
+    if len({group.units for group in groups}) > 1:
+        sizes = sorted({group.units for group in groups})
         raise EditError(
             f"search: groups of family {family!r} have {sizes} units; one number cannot stand "
             "for all"
         )
-    return found
+    return groups
 
 
 def shapes_within(
@@ -224,7 +247,7 @@ def shapes_within(
     shapes = dict(zip(columns, table.T, strict=True))
     costs = cost(shapes)
     inside = np.flatnonzero((costs >= at_least) & (costs <= at_most))
-    for at in inside[np.argsort(-costs[inside], kind="stable")]:
+    for row in inside[np.argsort(-costs[inside], kind="stable")]:
         yield Candidate(
-            {name: int(column[at]) for name, column in shapes.items()}, float(costs[at])
+            {name: int(column[row]) for name, column in shapes.items()}, float(costs[row])
         )

@@ -45,7 +45,7 @@ def arrange_columns(score_RC: Tensor, kept: int, of: int, seed: int, turns: int 
         ours.
     """
     score_RC = score_RC.float()
-    whole = max(float(score_RC.sum(dtype=torch.float64)), 1e-30)
+    total = max(float(score_RC.sum(dtype=torch.float64)), 1e-30)
     plain = torch.arange(score_RC.shape[1]).view(-1, of)
     start = score_of_groups(score_RC, plain, kept)
     tried = [
@@ -64,16 +64,18 @@ def arrange_columns(score_RC: Tensor, kept: int, of: int, seed: int, turns: int 
         for place in range(of):
             groups = reassign_place(score_RC, groups, place, kept)
         best = score_of_groups(score_RC, groups, kept)
-        if best - last < ENOUGH * whole:
+        if best - last < ENOUGH * total:
             break
     if best <= start:
-        return ColumnOrder(plain.flatten(), start / whole, start / whole)
-    return ColumnOrder(_sort_groups(groups).flatten(), start / whole, best / whole)
+        return ColumnOrder(plain.flatten(), start / total, start / total)
+    return ColumnOrder(_sort_groups(groups).flatten(), start / total, best / total)
 
 
 def score_of_groups(score_RC: Tensor, groups_GM: Tensor, kept: int) -> float:
     """The sum of the ``kept`` highest entries of every group in every row."""
-    columns = [score_RC[:, groups_GM[:, at]] for at in range(groups_GM.shape[1])]
+    columns = []
+    for place in range(groups_GM.shape[1]):
+        columns.append(score_RC[:, groups_GM[:, place]])
     return float(sum(part.sum(dtype=torch.float64) for part in highest_columns(columns, kept)))
 
 
@@ -81,7 +83,9 @@ def snake_draft_groups(score_RC: Tensor, of: int) -> Tensor:
     """[G, of]: the columns from the greatest sum to the least, dealt out to the groups forwards and
     backwards."""
     rows = score_RC.sum(0, dtype=torch.float64).argsort(descending=True, stable=True).view(of, -1)
-    rows = torch.stack([row if at % 2 == 0 else row.flip(0) for at, row in enumerate(rows)])
+    rows = torch.stack(
+        [row if round_number % 2 == 0 else row.flip(0) for round_number, row in enumerate(rows)]
+    )
     return rows.T.contiguous()
 
 
@@ -93,9 +97,9 @@ def reassign_place(score_RC: Tensor, groups_GM: Tensor, place: int, kept: int) -
     gains one distance matrix.
     """
     others = []
-    for at in range(groups_GM.shape[1]):
-        if at != place:
-            others.append(score_RC[:, groups_GM[:, at]])
+    for group in range(groups_GM.shape[1]):
+        if group != place:
+            others.append(score_RC[:, groups_GM[:, group]])
     last_RG = highest_columns(others, kept)[-1]
     moved = groups_GM[:, place]
     columns_RG = score_RC[:, moved]
@@ -103,28 +107,28 @@ def reassign_place(score_RC: Tensor, groups_GM: Tensor, place: int, kept: int) -
     gain = (last_RG.sum(0).double()[:, None] + columns_RG.sum(0).double()[None] + distance) / 2
     taken = torch.from_numpy(assignment(-gain.cpu().numpy())).to(moved.device)
     stays = gain.diagonal().sum() >= gain.gather(1, taken[:, None]).sum()
-    found = groups_GM.clone()
+    reassigned = groups_GM.clone()
     if stays:
-        found[:, place] = moved
+        reassigned[:, place] = moved
     else:
-        found[:, place] = moved[taken]
-    return found
+        reassigned[:, place] = moved[taken]
+    return reassigned
 
 
 def highest_columns(columns: list[Tensor], count: int) -> list[Tensor]:
     """The ``count`` greatest of some tensors in every entry, in descending order: a partial network
     of exchanges."""
-    left = list(columns)
-    found = list[Tensor]()
+    remaining = list(columns)
+    best = list[Tensor]()
     for _ in range(count):
-        top = left[0]
+        top = remaining[0]
         rest = list[Tensor]()
-        for one in left[1:]:
-            rest.append(torch.minimum(top, one))
-            top = torch.maximum(top, one)
-        found.append(top)
-        left = rest
-    return found
+        for candidate in remaining[1:]:
+            rest.append(torch.minimum(top, candidate))
+            top = torch.maximum(top, candidate)
+        best.append(top)
+        remaining = rest
+    return best
 
 
 def _sort_groups(groups_GM: Tensor) -> Tensor:
@@ -153,7 +157,8 @@ def assignment(cost: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     row_of = np.full(count, -1)
     for row, column in zip(*np.nonzero(reduced == dual_column[None]), strict=True):
         if column_of[row] < 0 and row_of[column] < 0:
-            column_of[row], row_of[column] = column, row
+            column_of[row] = column
+            row_of[column] = row
     for free in np.flatnonzero(column_of < 0):
         _augment(cost, int(free), dual_row, dual_column, column_of, row_of)
     return column_of.astype(np.int64)
@@ -180,9 +185,11 @@ def _augment(
     while sink < 0:
         reach = length + cost[row] - dual_row[row] - dual_column
         better = ~closed & (reach < open_)
-        open_[better], before[better] = reach[better], row
+        open_[better] = reach[better]
+        before[better] = row
         column = int(np.where(closed, np.inf, open_).argmin())
-        length, closed[column] = float(open_[column]), True
+        length = float(open_[column])
+        closed[column] = True
         if row_of[column] < 0:
             sink = column
         else:

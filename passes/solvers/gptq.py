@@ -52,11 +52,14 @@ def quantize_gptq(weight_NK: Tensor, gram_KK: Tensor, bits: int, damping: float)
                 block * mask_NK[:, start:stop], bits, seen[start:stop]
             )
         scale = scale_NG[:, start // GROUP if bits == 4 else 0]
-        for at in range(stop - start):
-            column = start + at
-            rounded = (block[:, at] / scale).round().clamp(low, high) * scale * mask_NK[:, column]
-            error = (block[:, at] - rounded) / factor[column, column]
-            block[:, at:] -= error[:, None] * factor[column, column:stop]
-            result[:, column], errors[:, at] = rounded, error
+        for offset in range(stop - start):
+            column = start + offset
+            rounded = (
+                (block[:, offset] / scale).round().clamp(low, high) * scale * mask_NK[:, column]
+            )
+            error = (block[:, offset] - rounded) / factor[column, column]
+            block[:, offset:] -= error[:, None] * factor[column, column:stop]
+            result[:, column] = rounded
+            errors[:, offset] = error
         work[:, stop:] -= errors @ factor[start:stop, stop:]
     return Grid(bits, scale_NG).round_to_grid(result.to(weight_NK.dtype))

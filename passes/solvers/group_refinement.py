@@ -46,24 +46,25 @@ def refine_groups(
     made_KN = sparse_NK.float().T.clone(memory_format=torch.contiguous_format)
     step = max(1, block // pattern.of) * pattern.of
     columns = len(gram)
-    solvers = [
-        _Group(gram[at : at + pattern.of, at : at + pattern.of], pattern)
-        for at in range(0, columns, pattern.of)
-    ]
+    solvers = []
+    for offset in range(0, columns, pattern.of):
+        solvers.append(
+            _Group(gram[offset : offset + pattern.of, offset : offset + pattern.of], pattern)
+        )
     for _ in range(sweeps):
         pull_KN = gram @ (dense_NK.float().T - made_KN)  # what each entry could still explain
         for start in range(0, columns, step):
             stop = min(start + step, columns)
             before = made_KN[start:stop].clone()
             inner = gram[start:stop, start:stop]
-            for at in range(0, stop - start, pattern.of):
-                group = slice(at, at + pattern.of)
+            for offset in range(0, stop - start, pattern.of):
+                group = slice(offset, offset + pattern.of)
                 old = before[group]
-                new = solvers[(start + at) // pattern.of]
-                made_KN[start + at : start + at + pattern.of] = found = new(
+                new = solvers[(start + offset) // pattern.of]
+                made_KN[start + offset : start + offset + pattern.of] = refined = new(
                     pull_KN[start:stop][group], old
                 )
-                pull_KN[start:stop].addmm_(inner[:, group], found - old, alpha=-1)
+                pull_KN[start:stop].addmm_(inner[:, group], refined - old, alpha=-1)
             moved = made_KN[start:stop] - before
             for rest in (slice(0, start), slice(stop, columns)):
                 pull_KN[rest].addmm_(gram[rest, start:stop], moved, alpha=-1)

@@ -77,11 +77,15 @@ def grid_of(weight_NK: Tensor, bits: int, importance_K: Tensor | None = None) ->
     count = groups_per_row(columns, bits)
     if count == 1:
         return Grid(bits, group_scale(weight_NK, bits, importance_K)[:, None])
-    parts = [slice(at, min(at + GROUP, columns)) for at in range(0, columns, GROUP)]
-    seen = [importance_K[part] if importance_K is not None else None for part in parts]
-    scales = [
-        group_scale(weight_NK[:, part], bits, one) for part, one in zip(parts, seen, strict=True)
-    ]
+    parts = []
+    for first in range(0, columns, GROUP):
+        parts.append(slice(first, min(first + GROUP, columns)))
+    seen = []
+    for part in parts:
+        seen.append(importance_K[part] if importance_K is not None else None)
+    scales = []
+    for part, peak in zip(parts, seen, strict=True):
+        scales.append(group_scale(weight_NK[:, part], bits, peak))
     return Grid(bits, torch.stack(scales, 1))
 
 
@@ -130,22 +134,22 @@ def _finest_scales(weight_NK: Tensor, bits: int) -> Tensor | None:
         padded = weight_NK
     grouped = padded.reshape(rows * count, -1)
     peak = grouped.float().abs().amax(1)
-    found = torch.where(peak == 0, 1.0, 0.0)
+    scales = torch.where(peak == 0, 1.0, 0.0)
     for code in range(-LIMITS[bits][0], 0, -1):
         for step in (0, -1, 1):
-            left = (found == 0).nonzero()[:, 0]
-            if not len(left):
-                return found.view(rows, count)
-            near = (peak[left] / code).to(torch.bfloat16)
+            unset = (scales == 0).nonzero()[:, 0]
+            if not len(unset):
+                return scales.view(rows, count)
+            near = (peak[unset] / code).to(torch.bfloat16)
             scale = (near.view(torch.int16) + step).view(torch.bfloat16).float()
             fits = (
-                (_on_grid(grouped[left], scale, bits) == grouped[left]).all(1)
+                (_on_grid(grouped[unset], scale, bits) == grouped[unset]).all(1)
                 & (scale > 0)
                 & scale.isfinite()
             )
-            found[left] = torch.where(fits, scale, 0.0)
-    if bool(found.all()):
-        return found.view(rows, count)
+            scales[unset] = torch.where(fits, scale, 0.0)
+    if bool(scales.all()):
+        return scales.view(rows, count)
     return None
 
 

@@ -49,10 +49,10 @@ def solve_knapsack(menu: Sequence[Sequence[SizeOption]], budget: float) -> list[
     damages = np.zeros(1)
     chosen: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
     ahead = np.cumsum([0.0, *cheapest[::-1]])[::-1]
-    for at, sizes in enumerate(menu):
+    for group, sizes in enumerate(menu):
         cost = (costs[:, None] + np.array([size.cost for size in sizes])).ravel()
         damage = (damages[:, None] + np.array([size.damage for size in sizes])).ravel()
-        front = _pareto_front(cost, damage, budget * (1 + 1e-12) - ahead[at + 1])
+        front = _pareto_front(cost, damage, budget * (1 + 1e-12) - ahead[group + 1])
         costs = cost[front]
         damages = damage[front]
         chosen.append((front // len(sizes), front % len(sizes)))

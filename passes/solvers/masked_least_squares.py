@@ -14,7 +14,8 @@ from torch import Tensor
 
 from secateur.passes.solvers.ridge import FLOOR, Products
 
-STEPS, EVERY = 48, 4
+STEPS = 48
+EVERY = 4
 DAMPING = 1e-3  # of each input's energy: keeps float32 sound; early stopping does the rest
 
 

@@ -24,7 +24,9 @@ class Products:
 
     def __init__(self, inputs: int, outputs: int, ones: bool, device: torch.device) -> None:
         width = inputs + ones
-        self.inputs, self.ones, self.rows = inputs, ones, 0
+        self.inputs = inputs
+        self.ones = ones
+        self.rows = 0
         self.gram_KK = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.cross_NK = torch.zeros(outputs, width, dtype=torch.float64, device=device)
         self.energy = 0.0
@@ -46,7 +48,8 @@ class Products:
         both = Products(self.inputs, len(self.cross_NK), self.ones, self.gram_KK.device)
         both.gram_KK = self.gram_KK + other.gram_KK
         both.cross_NK = self.cross_NK + other.cross_NK
-        both.energy, both.rows = self.energy + other.energy, self.rows + other.rows
+        both.energy = self.energy + other.energy
+        both.rows = self.rows + other.rows
         return both
 
     def error(self, delta_NK: Tensor) -> float:

@@ -45,13 +45,17 @@ def prune_by_sparsegpt(
         start = spans[0][0]
         stop = spans[-1][1]
         errors = torch.empty_like(work_KN[start:stop])
-        for first, last, kept in spans:
+        for first, last, count in spans:
             score = work_KN[first:last].square() * salience_K[first:last, None]
-            mask_KN[first:last] = select_highest(score.T, kept).T
-            for at in range(first, last):
-                error = torch.where(mask_KN[at], 0.0, work_KN[at] / factor_KK[at, at])
-                work_KN[at + 1 : stop].addr_(factor_KK[at, at + 1 : stop], error, alpha=-1)
-                errors[at - start] = error
+            mask_KN[first:last] = select_highest(score.T, count).T
+            for column in range(first, last):
+                error = torch.where(
+                    mask_KN[column], 0.0, work_KN[column] / factor_KK[column, column]
+                )
+                work_KN[column + 1 : stop].addr_(
+                    factor_KK[column, column + 1 : stop], error, alpha=-1
+                )
+                errors[column - start] = error
         work_KN[stop:].addmm_(factor_KK[start:stop, stop:].T, errors, alpha=-1)
     mask_NK = mask_KN.T.contiguous()
     return torch.where(mask_NK, work_KN.T, 0.0), mask_NK
@@ -66,7 +70,10 @@ def blocks_of(
         step = max(1, block // pattern.of) * pattern.of
         for start in range(0, columns, step):
             stop = min(start + step, columns)
-            yield [(at, at + pattern.of, pattern.kept) for at in range(start, stop, pattern.of)]
+            yield [
+                (first, first + pattern.of, pattern.kept)
+                for first in range(start, stop, pattern.of)
+            ]
         return
     for start in range(0, columns, block):
         stop = min(start + block, columns)

@@ -20,7 +20,8 @@ from secateur.graph.capture.calls import accept_calls_of, get_attribute
 from secateur.graph.edit.rewrite import copy_graph
 from secateur.passes.lowering.layers import Layer, linear_layers
 
-IN, OUT = "boost_in", "boost_out"
+IN = "boost_in"
+OUT = "boost_out"
 Branch = tuple[Tensor, Tensor]
 
 
@@ -44,7 +45,11 @@ def branch_names(weight: str) -> tuple[str, str]:
 def branch_parameters(program: Program) -> dict[str, tuple[str, str]]:
     """The branches that a Program has: names of A and B by the name of the weight beside which they
     stand."""
-    return {name: one.branch for name, one in program.sparse.items() if one.branch is not None}
+    branches: dict[str, tuple[str, str]] = {}
+    for name, state in program.sparse.items():
+        if state.branch is not None:
+            branches[name] = state.branch
+    return branches
 
 
 def add_branches(program: Program, branches: Mapping[str, Branch]) -> Program:
@@ -55,12 +60,16 @@ def add_branches(program: Program, branches: Mapping[str, Branch]) -> Program:
     """
     gm = program.gm
     graph, copies = copy_graph(gm)
-    layers = {layer.parameter: layer for layer in linear_layers(program)[0]}
+    layers = {}
+    for layer in linear_layers(program)[0]:
+        layers[layer.parameter] = layer
     read = set()
     for node in graph.nodes:
         if node.op == "get_attr":
             read.add(str(node.target))
-    tensors: dict[str, Any] = {target: get_attribute(gm, target) for target in read}
+    tensors: dict[str, Any] = {}
+    for target in read:
+        tensors[target] = get_attribute(gm, target)
     tensors |= dict(gm.named_parameters(remove_duplicate=False)) | dict(
         gm.named_buffers(remove_duplicate=False)
     )
@@ -70,18 +79,19 @@ def add_branches(program: Program, branches: Mapping[str, Branch]) -> Program:
                 value.detach().clone(memory_format=torch.contiguous_format)
             )
         _add_branch(graph, copies, layers[name], branch)
-    sparse = {
-        name: replace(one, branch=branch_names(name))
-        for name, one in program.sparse.items()
-        if name in branches
-    }
+    sparse = {}
+    for name, state in program.sparse.items():
+        if name in branches:
+            sparse[name] = replace(state, branch=branch_names(name))
     return _make_program(program, tensors, graph, sparse)
 
 
 def remove_branches(program: Program) -> Program:
     """The Program without its branches; it shares all other Parameters with the given one."""
     gm = program.gm
-    names = {name for pair in branch_parameters(program).values() for name in pair}
+    names = set[str]()
+    for pair in branch_parameters(program).values():
+        names.update(pair)
     graph, copies = copy_graph(gm)
     for layer in linear_layers(program)[0]:
         if layer.parameter in names and layer.parameter.endswith("." + OUT):
@@ -93,11 +103,15 @@ def remove_branches(program: Program) -> Program:
     for node in graph.nodes:
         if node.op == "get_attr":
             read.add(str(node.target))
-    tensors: dict[str, Any] = {target: get_attribute(gm, target) for target in read}
+    tensors: dict[str, Any] = {}
+    for target in read:
+        tensors[target] = get_attribute(gm, target)
     tensors |= dict(gm.named_parameters(remove_duplicate=False)) | dict(
         gm.named_buffers(remove_duplicate=False)
     )
-    sparse = {name: replace(one, branch=None) for name, one in program.sparse.items()}
+    sparse = {}
+    for name, state in program.sparse.items():
+        sparse[name] = replace(state, branch=None)
     return _make_program(
         program,
         {name: tensor for name, tensor in tensors.items() if name not in names},
@@ -113,20 +127,22 @@ def _add_branch(
     node = copies[layer.node]
     x = copies[layer.x]
     value = layer.node.meta["val"]
-    given = layer.x.meta["val"]
+    example = layer.x.meta["val"]
     linear = torch.ops.aten.linear.default
-    narrow = given.new_empty((*given.shape[:-1], len(branch[0])))
+    narrow = example.new_empty((*example.shape[:-1], len(branch[0])))
     with graph.inserting_after(node):
         total = graph.call_function(torch.ops.aten.add.Tensor, (node, node))
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
     with graph.inserting_before(total):
-        a, b = (graph.get_attr(where) for where in branch_names(layer.parameter))
+        name_a, name_b = branch_names(layer.parameter)
+        a = graph.get_attr(name_a)
+        b = graph.get_attr(name_b)
         small = graph.call_function(linear, (x, a))
         wide = graph.call_function(linear, (small, b))
     total.args = (node, wide)
-    parts = [(a, given.new_empty(branch[0].shape)), (b, given.new_empty(branch[1].shape))]
-    for made, claimed in [*parts, (small, narrow), (wide, value), (total, value)]:
-        made.meta = {**layer.node.meta, "val": claimed}
+    parts = [(a, example.new_empty(branch[0].shape)), (b, example.new_empty(branch[1].shape))]
+    for node_made, claimed in [*parts, (small, narrow), (wide, value), (total, value)]:
+        node_made.meta = {**layer.node.meta, "val": claimed}
 
 
 def _remove_unread(graph: fx.Graph) -> None:

@@ -1,5 +1,4 @@
-"""Which weights become sparse under a budget of bytes: those that the model misses least, chosen
-exactly.
+"""Choice of the weights that become sparse under a budget of bytes: an exact knapsack.
 
 Dims: N outputs, K inputs.
 """
@@ -14,9 +13,8 @@ from torch import Tensor
 
 from secateur.graph import Pattern, Program, Share
 from secateur.graph.errors import EditError
-from secateur.passes.base import Context
-from secateur.passes.calibration.kl import CachedLogProbs, select_logits
-from secateur.passes.calibration.kl import cache_log_probs as kept_of
+from secateur.passes.base import JSON, Context
+from secateur.passes.calibration.kl import CachedLogProbs, cache_log_probs, select_logits
 from secateur.passes.calibration.lockstep import Lockstep
 from secateur.passes.lowering.layers import Layer, parameter_values, sharing_input
 from secateur.passes.solvers.knapsack import SizeOption, solve_knapsack
@@ -57,7 +55,7 @@ def choose_layers(
     program: Program,
     layers: list[Layer],
     context: Context,
-) -> tuple[list[Layer], dict[str, Any]]:
+) -> tuple[list[Layer], JSON]:
     """The layers that become sparse so that all take at most the budget, and the plan as figures.
 
     Each one's damage is measured alone in the dense model, in the form the recipe gives it there;
@@ -67,10 +65,11 @@ def choose_layers(
         EditError: even all of them sparse take more than the budget.
     """
     known = parameter_values(program)
-    dense = {one.parameter: known[one.parameter].nbytes for one in layers}
-    packed = {
-        one.parameter: count_packed_bytes(known[one.parameter], recipe.kind) for one in layers
-    }
+    dense = {}
+    packed = {}
+    for layer in layers:
+        dense[layer.parameter] = known[layer.parameter].nbytes
+        packed[layer.parameter] = count_packed_bytes(known[layer.parameter], recipe.kind)
     limit = budget if isinstance(budget, int) else budget * sum(dense.values())
     if sum(packed.values()) > limit:
         raise EditError(
@@ -79,11 +78,14 @@ def choose_layers(
             f"{int(limit):,}: give a larger one, or a sparser pattern"
         )
     hurt = _measure_damages(damage, recipe, program, layers, context)
-    menu = [
-        [SizeOption(1, dense[n], 0.0), SizeOption(0, packed[n], max(0.0, hurt[n]))] for n in dense
-    ]
+    menu = []
+    for n in dense:
+        menu.append([SizeOption(1, dense[n], 0.0), SizeOption(0, packed[n], max(0.0, hurt[n]))])
     picks = dict(zip(dense, solve_knapsack(menu, limit), strict=True))
-    sparse = [one for one in layers if picks[one.parameter]]
+    sparse = []
+    for layer in layers:
+        if picks[layer.parameter]:
+            sparse.append(layer)
     taken = sum(packed[n] if picks[n] else dense[n] for n in dense)
     figures = {
         "budget_bytes": int(limit),
@@ -103,47 +105,49 @@ def _measure_damages(
     journal = Journal(context.resume)
     known = parameter_values(program)
     run = Lockstep(program, data)
-    found = dict[str, float]()
+    damages = dict[str, float]()
     judged = list(range(min(JUDGED, len(data))))
     expected: dict[int, CachedLogProbs] = {}
     groups = sharing_input(layers)
     for sharing in context.progress(groups, "measure damage", len(groups)):
-        kept = journal.read(JUDGE + sharing[0].parameter)
-        if kept is None or set(kept.facts) != {one.parameter for one in sharing}:
+        entry = journal.read(JUDGE + sharing[0].parameter)
+        if entry is None or set(entry.facts) != {layer.parameter for layer in sharing}:
             run.advance_to(sharing[0].node.name)
-            named = {one.parameter: known[one.parameter] for one in sharing}
-            made = sparsify_layers(recipe, named, run, sharing[0].x.name, len(data))
+            named = {}
+            for layer in sharing:
+                named[layer.parameter] = known[layer.parameter]
+            solutions = sparsify_layers(recipe, named, run, sharing[0].x.name, len(data))
             facts = {}
-            for one in sharing:
+            for layer in sharing:
                 if damage == "output":
-                    facts[one.parameter] = (made[one.parameter].error or 0.0) ** 2
+                    facts[layer.parameter] = (solutions[layer.parameter].error or 0.0) ** 2
                     continue
                 if not expected:
-                    expected = {
-                        at: kept_of(_flatten_logits(run.finish_sample(at, {}, []))) for at in judged
-                    }
-                facts[one.parameter] = _divergence_of_layer(
-                    run, one, made[one.parameter].weight, expected
+                    for index in judged:
+                        logits_TV = _flatten_logits(run.finish_sample(index, {}, []))
+                        expected[index] = cache_log_probs(logits_TV)
+                facts[layer.parameter] = _divergence_of_layer(
+                    run, layer, solutions[layer.parameter].weight, expected
                 )
             journal.write(JUDGE + sharing[0].parameter, facts=facts)
         else:
-            facts = kept.facts
-        found |= facts
-    return found
+            facts = entry.facts
+        damages |= facts
+    return damages
 
 
 def _divergence_of_layer(
     run: Lockstep, layer: Layer, value: Tensor, expected: Mapping[int, CachedLogProbs]
 ) -> float:
     """KL(dense || with this weight alone sparse), the mean over the judged tokens."""
-    found = []
+    divergences = []
     for sample, wanted in expected.items():
         output = run.finish_sample(sample, {str(layer.chain[0].target): value}, [layer.chain])
-        found.append(wanted.kl(_flatten_logits(output)))
-    return float(torch.cat(found).double().mean())
+        divergences.append(wanted.kl(_flatten_logits(output)))
+    return float(torch.cat(divergences).double().mean())
 
 
 def _flatten_logits(output: Any) -> Tensor:
     """Logits [T, V]."""
-    found = select_logits(output)
-    return found.reshape(-1, found.shape[-1])
+    logits = select_logits(output)
+    return logits.reshape(-1, logits.shape[-1])

@@ -1,4 +1,4 @@
-"""One layer, or several that read the same input, made sparse.
+"""Sparsification of one layer, or of several layers that read the same input.
 
 Dims: N outputs (of all layers together), K inputs, T rows (tokens).
 """
@@ -88,7 +88,9 @@ def sparsify_layers(
     for name, weight in dense.items():
         _check_weight(name, weight)
     stacked_NK = torch.cat([weight.float() for weight in dense.values()])
-    gram_KK, (squares_K, tokens) = None, (None, 0)
+    gram_KK = None
+    squares_K = None
+    tokens = 0
     if recipe.needs == "gram":
         gram_KK, tokens = gram_of(run, x, count)
         squares_K = gram_KK.diagonal()
@@ -104,17 +106,16 @@ def sparsify_layers(
         sparse_NK, damping = _sparsify_stacked(recipe, dense, stacked_NK, norms_K, gram_KK)
     except GramError as error:
         raise CalibrationError(f"{first}: {error}") from error
-    made = dict[str, SparseLayer]()
-    at = 0
+    layers = dict[str, SparseLayer]()
+    first_row = 0
     probe_TK = torch.cat([rows_of(run.node_value(sample, x)) for sample in _probe_sequences(count)])
     for name, weight in dense.items():
-        value = sparse_NK[at : at + len(weight)].to(weight.dtype)
-        at += len(weight)
-        value = torch.where(
-            value == 0, torch.zeros_like(value), value
-        )  # no negative zeros, in this dtype either
-        made[name] = SparseLayer(value, norms_K, _output_error(weight, value, probe_TK), damping)
-    return made
+        value = sparse_NK[first_row : first_row + len(weight)].to(weight.dtype)
+        first_row += len(weight)
+        # No negative zeros, in this dtype either.
+        value = torch.where(value == 0, torch.zeros_like(value), value)
+        layers[name] = SparseLayer(value, norms_K, _output_error(weight, value, probe_TK), damping)
+    return layers
 
 
 def _sparsify_stacked(
@@ -133,16 +134,14 @@ def _sparsify_stacked(
         result, mask_NK = prune_by_sparsegpt(
             stacked_NK, factor_KK, recipe.kind, live_K=norms_K > 0, block=recipe.block
         )
-        if recipe.update:
-            result = result
-        else:
+        if not recipe.update:
             result = torch.where(mask_NK, stacked_NK, 0.0)
     else:
         score = METRICS[recipe.metric]
         sizes = [len(weight) for weight in dense.values()]
-        masks = [
-            recipe.kind.select_mask(score(part.abs(), norms_K)) for part in stacked_NK.split(sizes)
-        ]
+        masks = []
+        for part in stacked_NK.split(sizes):
+            masks.append(recipe.kind.select_mask(score(part.abs(), norms_K)))
         result = torch.where(torch.cat(masks), stacked_NK, 0.0)
     if recipe.refine and gram_KK is not None and isinstance(recipe.kind, Pattern):
         damped_KK = gram_KK + torch.eye(
@@ -171,10 +170,13 @@ def _apply_mask(weight_NK: Tensor, mask_NK: Tensor) -> Tensor:
 def _probe_sequences(count: int) -> list[int]:
     """A few sequences, spread evenly."""
     wanted = min(PROBES, count)
-    return [(2 * at + 1) * count // (2 * wanted) for at in range(wanted)]
+    indices: list[int] = []
+    for index in range(wanted):
+        indices.append((2 * index + 1) * count // (2 * wanted))
+    return indices
 
 
 def _output_error(weight_NK: Tensor, value_NK: Tensor, probe_TK: Tensor) -> float:
-    whole = (probe_TK @ weight_NK.to(probe_TK).T).norm()
+    energy = (probe_TK @ weight_NK.to(probe_TK).T).norm()
     change = (probe_TK @ (value_NK.to(probe_TK) - weight_NK.to(probe_TK)).T).norm()
-    return float(change / whole.clamp_min(1e-30))
+    return float(change / energy.clamp_min(1e-30))

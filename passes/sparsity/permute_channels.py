@@ -1,5 +1,4 @@
-"""Reorder channels so that an n:m pattern, put on the weights afterwards, takes away as little as
-it can."""
+"""Channel permutation before an n:m pattern: the order of units that keeps most of the score."""
 
 from __future__ import annotations
 
@@ -84,35 +83,49 @@ class PermuteChannels(Pass):
 
     @property
     def needs_data(self) -> bool:
+        """Whether the metric reads the inputs of the weights: magnitude does not."""
         return self.metric != "magnitude"
 
     @property
     def cost(self) -> Cost:
+        """Forward passes that gather norms or Gram matrices, for estimates."""
         return Cost(1.5 if self.needs_data else 0.0, 4.0, holds=int(self.metric == "sparsegpt"))
 
     def requires(self, program: Program) -> list[str]:
-        missing = ["the weights are on the meta device: open the model with weights"] * on_meta(
-            program
-        )
-        return super().requires(program) + missing
+        """Reasons why the pass cannot run; the search needs weights."""
+        reasons = super().requires(program)
+        if on_meta(program):
+            reasons.append("the weights are on the meta device: open the model with weights")
+        return reasons
 
     def call(self, program: Program, context: Context) -> PassResult:
+        """Search an order for each group and move its units.
+
+        Raises:
+            EditError: the outputs change by more than rounding.
+            CalibrationError: the Gram matrix of an input cannot be factored.
+        """
         pattern = Pattern.parse(self.pattern)
-        read, left = self._find_readable(program, pattern)
-        for name, reason in left.items():
+        read, unreadable = self._find_readable(program, pattern)
+        for name, reason in unreadable.items():
             context.log.info("permute-channels leaves %s alone: %s", name, reason)
         norms = NORMS[self.metric](program, list(read), context)
         known = parameter_values(program)
-        found = dict[str, ColumnOrder]()
+        orders = dict[str, ColumnOrder]()
         for group, members in context.progress(list(read.items()), "permute", len(read)):
             score = _squared_scores(members, known, norms, context.seed)
-            found[group.name] = arrange_columns(score, pattern.kept, pattern.of, context.seed)
-        order = {name: one.order for name, one in found.items() if one.after > one.before}
-        told = {
-            name: {"before": round(f.before, 5), "after": round(f.after, 5)}
-            for name, f in found.items()
-        }
-        figures = {"permuted": len(order), "kept": told, "left_alone": left}
+            orders[group.name] = arrange_columns(score, pattern.kept, pattern.of, context.seed)
+        order = {}
+        for name, column_order in orders.items():
+            if column_order.after > column_order.before:
+                order[name] = column_order.order
+        metrics = {}
+        for name, column_order in orders.items():
+            metrics[name] = {
+                "before": round(column_order.before, 5),
+                "after": round(column_order.after, 5),
+            }
+        figures = {"permuted": len(order), "kept": metrics, "left_alone": unreadable}
         if not order:
             return PassResult(program, False, figures)
         after = permute(program, order)
@@ -125,23 +138,22 @@ class PermuteChannels(Pass):
         """The groups to reorder, each with the weights in whose inputs the order makes a
         difference; and why not others that have such weights."""
         dense = _stay_dense(program)
-        found = dict[CoupledGroup, list[Member]]()
-        left = dict[str, str]()
+        readable = dict[CoupledGroup, list[Member]]()
+        unreadable = dict[str, str]()
         for group in coupled_groups(program):
-            consume = [
-                m
-                for m in distinct_members(group)
-                if m.role == "consumes" and m.parameter not in dense
-            ]
-            members = [m for m in consume if list(_unit_positions(m, pattern.of))]
+            members = []
+            for m in distinct_members(group):
+                consumes = m.role == "consumes" and m.parameter not in dense
+                if consumes and list(_unit_positions(m, pattern.of)):
+                    members.append(m)
             if not members or (self.families and group.family not in self.families):
                 continue
             reason = explain_fixed(program, group)
             if reason:
-                left[group.name] = reason
+                unreadable[group.name] = reason
             else:
-                found[group] = members
-        return found, left
+                readable[group] = members
+        return readable, unreadable
 
 
 def _stay_dense(program: Program) -> set[str]:
@@ -179,15 +191,13 @@ def _squared_scores(
             scored = weight.square()
         else:
             scored = weight.square() * seen.to(weight.device, torch.float32)
-        whole = scored.sum(dtype=torch.float64).clamp_min(1e-30)
+        total = scored.sum(dtype=torch.float64).clamp_min(1e-30)
         chosen = torch.randperm(len(scored), generator=generator)[: max(share, 256)].to(
             weight.device
         )
         if len(chosen) < len(scored):
             scored = scored[chosen]
-        else:
-            scored = scored
-        parts += [scored[:, run.to(weight.device)] / whole for run in member.positions.T]
+        parts += [scored[:, run.to(weight.device)] / total for run in member.positions.T]
     return torch.cat(parts)
 
 
@@ -196,8 +206,7 @@ def _input_norms(program: Program, groups: list[CoupledGroup], context: Context)
     float64."""
     pairs = []
     for group in groups:
-        for pair in pairs_of(program, group):
-            pairs.append(pair)
+        pairs += pairs_of(program, group)
     wanted = {(r.node, r.dim): r for _, r in pairs}
     sums = dict[Any, Tensor]()
 
@@ -207,11 +216,11 @@ def _input_norms(program: Program, groups: list[CoupledGroup], context: Context)
         sums[reader.node, reader.dim] = sums.get((reader.node, reader.dim), 0) + new
 
     observe(program, context, list(wanted.values()), observe_value)
-    found: Inputs = {}
+    norms: Inputs = {}
     for member, reader in pairs:
         key = (member.parameter, member.dim)
-        found[key] = sums[reader.node, reader.dim]
-    return found
+        norms[key] = sums[reader.node, reader.dim]
+    return norms
 
 
 def _inverse_curvatures(program: Program, groups: list[CoupledGroup], context: Context) -> Inputs:
@@ -224,11 +233,15 @@ def _inverse_curvatures(program: Program, groups: list[CoupledGroup], context: C
     Source:
         Hassibi & Stork 1992 (OBS), eq. 5; damped as in ``sparsify``.
     """
-    order = {node: at for at, node in enumerate(program.gm.graph.nodes)}
+    order = {}
+    for position, node in enumerate(program.gm.graph.nodes):
+        order[node] = position
     data = context.data or ()
-    pairs = [pair for group in groups for pair in pairs_of(program, group)]
+    pairs = []
+    for group in groups:
+        pairs += pairs_of(program, group)
     run = Lockstep(program, data)
-    found = dict[tuple[str, int], Tensor]()
+    inverses = dict[tuple[str, int], Tensor]()
     seen = dict[Any, Tensor]()
     for member, reader in sorted(pairs, key=lambda pair: order[pair[1].node]):
         place = (reader.node, reader.dim)
@@ -253,8 +266,8 @@ def _inverse_curvatures(program: Program, groups: list[CoupledGroup], context: C
                 raise CalibrationError(
                     f"permute-channels, inputs of {member.parameter}: {error}"
                 ) from error
-        found[member.parameter, member.dim] = seen[place]
-    return found
+        inverses[member.parameter, member.dim] = seen[place]
+    return inverses
 
 
 NORMS: Mapping[str, Callable[[Program, list[CoupledGroup], Context], Inputs]] = {
@@ -272,13 +285,14 @@ def _check_unchanged(before: Program, after: Program, context: Context) -> float
     """
     inputs = dict(context.data[0].inputs if context.data else before.source.example_inputs)
     with torch.no_grad():
-        one = select_logits(before(**inputs)).double()
-        other = select_logits(after(**inputs)).double()
+        logits_before = select_logits(before(**inputs)).double()
+        logits_after = select_logits(after(**inputs)).double()
     rounding = max(
         (torch.finfo(p.dtype).eps for _, p in before.named_parameters() if p.is_floating_point()),
         default=0,
     )
-    gap = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
+    difference = (logits_before - logits_after).abs().max()
+    gap = float(difference / logits_before.abs().max().clamp_min(1e-30))
     allowed = max(GAP, 8 * rounding)
     if not gap <= allowed:
         raise EditError(

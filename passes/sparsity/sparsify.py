@@ -1,5 +1,4 @@
-"""Make weights sparse: n of every m neighbours, or a share of each row.  One shot, layer after
-layer."""
+"""One-shot sparsity of linear layers: n of every m neighbours, or a share of each row."""
 
 from __future__ import annotations
 
@@ -10,14 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from secateur.graph import Cut, Pattern, Program, Share, Sparse, parse_pattern, with_parameters
 from secateur.graph.errors import PipelineError
-from secateur.passes.base import Context, Cost, Pass, PassResult
+from secateur.passes.base import JSON, Context, Cost, Pass, PassResult
 from secateur.passes.calibration.lockstep import Lockstep, offload_tensor
 from secateur.passes.language.options import OptionError
 from secateur.passes.language.targets import (
@@ -138,35 +137,36 @@ class Sparsify(Pass):
 
     @property
     def needs_data(self) -> bool:
+        """Whether inputs are read: by the metric, or to measure damage under a budget."""
         return self.recipe.needs != "nothing" or self.budget is not None
 
     @property
     def cost(self) -> Cost:
+        """Forward passes and memory by metric, budget and offload, for estimates."""
         if self.offload:
-            held = 0.0
+            bytes_per_parameter = 0.0
         elif self.keep_removed:
-            held = 8.0
+            bytes_per_parameter = 8.0
         else:
-            held = 4.0
+            bytes_per_parameter = 4.0
         if not self.needs_data:
-            return Cost(0.0, held)
-        flops = (
-            1.0
-            + (1.0 if self.recipe.needs == "gram" else 0.1)
-            + (2.0 if self.budget is not None else 0.0)
-        )
-        return Cost(
-            flops,
-            held,
-            holds=0 if self.offload else 1,
-            solves=4 if self.recipe.needs == "gram" else 0,
-        )
+            return Cost(0.0, bytes_per_parameter)
+        if self.recipe.needs == "gram":
+            flops = 2.0
+            solves = 4
+        else:
+            flops = 1.1
+            solves = 0
+        if self.budget is not None:
+            flops += 2.0
+        return Cost(flops, bytes_per_parameter, holds=int(not self.offload), solves=solves)
 
     def requires(self, program: Program) -> list[str]:
-        missing = ["the weights are on the meta device: open the model with weights"] * on_meta(
-            program
-        )
-        return super().requires(program) + missing + self._check_names(program)
+        """Reasons why the pass cannot run: no weights, or names and widths that do not fit."""
+        reasons = super().requires(program)
+        if on_meta(program):
+            reasons.append("the weights are on the meta device: open the model with weights")
+        return reasons + self._check_names(program)
 
     def preview(self, program: Program) -> Program:
         """The Program that says its weights are sparse; under a budget, those that may become so.
@@ -176,55 +176,64 @@ class Sparsify(Pass):
         """
         if faults := self._check_names(program):
             raise PipelineError(f"sparsify cannot run: {'; '.join(faults)}")
-        made = {
-            one.parameter: Sparse(self.kind, self.metric) for one in self._choose_layers(program)[0]
-        }
-        return program.replace(scores={}, sparse=MappingProxyType({**program.sparse, **made}))
+        states = {}
+        for layer in self._choose_layers(program)[0]:
+            states[layer.parameter] = Sparse(self.kind, self.metric)
+        return program.replace(scores={}, sparse=MappingProxyType({**program.sparse, **states}))
 
     def _check_names(self, program: Program) -> list[str]:
-        """What is wrong with the names, and with the weights that they mean."""
+        """Faults of the patterns ``targets`` and ``ignore``, and of the weights they match."""
         named = []
         for several in parameter_aliases(program).values():
-            for alias in several:
-                named.append(alias)
+            named += several
         faults = describe_unmatched(self.targets, named, "targets") + describe_unmatched(
             self.ignore, named, "ignore"
         )
         if faults:
             return faults
-        chosen, left = self._choose_layers(program)
+        chosen, left_dense = self._choose_layers(program)
         if not chosen:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
+            reasons = "; ".join(
+                f"{name}: {reason}" for name, reason in list(left_dense.items())[:3]
+            )
             return [f"no weight can be made sparse ({reasons})"]
-        odd = [
-            (one.parameter, reason)
-            for one in chosen
-            if (reason := self.kind.incompatibility(one.shape[1]))
-        ]
+        odd = []
+        for layer in chosen:
+            if reason := self.kind.incompatibility(layer.shape[1]):
+                odd.append((layer.parameter, reason))
         faults = [f"{name} cannot be {self.pattern}: {reason}" for name, reason in odd[:3]]
-        faults += (
-            ["prune widths to a multiple (round_to), or name such weights in ignore"] if odd else []
-        )
-        twice = [one.parameter for one in chosen if one.parameter in program.sparse]
+        if odd:
+            faults.append("prune widths to a multiple (round_to), or name such weights in ignore")
+        twice = []
+        for layer in chosen:
+            if layer.parameter in program.sparse:
+                twice.append(layer.parameter)
         return faults + [f"{name} is sparse already: name it in ignore" for name in twice[:3]]
 
     def _choose_layers(self, program: Program) -> tuple[list[Layer], dict[str, str]]:
         """The layers that the names mean, in graph order, and why others are left dense."""
         layers, refused = linear_layers(program)
         names = parameter_aliases(program)
-        wanted = {
-            name
-            for name, several in names.items()
-            if not self.targets or matching_names(self.targets, several)
+        wanted = set()
+        for name, several in names.items():
+            if not self.targets or matching_names(self.targets, several):
+                wanted.add(name)
+        spared = set()
+        for name, several in names.items():
+            if matching_names(self.ignore, several):
+                spared.add(name)
+        left_dense = {}
+        for name, reason in refused.items():
+            if name in wanted - spared:
+                left_dense[name] = reason
+        left_dense |= {
+            layer.parameter: why
+            for layer in layers
+            if layer.parameter in wanted and (why := self._reason_to_keep(layer))
         }
-        spared = {name for name, several in names.items() if matching_names(self.ignore, several)}
-        left = {name: reason for name, reason in refused.items() if name in wanted - spared}
-        left |= {
-            one.parameter: why
-            for one in layers
-            if one.parameter in wanted and (why := self._reason_to_keep(one))
-        }
-        return [one for one in layers if one.parameter in wanted - spared - left.keys()], left
+        return [
+            layer for layer in layers if layer.parameter in wanted - spared - left_dense.keys()
+        ], left_dense
 
     def _reason_to_keep(self, layer: Layer) -> str:
         """Why a layer stays dense whatever its name; "" where it need not."""
@@ -235,11 +244,17 @@ class Sparsify(Pass):
         return ""
 
     def call(self, program: Program, context: Context) -> PassResult:
-        chosen, left = self._choose_layers(program)
-        for name, reason in left.items():
+        """Choose the layers and make them sparse, in graph order.
+
+        Raises:
+            EditError: even all weights sparse take more than the budget.
+            CalibrationError, PatternError: inputs or weights are not finite.
+        """
+        chosen, left_dense = self._choose_layers(program)
+        for name, reason in left_dense.items():
             context.log.info("sparsify leaves %s dense: %s", name, reason)
         _warn_of_kernels(chosen, self.kind, context)
-        plan: dict[str, Any] = {}
+        plan: JSON = {}
         if self.budget is not None:
             chosen, plan = choose_layers(
                 self.budget, self.damage, self.recipe, program, chosen, context
@@ -249,9 +264,11 @@ class Sparsify(Pass):
             folder = None
             if self.offload:
                 folder = Path(stack.enter_context(TemporaryDirectory(dir=journal.ensure_folder)))
-            made = dict(self._sparsify_chosen(program, chosen, context, journal, folder))
-            after = self._put_weights(program, made, folder)
-        return PassResult(after, bool(made), self._collect_metrics(program, made, left) | plan)
+            solutions = dict(self._sparsify_chosen(program, chosen, context, journal, folder))
+            after = self._put_weights(program, solutions, folder)
+        return PassResult(
+            after, bool(solutions), self._collect_metrics(program, solutions, left_dense) | plan
+        )
 
     def _sparsify_chosen(
         self,
@@ -265,10 +282,10 @@ class Sparsify(Pass):
         known = parameter_values(program)
         groups = sharing_input(chosen)
         if self.recipe.needs == "nothing":
-            for one in context.progress(chosen, "sparsify", len(chosen)):
-                solution = by_magnitude(one.parameter, known[one.parameter], self.kind)
+            for layer in context.progress(chosen, "sparsify", len(chosen)):
+                solution = by_magnitude(layer.parameter, known[layer.parameter], self.kind)
                 yield (
-                    one.parameter,
+                    layer.parameter,
                     replace(solution, weight=offload_tensor(solution.weight, folder)),
                 )
             return
@@ -276,17 +293,20 @@ class Sparsify(Pass):
         run = Lockstep(program, data, folder)
         for sharing in context.progress(groups, "sparsify", len(groups)):
             run.advance_to(sharing[0].node.name)
-            found = _load_layers(journal, sharing)
-            if found is None:
-                named = {one.parameter: known[one.parameter] for one in sharing}
-                found = sparsify_layers(self.recipe, named, run, sharing[0].x.name, len(data))
-                _store_layers(journal, sharing, found)
-            for one in sharing:
-                kept = replace(
-                    found[one.parameter], weight=offload_tensor(found[one.parameter].weight, folder)
+            solutions = _load_layers(journal, sharing)
+            if solutions is None:
+                named = {}
+                for layer in sharing:
+                    named[layer.parameter] = known[layer.parameter]
+                solutions = sparsify_layers(self.recipe, named, run, sharing[0].x.name, len(data))
+                _store_layers(journal, sharing, solutions)
+            for layer in sharing:
+                stored = replace(
+                    solutions[layer.parameter],
+                    weight=offload_tensor(solutions[layer.parameter].weight, folder),
                 )
-                run.replace_parameter(one.parameter, kept.weight, one.chain)
-                yield one.parameter, kept
+                run.replace_parameter(layer.parameter, stored.weight, layer.chain)
+                yield layer.parameter, stored
             trim_heap()
 
     def _put_weights(
@@ -295,32 +315,36 @@ class Sparsify(Pass):
         """The Program with the sparse weights."""
         known = parameter_values(program)
         sparse = dict(program.sparse)
-        for name, one in made.items():
+        for name, solution in made.items():
             removed = None
             if self.keep_removed:
-                removed = offload_tensor(torch.where(one.weight == 0, known[name], 0), folder)
-            sparse[name] = Sparse(self.kind, self.metric, one.norms, removed)
-        after = with_parameters(program, {name: one.weight for name, one in made.items()})
+                removed = offload_tensor(torch.where(solution.weight == 0, known[name], 0), folder)
+            sparse[name] = Sparse(self.kind, self.metric, solution.norms, removed)
+        after = with_parameters(program, {name: solution.weight for name, solution in made.items()})
         return after.replace(
             scores={}, sparse=MappingProxyType(sparse), cut=program.cut or Cut(program, {})
         )
 
     def _collect_metrics(
         self, program: Program, made: Mapping[str, SparseLayer], left: Mapping[str, str]
-    ) -> dict[str, Any]:
+    ) -> JSON:
         known = parameter_values(program)
-        zeros = sum(int((one.weight == 0).sum()) for one in made.values())
-        total = sum(one.weight.numel() for one in made.values())
+        zeros = sum(int((solution.weight == 0).sum()) for solution in made.values())
+        total = sum(solution.weight.numel() for solution in made.values())
         stay = total - zeros
         changed = sum(
-            int(((one.weight != 0) & (one.weight != known[name])).sum())
-            for name, one in made.items()
+            int(((solution.weight != 0) & (solution.weight != known[name])).sum())
+            for name, solution in made.items()
         )
-        errors = [one.error for one in made.values() if one.error is not None]
-        damped = {
-            name: one.damping for name, one in made.items() if one.damping > self.damping * 1.001
-        }
-        found: dict[str, Any] = {
+        errors = []
+        for solution in made.values():
+            if solution.error is not None:
+                errors.append(solution.error)
+        damped = {}
+        for name, solution in made.items():
+            if solution.damping > self.damping * 1.001:
+                damped[name] = solution.damping
+        metrics: JSON = {
             "layers": len(made),
             "refined": self.sweeps,
             "sparsity": round(zeros / max(1, total), 6),
@@ -329,28 +353,35 @@ class Sparsify(Pass):
             "left_dense": dict(left),
         }
         if errors:
-            found["error"] = round(math.sqrt(sum(e * e for e in errors) / len(errors)), 5)
-            found["errors"] = {name: round(one.error or 0.0, 5) for name, one in made.items()}
-        return found | ({"more_damping": damped} if damped else {})
+            metrics["error"] = round(math.sqrt(sum(e * e for e in errors) / len(errors)), 5)
+            metrics["errors"] = {
+                name: round(solution.error or 0.0, 5) for name, solution in made.items()
+            }
+        if damped:
+            metrics["more_damping"] = damped
+        return metrics
 
 
 def _warn_of_kernels(chosen: list[Layer], kind: Pattern | Share, context: Context) -> None:
-    """Tell once of widths that hold the pattern, and that fast kernels do not take."""
+    """Warn of widths that fit the pattern but not the alignment of fast kernels."""
     if isinstance(kind, Pattern):
-        odd = [one for one in chosen if one.shape[1] % 64]
+        odd = []
+        for layer in chosen:
+            if layer.shape[1] % 64:
+                odd.append(layer)
     else:
         odd = []
     if odd:
-        if any(one.shape[1] % 16 for one in odd):
+        if any(layer.shape[1] % 16 for layer in odd):
             least = 16
         else:
             least = 64
-        first = next(one for one in odd if one.shape[1] % least)
+        first = next(layer for layer in odd if layer.shape[1] % least)
         context.log.warning(
             "sparsify: %d weights have inputs that are no multiple of %d (first: %s, %d): kernels "
             "pad them or run them "
             "dense",
-            sum(one.shape[1] % least > 0 for one in odd),
+            sum(layer.shape[1] % least > 0 for layer in odd),
             least,
             first.parameter,
             first.shape[1],
@@ -362,21 +393,26 @@ def _journal_key(sharing: list[Layer]) -> str:
 
 
 def _store_layers(journal: Journal, sharing: list[Layer], found: Mapping[str, SparseLayer]) -> None:
-    tensors = {f"weight {one.parameter}": found[one.parameter].weight for one in sharing}
+    tensors = {}
+    for layer in sharing:
+        tensors[f"weight {layer.parameter}"] = found[layer.parameter].weight
     norms = found[_journal_key(sharing)].norms
-    tensors |= {} if norms is None else {"norms": norms}
-    facts = {
-        one.parameter: [found[one.parameter].error, found[one.parameter].damping] for one in sharing
-    }
+    if norms is not None:
+        tensors["norms"] = norms
+    facts = {}
+    for layer in sharing:
+        facts[layer.parameter] = [found[layer.parameter].error, found[layer.parameter].damping]
     journal.write(_journal_key(sharing), tensors, facts)
 
 
 def _load_layers(journal: Journal, sharing: list[Layer]) -> dict[str, SparseLayer] | None:
-    """What a run that was killed had found for these layers."""
-    kept: Entry | None = journal.read(_journal_key(sharing))
-    if kept is None or set(kept.facts) != {one.parameter for one in sharing}:
+    """The finished layers of an interrupted run, or None."""
+    entry: Entry | None = journal.read(_journal_key(sharing))
+    if entry is None or set(entry.facts) != {layer.parameter for layer in sharing}:
         return None
-    return {
-        name: SparseLayer(kept.tensors[f"weight {name}"], kept.tensors.get("norms"), *numbers)
-        for name, numbers in kept.facts.items()
-    }
+    layers: dict[str, SparseLayer] = {}
+    for name, numbers in entry.facts.items():
+        layers[name] = SparseLayer(
+            entry.tensors[f"weight {name}"], entry.tensors.get("norms"), *numbers
+        )
+    return layers

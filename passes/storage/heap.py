@@ -1,4 +1,4 @@
-"""Memory that was freed, and that the C library still holds."""
+"""Heap trimming: freed memory that the C library still holds goes back to the system."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""What a pass keeps while it runs, so that a run that was killed goes on from there: entries that
-are whole or absent.
+"""Journals of passes: atomic entries from which an interrupted run continues.
 
 An entry is one safetensors file with its tensors, and in its metadata its facts (JSON), the order
 of the tensors, and a SHA-256 over all.  It is written beside its place, flushed to the disk and
 renamed, so that a kill leaves the old entry or the new one.  An entry that does not match its own
-SHA-256 is told in the log and treated as absent.
+SHA-256 is logged and treated as absent.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from torch import Tensor
 from secateur.graph.errors import ArtifactError
 
 JSON = dict[str, Any]
-SUFFIX, UNFINISHED = ".safetensors", ".part"
+SUFFIX = ".safetensors"
+UNFINISHED = ".part"
 log = logging.getLogger("secateur.passes")
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What was written under one name: tensors in their order, on the CPU, in memory of their own;
-    and JSON values."""
+    """One entry: tensors in their order, on the CPU, with memory of their own; and JSON values."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     facts: JSON = field(default_factory=dict)
@@ -63,20 +62,27 @@ class Journal:
     ) -> None:
         """Keep an entry; when this returns it is on the disk.  Floats in facts are kept exactly.
 
+        Args:
+            name: any characters.
+            tensors: on any device; None: none.
+            facts: JSON values; None: none.
+
         Raises:
             ArtifactError: the disk refuses.
             TypeError: facts are not JSON values.
         """
         if self.folder is None:
             return
-        kept = {key: tensor.detach().cpu().contiguous() for key, tensor in (tensors or {}).items()}
-        text = json.dumps({"names": list(kept), "facts": facts or {}})
-        metadata = {"text": text, "sha256": _hash_tensors(kept, text)}
+        entries = {}
+        for key, tensor in (tensors or {}).items():
+            entries[key] = tensor.detach().cpu().contiguous()
+        text = json.dumps({"names": list(entries), "facts": facts or {}})
+        metadata = {"text": text, "sha256": _hash_tensors(entries, text)}
         file = self._entry_file(name)
         part = file.with_name(file.name + UNFINISHED)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(_unshare_memory(kept), part, metadata)
+            save_file(_unshare_memory(entries), part, metadata)
             _flush_to_disk(part)
             os.replace(part, file)
             _flush_to_disk(self.folder)
@@ -99,10 +105,12 @@ class Journal:
         try:
             with safe_open(file, "pt") as opened:
                 metadata = opened.metadata() or {}
-                told = json.loads(metadata["text"])
-                tensors = {key: opened.get_tensor(key).clone() for key in told["names"]}
+                document = json.loads(metadata["text"])
+                tensors = {}
+                for key in document["names"]:
+                    tensors[key] = opened.get_tensor(key).clone()
             if metadata["sha256"] == _hash_tensors(tensors, metadata["text"]):
-                return Entry(tensors, told["facts"])
+                return Entry(tensors, document["facts"])
             reason = "its content has changed"
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             reason = str(error) or type(error).__name__
@@ -110,7 +118,7 @@ class Journal:
         return None
 
     def names(self) -> list[str]:
-        """The names of all entries, sorted; they are not looked into."""
+        """The names of all entries, sorted; damaged ones are included."""
         if self.folder is None or not self.folder.is_dir():
             return []
         return sorted(
@@ -131,28 +139,30 @@ def hash_tensor(tensor: Tensor) -> str:
     """SHA-256 (hex) of a tensor's dtype, shape and values, wherever it lies and however it is
     strided."""
     data = tensor.detach().cpu().contiguous()
-    found = hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode())
-    found.update(data.view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    digest = hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode())
+    digest.update(data.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _hash_tensors(tensors: Mapping[str, Tensor], text: str) -> str:
-    parts = [f"{len(key)} {key} {hash_tensor(tensor)}" for key, tensor in sorted(tensors.items())]
+    parts = []
+    for key, tensor in sorted(tensors.items()):
+        parts.append(f"{len(key)} {key} {hash_tensor(tensor)}")
     return hashlib.sha256("\n".join([text, *parts]).encode()).hexdigest()
 
 
 def _unshare_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, each with memory of its own, which safetensors asks for."""
     seen: set[int] = set()
-    found = {}
+    copies = {}
     for key, tensor in tensors.items():
         memory = tensor.untyped_storage().data_ptr()
         if memory in seen:
-            found[key] = tensor.clone()
+            copies[key] = tensor.clone()
         else:
-            found[key] = tensor
+            copies[key] = tensor
         seen.add(memory)
-    return found
+    return copies
 
 
 def _flush_to_disk(path: Path) -> None:

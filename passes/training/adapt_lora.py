@@ -60,6 +60,9 @@ class AdaptLora(Distill):
         return Cost(3.0, 4.0, tokens=self.tokens)
 
     def requires(self, program: Program) -> list[str]:
+        """Reasons why the pass cannot run: those of distillation, and branches beside
+        weights.
+        """
         beside = [
             "sparse weights have branches (boost), and adapters have no place beside them"
         ] * bool(branch_parameters(program))
@@ -80,7 +83,9 @@ class AdaptLora(Distill):
                 "adapt-lora: no linear module holds a weight of a coupled group: use distill"
             )
         peft = _import_peft()
-        wanted = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
+        wanted = {}
+        for name, parameter in student.named_parameters():
+            wanted[name] = parameter.requires_grad
         config = peft.LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -105,13 +110,13 @@ class AdaptLora(Distill):
             assert gap <= MERGED, f"merging changed the logits by {gap:.3g}"
             for name, parameter in student.named_parameters():
                 parameter.requires_grad_(wanted[name])
-            told = {
+            metrics = {
                 "adapted": len(targets),
                 "adapter_parameters": trained,
                 "merge_difference": float(gap),
             }
-            told |= {"under_masks": len(masks)} if masks else {}
-            return student, told
+            metrics |= {"under_masks": len(masks)} if masks else {}
+            return student, metrics
 
         return PreparedModel(finish_training)
 
@@ -129,16 +134,16 @@ def find_projections(model: nn.Module, program: Program) -> list[str]:
         for m in group.members:
             if m.role in roles:
                 names.add(m.parameter)
-    held = set()
+    holders = set()
     for name, parameter in program.named_parameters():
         if name in names:
-            held.add(id(parameter))
+            holders.add(id(parameter))
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return [
-        path
-        for path, module in model.named_modules()
-        if module is not head and _is_linear(module) and id(module.weight) in held
-    ]
+    projections: list[str] = []
+    for path, module in model.named_modules():
+        if module is not head and _is_linear(module) and id(module.weight) in holders:
+            projections.append(path)
+    return projections
 
 
 def _mask_adapters(model: nn.Module, student: Program, kind: type[nn.Module]) -> dict[str, Tensor]:
@@ -158,7 +163,8 @@ def _mask_adapters(model: nn.Module, student: Program, kind: type[nn.Module]) ->
         """m (W + s B A) x + b.  Dropout falls on the input of the adapters alone."""
 
         def forward(self, x: Tensor) -> Tensor:
-            base, (name,) = self.get_base_layer(), self.active_adapters
+            base = self.get_base_layer()
+            (name,) = self.active_adapters
             mask = getattr(self, "weight" + SUFFIX)
             change = (self.lora_B[name].weight @ self.lora_A[name].weight) * self.scaling[name]
             dropout = self.lora_dropout[name]
@@ -166,15 +172,15 @@ def _mask_adapters(model: nn.Module, student: Program, kind: type[nn.Module]) ->
                 return F.linear(x, (base.weight + change) * mask, base.bias)
             return F.linear(x, base.weight, base.bias) + F.linear(dropout(x), change * mask)
 
-    held = {
+    modules = {
         id(parameter): name
         for name, parameter in student.named_parameters()
         if name in student.sparse
     }
-    found = {}
+    adapters = {}
     for module in model.modules():
         base = getattr(module, "base_layer", None)
-        name = held.get(id(getattr(base, "weight", None)))
+        name = modules.get(id(getattr(base, "weight", None)))
         if base is None or name is None:
             continue
         if type(module) is not kind:
@@ -182,10 +188,10 @@ def _mask_adapters(model: nn.Module, student: Program, kind: type[nn.Module]) ->
                 f"adapt-lora: {name} is sparse, and a {type(base).__name__}: only Linear keeps "
                 "its zeros"
             )
-        found[name] = start_mask(base.weight, student.sparse[name])
+        adapters[name] = start_mask(base.weight, student.sparse[name])
         module.__class__ = UnderMask
-        module.register_buffer("weight" + SUFFIX, found[name].clone())
-    return found
+        module.register_buffer("weight" + SUFFIX, adapters[name].clone())
+    return adapters
 
 
 @torch.no_grad()

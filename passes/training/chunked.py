@@ -76,13 +76,13 @@ def compute_chunked_losses(
         ValueError: the numbers of rows or of logits differ.
     """
     rows = student.count_rows
-    for what, found in (
+    for what, tensor in (
         ("teacher", teacher and teacher.count_rows),
         ("labels", labels_T is not None and len(labels_T)),
     ):
-        if found not in (None, False, rows):
+        if tensor not in (None, False, rows):
             raise ValueError(
-                f"the {what} have {found} rows and the student has {rows}: give the same tokens "
+                f"the {what} have {tensor} rows and the student has {rows}: give the same tokens "
                 "to both"
             )
     source, *head = _differentiable_leaves(student)
@@ -172,7 +172,9 @@ class _ChunkedLosses(torch.autograd.Function):
     def forward(
         ctx: Any, source: Tensor, weight_VX: Tensor | None, bias_V: Tensor | None, job: _Job
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = [bool(job.differentiate and needed) for needed in ctx.needs_input_grad[:3]]
+        wanted = []
+        for needed in ctx.needs_input_grad[:3]:
+            wanted.append(bool(job.differentiate and needed))
         gradients = _Gradients(source, weight_VX, bias_V, wanted, job.dtype)
         sums = torch.zeros(2, device=source.device)
         if weight_VX is None:
@@ -197,8 +199,9 @@ class _ChunkedLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
+    def backward(ctx: Any, d_total: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+        gradients = ctx.gradients
+        ctx.gradients = None
         if gradients is None:
             raise RuntimeError(
                 "the gradients of a chunked loss are handed out once: compute the loss again"
@@ -218,7 +221,9 @@ class _Gradients:
         wanted: list[bool],
         dtype: torch.dtype | None,
     ) -> None:
-        self.source, self.weight, self.dtype = source, weight_VX, dtype
+        self.source = source
+        self.weight = weight_VX
+        self.dtype = dtype
         tensors = (source, weight_VX, bias_V)
         pairs = zip(tensors, wanted, strict=True)
         self.made = [torch.zeros_like(t) if t is not None and want else None for t, want in pairs]

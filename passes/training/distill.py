@@ -107,10 +107,12 @@ class Distill(TrainingPass):
 
     @property
     def files(self) -> tuple[Path, ...]:
+        """The training text and the teacher's folder, where they are named."""
         teacher = () if self.teacher is None else (Path(self.teacher).expanduser(),)
         return (*super().files, *teacher)
 
     def requires(self, program: Program) -> list[str]:
+        """Reasons why the pass cannot run: no teacher, or options that contradict each other."""
         checks = {
             f"{MISSING['cut']}, or name a teacher folder": bool(self.kl)
             and program.cut is None
@@ -125,6 +127,12 @@ class Distill(TrainingPass):
         return super().requires(program) + [reason for reason, holds in checks.items() if holds]
 
     def call(self, program: Program, context: Context) -> PassResult:
+        """Train the pruned model on the teacher's predictions.
+
+        Raises:
+            TrainingError: a loss is not finite, or the resume folder belongs to another run.
+            PipelineError: an option does not fit the model, or a package is missing.
+        """
         text = self.load_text(program, context)
         teacher, widths, correction = self._make_teacher(program, text, context)
         student = copy_program(program).replace(scores={})
@@ -228,14 +236,16 @@ class Distill(TrainingPass):
             self,
             context.seed,
         )
-        kept = {key: about[key] for key in ("weights", "text", "versions")}
-        kept |= {
+        answers = {}
+        for key in ("weights", "text", "versions"):
+            answers[key] = about[key]
+        answers |= {
             "top_k": str(self.top_k),
             "temperature": str(self.temperature),
             "dtype": self.teacher_dtype,
         }
         folder = Path(self.store).expanduser()
-        return store_answers(live, (*text.train, *text.held_out), folder, kept, context.progress)
+        return store_answers(live, (*text.train, *text.held_out), folder, answers, context.progress)
 
     def _hidden_widths(self, model: nn.Module, teacher: int | None) -> tuple[int, int] | None:
         mine = _hidden_width(model)
@@ -247,11 +257,11 @@ class Distill(TrainingPass):
 def _hidden_width(model: nn.Module) -> int | None:
     """Width of the hidden states, where the configuration says it."""
     config = getattr(model, "config", None)
-    found = None
+    width = None
     if config is not None:
-        found = getattr(config.get_text_config(), "hidden_size", None)
-    if isinstance(found, int):
-        return found
+        width = getattr(config.get_text_config(), "hidden_size", None)
+    if isinstance(width, int):
+        return width
     return None
 
 

@@ -80,7 +80,7 @@ class Learner(nn.Module):
         output = self.network(batch["inputs"], bool(self.pairs))
         labels = batch.get("labels")
         counted = batch.get("counted")
-        found = compute_chunked_losses(
+        losses = compute_chunked_losses(
             output.rows,
             lesson.rows,
             None if labels is None else labels.reshape(-1),
@@ -88,13 +88,13 @@ class Learner(nn.Module):
             self.weights,
         )
         if not self.pairs:
-            return StepLosses(found.total, found.kl, found.ce, torch.zeros_like(found.kl))
+            return StepLosses(losses.total, losses.kl, losses.ce, torch.zeros_like(losses.kl))
         apart = self._hidden_distance(output, lesson, counted)
         # Minitron's dynamic weight: the two losses count the same, whatever their scales; the KL as
         # it stands in the total, with its weight and the square of its temperature.
-        logits = self.weights.kl * self.weights.temperature**2 * found.kl
+        logits = self.weights.kl * self.weights.temperature**2 * losses.kl
         share = logits / apart.detach().clamp_min(1e-8)
-        return StepLosses(found.total + share * apart, found.kl, found.ce, apart.detach())
+        return StepLosses(losses.total + share * apart, losses.kl, losses.ce, apart.detach())
 
     def _hidden_distance(
         self, output: Output, lesson: TeacherTargets, counted: Tensor | None

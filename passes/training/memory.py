@@ -47,10 +47,16 @@ def gather_sharded_params(model: nn.Module) -> None:
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters that are trained and persistent buffers by name, each once, whole."""
     gather_sharded_params(model)
-    named: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            named[name] = p
     persistent = model.state_dict().keys()
     named |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    return {name: full_tensor(tensor.detach()) for name, tensor in named.items()}
+    result: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        result[name] = full_tensor(tensor.detach())
+    return result
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -65,9 +71,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     """Its tensors, named by parameter number and key, and its groups."""
     state = optimizer.state_dict()
     tensors = {}
-    for at, own in state["state"].items():
-        for key, value in own.items():
-            tensors[f"{at}.{key}"] = full_tensor(value)
+    for index, moments in state["state"].items():
+        for key, value in moments.items():
+            tensors[f"{index}.{key}"] = full_tensor(value)
     return tensors, {"groups": state["param_groups"]}
 
 
@@ -82,12 +88,12 @@ def put_optimizer_state(
             parameters.append(p)
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        at, _, key = name.partition(".")
-        like = parameters[int(at)]
+        index, _, key = name.partition(".")
+        like = parameters[int(index)]
         if value.shape == like.shape:
-            state.setdefault(int(at), {})[key] = spread_like(value, like)
+            state.setdefault(int(index), {})[key] = spread_like(value, like)
         else:
-            state.setdefault(int(at), {})[key] = value
+            state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
 
 
@@ -123,13 +129,16 @@ def isolate_randomness() -> Iterator[None]:
 
 def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names with a prefix, so that several sets share one file."""
-    return {f"{prefix}/{name}": value for name, value in tensors.items()}
+    result: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        result[f"{prefix}/{name}"] = value
+    return result
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of ``prefixed``: those of one set."""
-    return {
-        name.removeprefix(f"{prefix}/"): v
-        for name, v in tensors.items()
-        if name.startswith(f"{prefix}/")
-    }
+    prefixed: dict[str, Tensor] = {}
+    for name, v in tensors.items():
+        if name.startswith(f"{prefix}/"):
+            prefixed[name.removeprefix(f"{prefix}/")] = v
+    return prefixed

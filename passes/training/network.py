@@ -48,7 +48,8 @@ class Network(nn.Module):
         self, model: nn.Module, probe: Mapping[str, Any], precision: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.body, self.precision = model, precision
+        self.body = model
+        self.precision = precision
         accepted = inspect.signature(model.forward).parameters
         if "use_cache" in accepted:
             self.fixed = {"use_cache": False}
@@ -64,19 +65,19 @@ class Network(nn.Module):
         else:
             more = {}
         with torch.autocast(device, self.precision) if self.precision else nullcontext():
-            given = self.body(**inputs, **self.fixed, **more)
-        found = getattr(given, "hidden_states", None) or ()
-        if states and not found:
+            output = self.body(**inputs, **self.fixed, **more)
+        hidden_states = getattr(output, "hidden_states", None) or ()
+        if states and not hidden_states:
             raise PipelineError(
                 f"{type(self.body).__name__} gives no hidden states to compare: leave states=[] "
                 "(logits alone)"
             )
-        scores = select_logits(given)
+        scores = select_logits(output)
         flat = scores.reshape(-1, scores.shape[-1])
         if self.head is None:
-            return Output(LogitRows(flat), tuple(found))
+            return Output(LogitRows(flat), tuple(hidden_states))
         return Output(
-            HeadRows(flat, self.head.weight, self.head.bias, self.precision), tuple(found)
+            HeadRows(flat, self.head.weight, self.head.bias, self.precision), tuple(hidden_states)
         )
 
     def train(self, mode: bool = True) -> Network:
@@ -117,8 +118,8 @@ def _cut_head(model: nn.Module, probe: Mapping[str, Any]) -> tuple[nn.Linear | N
         with torch.no_grad():
             expected = select_logits(model(**probe))
             setattr(parent, name, nn.Identity())
-            found = head(select_logits(model(**probe)))
-        if _is_same_output(expected, found):
+            logits = head(select_logits(model(**probe)))
+        if _is_same_output(expected, logits):
             return head, path
         reason = "the model changes its logits after the head"
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:

@@ -65,10 +65,12 @@ class TrainingPass(Pass):
 
     @property
     def needs_data(self) -> bool:
+        """Whether calibration sequences are the training text: where no file is named."""
         return self.data is None
 
     @property
     def files(self) -> tuple[Path, ...]:
+        """The training text, where a file is named."""
         if self.data is None:
             return ()
         return (Path(self.data).expanduser(),)
@@ -79,6 +81,7 @@ class TrainingPass(Pass):
         return Cost(4.0, 16.0, tokens=self.tokens)
 
     def requires(self, program: Program) -> list[str]:
+        """Reasons why the pass cannot run; training needs weights."""
         on_meta = any(p.is_meta for _, p in program.named_parameters())
         return (
             super().requires(program)

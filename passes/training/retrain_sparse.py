@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -100,11 +100,18 @@ class RetrainSparse(Distill):
         return replace(super().cost, bytes_per_parameter=super().cost.bytes_per_parameter + 2.0)
 
     def requires(self, program: Program) -> list[str]:
+        """Reasons why the pass cannot run: those of distillation, and branches or scores that
+        do not fit.
+        """
         reasons = super().requires(program)
-        widths = {
-            name: p.shape[1] for name, p in program.named_parameters() if name in program.sparse
-        }
-        odd = [name for name, width in widths.items() if self.boost and width % self.boost]
+        widths = {}
+        for name, p in program.named_parameters():
+            if name in program.sparse:
+                widths[name] = p.shape[1]
+        odd = []
+        for name, width in widths.items():
+            if self.boost and width % self.boost:
+                odd.append(name)
         reasons += [
             f"boost={self.boost} does not divide the {widths[name]} inputs of {name}"
             for name in odd[:1]
@@ -160,15 +167,17 @@ class RetrainSparse(Distill):
             take_masks(model, sites)
             _fold_scales(student, scales)
             baked = _bake_masks(student, last, adaptive)
-            told = {"weights_under_masks": len(sites), **_mask_movement(last, masks)}
-            told |= {"ranked_by": ranked_by} if adaptive else {}
+            metrics = {"weights_under_masks": len(sites), **_mask_movement(last, masks)}
+            metrics |= {"ranked_by": ranked_by} if adaptive else {}
             if branches:
-                made = {
-                    name: (_branch_sums(a, b, self.boost), b) for name, (a, b) in branches.items()
-                }
-                baked = add_branches(baked, made)
-                told["branch_parameters"] = sum(a.numel() + b.numel() for a, b in made.values())
-            return baked, told
+                branch_figures = {}
+                for name, (a, b) in branches.items():
+                    branch_figures[name] = (_branch_sums(a, b, self.boost), b)
+                baked = add_branches(baked, branch_figures)
+                metrics["branch_parameters"] = sum(
+                    a.numel() + b.numel() for a, b in branch_figures.values()
+                )
+            return baked, metrics
 
         return PreparedModel(finish_training, masks)
 
@@ -184,13 +193,18 @@ class RetrainSparse(Distill):
                 "itself is trained here: "
                 "leave boost=0"
             )
-        return {site.name: add_branch(site, self.boost, self.boost_trained) for site in sites}
+        result: dict[str, tuple[nn.Parameter | None, nn.Parameter]] = {}
+        for site in sites:
+            result[site.name] = add_branch(site, self.boost, self.boost_trained)
+        return result
 
 
 def _ranked_by(student: Program, score: MaskScore, context: Context) -> dict[str, int]:
     """By what the entries of how many weights are ranked; told where it is not what chose their
     first mask."""
-    rows = [(one.metric, score.metric_of(one)) for one in student.sparse.values()]
+    rows = []
+    for state in student.sparse.values():
+        rows.append((state.metric, score.metric_of(state)))
     for (metric, row), count in Counter(rows).items():
         if score.metric == "match" and metric != row:
             context.log.info(
@@ -218,9 +232,9 @@ def _fold_scales(student: Program, scales: Mapping[str, Tensor]) -> None:
 def _revive_removed(student: Program, score: MaskScore) -> None:
     """Put back what was removed, where it was kept."""
     parameters = dict(student.named_parameters())
-    for name, one in student.sparse.items():
-        if one.removed is not None:
-            parameters[name].copy_(revive_weight(parameters[name].detach(), one, score))
+    for name, state in student.sparse.items():
+        if state.removed is not None:
+            parameters[name].copy_(revive_weight(parameters[name].detach(), state, score))
 
 
 @torch.no_grad()
@@ -233,16 +247,14 @@ def _bake_masks(
     sparse = dict[str, Sparse](student.sparse)
     for site, mask in masks:
         parameter = parameters[site.name]
-        left, gone = bake_mask(parameter.detach(), mask)
-        parameter.copy_(left)
+        weight, gone = bake_mask(parameter.detach(), mask)
+        parameter.copy_(weight)
         if trained and site.sparse.removed is not None:
             sparse[site.name] = replace(site.sparse, removed=gone)
     return student.replace(sparse=MappingProxyType(sparse))
 
 
-def _mask_movement(
-    masks: Sequence[tuple[MaskedWeight, Tensor]], schedule: MaskSchedule
-) -> dict[str, Any]:
+def _mask_movement(masks: Sequence[tuple[MaskedWeight, Tensor]], schedule: MaskSchedule) -> JSON:
     """How far the masks went, and how they were at the last refresh."""
     bits = sum(mask.numel() for _, mask in masks)
     changed = sum(int((site.first.to(mask.device) != mask).sum()) for site, mask in masks)

@@ -49,6 +49,7 @@ class LogitRows:
 
     @property
     def count_rows(self) -> int:
+        """T."""
         return len(self.logits_TV)
 
     def logits(self, part: slice) -> Tensor:
@@ -58,6 +59,7 @@ class LogitRows:
     def divergence(
         self, part: slice, log_q_cV: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
+        """Forward KL of these rows; see ``Rows.divergence``."""
         return _full_divergence(self.logits(part), log_q_cV, temperature)
 
 
@@ -78,6 +80,7 @@ class HeadRows:
 
     @property
     def count_rows(self) -> int:
+        """T."""
         return len(self.hidden_TX)
 
     def logits(self, part: slice) -> Tensor:
@@ -87,6 +90,7 @@ class HeadRows:
     def divergence(
         self, part: slice, log_q_cV: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
+        """Forward KL of these rows; see ``Rows.divergence``."""
         return _full_divergence(self.logits(part), log_q_cV, temperature)
 
 
@@ -105,11 +109,15 @@ class TopRows:
 
     @property
     def count_rows(self) -> int:
+        """T."""
         return len(self.indices_Tk)
 
     def divergence(
         self, part: slice, log_q_cV: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
+        """Forward KL with all tokens beyond the k likeliest as one outcome; see
+        ``Rows.divergence``.
+        """
         device = log_q_cV.device
         index_ck = self.indices_Tk[part].to(device, torch.int64)
         log_p_ck = self.log_probs_Tk[part].to(device, torch.float32)
@@ -124,12 +132,12 @@ class TopRows:
 
 def top_rows(rows: HeadRows | LogitRows, k: int, temperature: float = 1.0) -> TopRows:
     """The k likeliest tokens of each row, int32 and float32, computed chunk by chunk."""
-    found = []
+    parts = []
     for part in row_chunks(rows.count_rows, _vocabulary_size(rows)):
         log_p_cV = torch.log_softmax(rows.logits(part) / temperature, -1)
-        found.append(log_p_cV.topk(min(k, log_p_cV.shape[-1]), -1))
-    indices = torch.cat([part.indices for part in found]).to(torch.int32)
-    return TopRows(indices, torch.cat([part.values for part in found]))
+        parts.append(log_p_cV.topk(min(k, log_p_cV.shape[-1]), -1))
+    indices = torch.cat([part.indices for part in parts]).to(torch.int32)
+    return TopRows(indices, torch.cat([part.values for part in parts]))
 
 
 def row_chunks(rows: int, vocabulary: int, elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from secateur.graph import Program, SecateurError, with_parameters
 from secateur.graph.errors import PipelineError
-from secateur.passes.base import Context
+from secateur.passes.base import JSON, Context
 from secateur.passes.storage.journal import Journal, hash_tensor
 from secateur.passes.training.chunked import Weights
 from secateur.passes.training.learner import Learner, Pair
@@ -76,7 +76,7 @@ class TrainingResult:
     tokens_here: int
     seconds: float
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> JSON:
         """For the history: the curve thinned out to a few points."""
         every = max(1, -(-len(self.curve) // POINTS))
         return {
@@ -95,15 +95,19 @@ class TrainingResult:
 def thin_curve(curve: Sequence[Mapping[str, float]], every: int) -> list[dict[str, float]]:
     """Means over ``every`` steps each; step, tokens, rate and what is said of masks are those of
     the last."""
-    parts = [curve[at : at + every] for at in range(0, len(curve), every)]
+    parts = []
+    for start in range(0, len(curve), every):
+        parts.append(curve[start : start + every])
     last = ("step", "tokens", "lr", *RECORDS)
-    return [
-        {
-            key: part[-1][key] if key in last else sum(row[key] for row in part) / len(part)
-            for key in part[-1]
-        }
-        for part in parts
-    ]
+    points: list[dict[str, float]] = []
+    for part in parts:
+        points.append(
+            {
+                key: part[-1][key] if key in last else sum(row[key] for row in part) / len(part)
+                for key in part[-1]
+            }
+        )
+    return points
 
 
 def train_module(
@@ -153,8 +157,8 @@ def train_module(
         try:
             learner = Learner(network, goal.weights, goal.pairs, goal.widths)
             before = dict(learner.named_parameters())
-            here = next(model.parameters()).device
-            use_cpu = not torch.accelerator.is_available() or (stays and here.type == "cpu")
+            device = next(model.parameters()).device
+            use_cpu = not torch.accelerator.is_available() or (stays and device.type == "cpu")
             tutor = trainer.DistillationTrainer(
                 learner,
                 teacher,
@@ -169,8 +173,8 @@ def train_module(
                 use_cpu,
                 masks,
             )
-            left = steps.steps - tutor.first_step
-            ticks = iter(context.progress(range(left + 1), goal.part, left))
+            remaining = steps.steps - tutor.first_step
+            ticks = iter(context.progress(range(remaining + 1), goal.part, remaining))
             tutor.add_callback(trainer.ProgressTicks(ticks))
             start = time.perf_counter()
             tutor.run_training()
@@ -218,11 +222,10 @@ def run_fingerprint(
     every = hashlib.sha256()
     for name, parameter in model.named_parameters():
         every.update(f"{name} {hash_tensor(full_tensor(parameter))} ".encode())
-    chosen = {
-        f"option {name}": json.dumps(value)
-        for name, value in options.to_json().items()
-        if name not in FREE
-    }
+    chosen = {}
+    for name, value in options.to_json().items():
+        if name not in FREE:
+            chosen[f"option {name}"] = json.dumps(value)
     return {
         **chosen,
         "part": repr(goal),
@@ -243,8 +246,13 @@ def _prepare_module(model: nn.Module, options: TrainingPass) -> Iterator[bool]:
     Yields:
         whether weights were of low precision.
     """
-    was = {parameter: (parameter.dtype, parameter.device) for parameter in model.parameters()}
-    wide = {parameter for parameter, (dtype, _) in was.items() if dtype in LOW}
+    was = {}
+    for parameter in model.parameters():
+        was[parameter] = (parameter.dtype, parameter.device)
+    wide = set()
+    for parameter, (dtype, _) in was.items():
+        if dtype in LOW:
+            wide.add(parameter)
     for parameter in wide:
         parameter.data = parameter.data.float()
     if options.checkpointing:
@@ -290,7 +298,7 @@ def _gather_weights(learner: nn.Module, before: Mapping[str, nn.Parameter]) -> N
                 parameter.copy_(full_tensor(after[name].detach()))
 
 
-def make_probe(text: TrainingText, model: nn.Module) -> dict[str, Any]:
+def make_probe(text: TrainingText, model: nn.Module) -> JSON:
     """The beginning of the first sequence, where the model is."""
     device = next(model.parameters()).device
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from secateur.passes.base import Progress
 from secateur.passes.calibration.data import Sample
 from secateur.passes.opening import open_model_folder
-from secateur.passes.storage.journal import Journal
+from secateur.passes.storage.journal import JSON, Journal
 from secateur.passes.training.learner import Batch, TeacherTargets
 from secateur.passes.training.network import Network
 from secateur.passes.training.rows import TopRows, top_rows
-from secateur.passes.training.text import collate_batch
+from secateur.passes.training.text import Item, collate_batch
 
 
 class Teacher(Protocol):
@@ -26,7 +26,9 @@ class Teacher(Protocol):
 
     def __call__(self, batch: Batch) -> TeacherTargets: ...
 
-    def move_to(self, device: torch.device) -> None: ...
+    def move_to(self, device: torch.device) -> None:
+        """Follow the student to its device."""
+        ...
 
 
 class NoTeacher:
@@ -36,6 +38,7 @@ class NoTeacher:
         return TeacherTargets(None)
 
     def move_to(self, device: torch.device) -> None:
+        """Nothing to move."""
         return None
 
 
@@ -57,10 +60,14 @@ class LiveTeacher:
         temperature: float = 1.0,
         stays: bool = False,
     ) -> None:
-        self.network, self.states, self.top_k = network.eval(), states, top_k
-        self.temperature, self.stays = temperature, stays
+        self.network = network.eval()
+        self.states = states
+        self.top_k = top_k
+        self.temperature = temperature
+        self.stays = stays
 
     def move_to(self, device: torch.device) -> None:
+        """Move the network, unless it keeps its device."""
         if not self.stays:
             self.network.to(device)
 
@@ -88,12 +95,15 @@ class StoredTeacher:
         self.journal = journal
 
     def move_to(self, device: torch.device) -> None:
+        """Nothing to move: rows are read on the CPU."""
         return None
 
     def __call__(self, batch: Batch) -> TeacherTargets:
-        found = [self._read_rows(int(window)) for window in batch["window"]]
-        longest = max(len(rows.indices_Tk) for rows in found)
-        parts = [_pad_rows(rows, longest) for rows in found]
+        answers = []
+        for window in batch["window"]:
+            answers.append(self._read_rows(int(window)))
+        longest = max(len(rows.indices_Tk) for rows in answers)
+        parts = [_pad_rows(rows, longest) for rows in answers]
         return TeacherTargets(
             TopRows(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
         )
@@ -110,7 +120,7 @@ def store_answers(
     teacher: LiveTeacher,
     samples: Sequence[Sample],
     folder: Path,
-    about: dict[str, Any],
+    about: JSON,
     progress: Progress,
 ) -> StoredTeacher:
     """Write down what a teacher says about each sequence; those that stand there already are left.
@@ -128,7 +138,10 @@ def store_answers(
         journal.write("about", facts=about)
     device = next(teacher.network.parameters()).device
     done = set(journal.names())
-    todo = [window for window in range(len(samples)) if _entry_name(window) not in done]
+    todo = []
+    for window in range(len(samples)):
+        if _entry_name(window) not in done:
+            todo.append(window)
     for window in progress(todo, "teacher", len(todo)):
         batch = collate_batch([{"window": window, "sample": samples[window]}])
         rows = teacher({**batch, "inputs": _move_inputs(batch["inputs"], device)}).rows
@@ -166,8 +179,11 @@ def _entry_name(window: int) -> str:
     return f"rows-{window:08d}"
 
 
-def _move_inputs(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+def _move_inputs(inputs: Item, device: torch.device) -> Item:
+    result: Item = {}
+    for name, v in inputs.items():
+        result[name] = v.to(device) if isinstance(v, Tensor) else v
+    return result
 
 
 def _pad_rows(rows: TopRows, length: int) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,8 @@ from secateur.passes.storage.journal import hash_tensor
 
 BREAK = "\n\n\n"  # between the documents of a plain text file
 DOCUMENTS_AT_ONCE = 256
+Item = dict[str, Any]
+"""A numbered sequence, or a batch of them, by field."""
 
 
 class TextError(SecateurError):
@@ -42,13 +44,13 @@ class TrainingText:
 
     def sha256(self) -> str:
         """Of all sequences, in order."""
-        found = hashlib.sha256(str(len(self.train)).encode())
+        digest = hashlib.sha256(str(len(self.train)).encode())
         for sample in (*self.train, *self.held_out):
             for name, value in sample.inputs.items():
-                found.update(
+                digest.update(
                     f"{name} {hash_tensor(value) if isinstance(value, Tensor) else value} ".encode()
                 )
-        return found.hexdigest()
+        return digest.hexdigest()
 
 
 def split_held_out(sequences: Sequence[Sample], held_out: int) -> TrainingText:
@@ -59,10 +61,10 @@ def split_held_out(sequences: Sequence[Sample], held_out: int) -> TrainingText:
         TextError: no sequence to train on.
     """
     back = min(held_out, len(sequences) // 5)
-    kept = tuple(sequences[back:])
-    if not kept:
+    training = tuple(sequences[back:])
+    if not training:
         raise TextError("there is no sequence to train on: give calibration data or data=FILE")
-    return TrainingText(kept, tuple(sequences[:back]))
+    return TrainingText(training, tuple(sequences[:back]))
 
 
 def read_windows(
@@ -134,7 +136,10 @@ def _tokenize_file(file: Path, program: Program, tokens: int, seed: int) -> Tens
 
 def _document_chunks(documents: list[str], seed: int) -> Iterator[list[str]]:
     order = sorted(documents, key=lambda text: hashlib.sha256(f"{seed}/{text}".encode()).digest())
-    return (order[at : at + DOCUMENTS_AT_ONCE] for at in range(0, len(order), DOCUMENTS_AT_ONCE))
+    return (
+        order[start : start + DOCUMENTS_AT_ONCE]
+        for start in range(0, len(order), DOCUMENTS_AT_ONCE)
+    )
 
 
 def _read_documents(file: Path) -> list[str]:
@@ -149,15 +154,19 @@ def _read_documents(file: Path) -> list[str]:
             parts = []
     except (OSError, ValueError, KeyError, TypeError) as error:
         if file.suffix == ".jsonl":
-            wanted = 'one JSON object with "text" a line'
+            wanted = 'one Item object with "text" a line'
         else:
             wanted = "UTF-8 text"
         raise TextError(f"{file} cannot be read, expected {wanted}: {error}") from error
     parts = parts or text.replace("\r\n", "\n").split(BREAK)
-    return [part.strip() for part in parts if part.strip()]
+    result: list[str] = []
+    for part in parts:
+        if part.strip():
+            result.append(part.strip())
+    return result
 
 
-class TrainingOrder(torch.utils.data.Dataset[dict[str, Any]]):
+class TrainingOrder(torch.utils.data.Dataset[Item]):
     """The sequences in the order of training: as many passes as it takes, each in an order of its
     own.
 
@@ -166,13 +175,15 @@ class TrainingOrder(torch.utils.data.Dataset[dict[str, Any]]):
     """
 
     def __init__(self, samples: Sequence[Sample], length: int, seed: int) -> None:
-        self.samples, self.length, self.seed = samples, length, seed
+        self.samples = samples
+        self.length = length
+        self.seed = seed
         self._orders: dict[int, list[int]] = {}
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, at: int) -> dict[str, Any]:
+    def __getitem__(self, at: int) -> Item:
         turn, place = divmod(at, len(self.samples))
         if turn not in self._orders:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
@@ -181,7 +192,7 @@ class TrainingOrder(torch.utils.data.Dataset[dict[str, Any]]):
         return {"window": window, "sample": self.samples[window]}
 
 
-def collate_batch(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def collate_batch(items: Sequence[Item]) -> Item:
     """A batch: ``inputs`` of the model, ``labels`` (next tokens) and ``counted`` where known,
     numbers of the windows.
 
@@ -189,16 +200,19 @@ def collate_batch(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     masked: a causal model cannot see it, and others should be given sequences of one length.
     """
     samples = [item["sample"] for item in items]
-    inputs = {
-        name: _join_sequences([s.inputs[name] for s in samples]) for name in samples[0].inputs
-    }
-    batch: dict[str, Any] = {
+    inputs = {}
+    for name in samples[0].inputs:
+        inputs[name] = _join_sequences([s.inputs[name] for s in samples])
+    batch: Item = {
         "inputs": inputs,
         "window": torch.tensor([item["window"] for item in items]),
     }
     ids = [_predicted_tokens(sample) for sample in samples]
     if all(v is not None for v in ids):
-        lengths = [v.shape[1] for v in ids if v is not None]
+        lengths = []
+        for v in ids:
+            if v is not None:
+                lengths.append(v.shape[1])
         batch["labels"] = _join_sequences([_next_tokens(v) for v in ids if v is not None], IGNORED)
         if len(set(lengths)) > 1:
             batch["counted"] = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -218,11 +232,13 @@ def _predicted_tokens(sample: Sample) -> Tensor | None:
             return sample.labels
         return None
     names = ("decoder_input_ids", "input_ids", "ids")
-    found = next((sample.inputs[name] for name in names if name in sample.inputs), None)
-    if found is None:
-        found = next(iter(sample.inputs.values()))
-    whole = isinstance(found, Tensor) and found.dim() == 2 and not found.is_floating_point()
-    return found if whole else None
+    tokens = next((sample.inputs[name] for name in names if name in sample.inputs), None)
+    if tokens is None:
+        tokens = next(iter(sample.inputs.values()))
+    is_token_matrix = (
+        isinstance(tokens, Tensor) and tokens.dim() == 2 and not tokens.is_floating_point()
+    )
+    return tokens if is_token_matrix else None
 
 
 def _join_sequences(values: Sequence[Any], filler: int = 0) -> Any:

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from secateur.graph.errors import SecateurError
-from secateur.passes.storage.journal import Entry, Journal
+from secateur.passes.storage.journal import JSON, Entry, Journal
 from secateur.passes.training.learner import Learner, TeacherTargets
 from secateur.passes.training.masks.schedule import MaskSchedule
 from secateur.passes.training.memory import (
@@ -38,7 +38,7 @@ from secateur.passes.training.memory import (
 )
 from secateur.passes.training.plan import StepPlan, TrainingPass, world_size
 from secateur.passes.training.teachers import Teacher
-from secateur.passes.training.text import TrainingOrder, TrainingText, collate_batch
+from secateur.passes.training.text import Item, TrainingOrder, TrainingText, collate_batch
 
 STATE = "training"
 TRAINER_STATE = "trainer_state.json"
@@ -78,13 +78,11 @@ class DistillationTrainer(Trainer):
         masks: MaskSchedule | None = None,
     ) -> None:
         self.masks = masks
-        self.teacher, self.text, self.pace, self.journal, self.fingerprint = (
-            teacher,
-            text,
-            pace,
-            journal,
-            fingerprint,
-        )
+        self.teacher = teacher
+        self.text = text
+        self.pace = pace
+        self.journal = journal
+        self.fingerprint = fingerprint
         self.curve: list[dict[str, float]] = []
         self.held_out: list[dict[str, float]] = []
         self._parts: list[Tensor] = []
@@ -127,9 +125,7 @@ class DistillationTrainer(Trainer):
                 shared["distributed_type"] = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
-    def _mask_optimizer(
-        self, lr: float
-    ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    def _mask_optimizer(self, lr: float) -> tuple[type[torch.optim.Optimizer], JSON] | None:
         """The optimizer that masked weights need, or None for Trainer's own AdamW."""
         if self.masks is None:
             return None
@@ -140,10 +136,22 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Item,
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        num_items_in_batch: object = None,
     ) -> Tensor:
+        """The loss of a micro-batch against the teacher's predictions; its parts are kept for
+        ``log``.
+
+        Args:
+            model: the learner, as accelerate wrapped it.
+            inputs: a batch, see ``collate_batch``.
+            return_outputs: not used.
+            num_items_in_batch: not used.
+
+        Returns:
+            a scalar with a gradient.
+        """
         self._kept = None  # all of it was put where it belongs before the first step
         losses = model(
             inputs, self.teacher(inputs) if self.learns_from_teacher else TeacherTargets(None)
@@ -152,11 +160,11 @@ class DistillationTrainer(Trainer):
         self._parts.append(torch.stack([part.float() for part in parts]))
         return losses.total  # type: ignore[no-any-return]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+    def _get_train_sampler(self, train_dataset: object = None) -> SequentialSampler:
         return SequentialSampler(range(self.pace.steps * self.pace.sequences))
 
     @torch.no_grad()
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+    def evaluate(self, *_: object, **__: object) -> dict[str, float]:
         """KL and cross entropy on the text held back; every process measures all of it."""
         model = self._inner_learner.eval()
         sums = torch.zeros(2)
@@ -174,7 +182,10 @@ class DistillationTrainer(Trainer):
         kl, ce = (sums / count).tolist()
         record = {"kl": kl, "ce": ce, "perplexity": math.exp(min(ce, 700.0))}
         self.held_out.append({"step": self.state.global_step, "tokens": self.tokens_seen, **record})
-        return {f"eval_{name}": value for name, value in record.items()}
+        result: dict[str, float] = {}
+        for name, value in record.items():
+            result[f"eval_{name}"] = value
+        return result
 
     @property
     def tokens_seen(self) -> int:
@@ -225,15 +236,16 @@ class DistillationTrainer(Trainer):
         if self.text.held_out and self.held_out[-1]["step"] != self.state.global_step:
             self.evaluate()
 
-    def _go_on(self, facts: dict[str, Any]) -> None:
+    def _go_on(self, facts: JSON) -> None:
         self.args.eval_on_start = False
-        self.curve, self.held_out = facts["curve"], facts["held_out"]
+        self.curve = facts["curve"]
+        self.held_out = facts["held_out"]
         self._before = int(self.curve[-1]["tokens"])
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / TRAINER_STATE).write_text(facts["trainer"], encoding="utf-8")
             self.train(resume_from_checkpoint=folder)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object = None) -> None:
         optimizer, groups = optimizer_state(_inner_optimizer(self.optimizer))
         drawn, generators = random_state()
         tensors = {
@@ -295,7 +307,7 @@ class DistillationTrainer(Trainer):
         return self._kept
 
 
-class _HeldOutText(torch.utils.data.Dataset[dict[str, Any]]):
+class _HeldOutText(torch.utils.data.Dataset[Item]):
     """The sequences held back, in order; numbered on from the last training sequence."""
 
     def __init__(self, text: TrainingText) -> None:
@@ -304,7 +316,7 @@ class _HeldOutText(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, at: int) -> dict[str, Any]:
+    def __getitem__(self, at: int) -> Item:
         return {"window": self.first + at, "sample": self.samples[at]}
 
 
@@ -312,13 +324,15 @@ class ProgressTicks(TrainerCallback):
     """Moves a reporter on by one at each step.  ticks: an iterator of as many items as steps are
     left."""
 
-    def __init__(self, ticks: Iterator[Any]) -> None:
+    def __init__(self, ticks: Iterator[object]) -> None:
         self.ticks = ticks
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, *_: object, **__: object) -> None:
+        """Move on by one step."""
         next(self.ticks, None)
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
+    def on_train_end(self, *_: object, **__: object) -> None:
+        """End the reporter's iteration."""
         next(self.ticks, None)
 
 
@@ -333,10 +347,10 @@ def training_arguments(
 ) -> TrainingArguments:
     """What Trainer is told.  Several processes share weights, gradients and moments by FSDP2."""
     if world_size() > 1:
-        sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
+        sharded: JSON = {"fsdp": True, "fsdp_config": {"version": 2}}
     else:
         sharded = {}
-    found = TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=folder,
         num_train_epochs=1,
         per_device_train_batch_size=pace.micro,
@@ -366,10 +380,10 @@ def training_arguments(
         use_cpu=use_cpu,
         **sharded,
     )
-    found._n_gpu = min(
-        found.n_gpu, 1
+    arguments._n_gpu = min(
+        arguments.n_gpu, 1
     )  # one process, one device: several are several processes, never DataParallel
-    return found
+    return arguments
 
 
 def check_same(kept: dict[str, str], now: dict[str, str]) -> None:
@@ -392,5 +406,5 @@ def check_same(kept: dict[str, str], now: dict[str, str]) -> None:
 
 def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside accelerate's wrapper."""
-    found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return found
+    wrapped: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return wrapped

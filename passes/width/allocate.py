@@ -1,17 +1,18 @@
-"""Prune groups to a budget that they share: each to the size at which the model loses least."""
+"""Allocation of one shared budget over coupled groups, each pruned to a size of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from secateur.graph import CoupledGroup, Program, coupled_groups, keep
 from secateur.graph.errors import EditError
-from secateur.passes.base import Context, Cost, Pass, PassResult, PlannedEdit
+from secateur.passes.base import JSON, Context, Cost, Pass, PassResult, PlannedEdit
+from secateur.passes.calibration.data import Sample
 from secateur.passes.language.options import OptionError
 from secateur.passes.solvers.knapsack import SizeOption, solve_knapsack
 from secateur.passes.storage.journal import Journal
@@ -85,11 +86,15 @@ class Allocate(Pass):
 
     @property
     def needs_data(self) -> bool:
+        """Whether levels are made and measured on calibration data."""
         return self.needs_levels
 
     @property
     def cost(self) -> Cost:
-        return Cost(3.0 if self.needs_levels else 0.0, 2.0 if self.needs_levels else 0.0)
+        """Forward passes and memory of the levels, none where scores alone decide."""
+        if self.needs_levels:
+            return Cost(3.0, 2.0)
+        return Cost(0.0, 0.0)
 
     def plan(self, program: Program) -> list[PlannedEdit]:
         """One edit for each group, with the size that it would have if all lost the same part.
@@ -97,23 +102,31 @@ class Allocate(Pass):
         Raises:
             EditError: no group of a family, or every one is locked.
         """
-        return [
-            PlannedEdit(g.name, g.family, g.units, self._average_size(g), exact=False)
-            for g in self.free_groups(program)
-        ]
+        edits: list[PlannedEdit] = []
+        for g in self.free_groups(program):
+            edits.append(PlannedEdit(g.name, g.family, g.units, self._average_size(g), exact=False))
+        return edits
 
     def preview(self, program: Program) -> Program:
+        """A Program in which every group has the average size."""
         return keep(program, {edit.group: torch.arange(edit.kept) for edit in self.plan(program)})
 
     def call(self, program: Program, context: Context) -> PassResult:
+        """Choose the sizes within the budget and cut.
+
+        Raises:
+            EditError: no group may be pruned, or the smallest sizes cost more than the budget.
+        """
         groups = self.free_groups(program)
         journal = Journal(context.resume)
         sizes = {group.name: self._level_sizes(group) for group in groups}
-        for name, found in sizes.items():
-            select_units(program, name, found[-1])  # refused before any work
+        for name, group_sizes in sizes.items():
+            select_units(program, name, group_sizes[-1])  # raises before any work
         costs = {}
         for g in groups:
-            costs[g.name] = [cost_of(self.budget, program, g)(kept) for kept in sizes[g.name]]
+            costs[g.name] = [
+                cost_of(self.budget, program, g)(units_kept) for units_kept in sizes[g.name]
+            ]
         costs = _measure_once(journal, "costs", costs)
         limit = (1 - self.ratio) * sum(cost[0] for cost in costs.values())
         supernet = None
@@ -124,25 +137,27 @@ class Allocate(Pass):
             supernet.make_levels(context, journal)
             judge = Judge(supernet, _first_sequences(context, self.tokens), context)
         damages = self._measure_damages(program, sizes, supernet, judge, context, journal)
-        menu = {
-            name: [
+        menu = {}
+        for name in sizes:
+            menu[name] = [
                 SizeOption(*row)
                 for row in zip(sizes[name], costs[name], damages[name], strict=True)
             ]
-            for name in sizes
-        }
         mixture = dict(zip(menu, solve_knapsack(list(menu.values()), limit), strict=True))
-        figures: dict[str, Any] = {"limit": limit, "damages": damages}
+        figures: JSON = {"limit": limit, "damages": damages}
         if judge is not None and self.generations:
             fresh = Judge(judge.supernet, judge.samples, context, judge.dense)
             options = {"generations": self.generations, "children": self.children}
             mixture, figures["evolution"] = evolve_mixture(
                 mixture, menu, limit, fresh, context, journal, **options
             )
-        counts = {name: menu[name][index].kept for name, index in mixture.items()}
-        cut = {
-            n: select_units(program, n, kept) for n, kept in counts.items() if kept < sizes[n][0]
-        }
+        counts = {}
+        cut = {}
+        for name, index in mixture.items():
+            units_kept = menu[name][index].kept
+            counts[name] = units_kept
+            if units_kept < sizes[name][0]:
+                cut[name] = select_units(program, name, units_kept)
         if cut:
             smaller = keep(program, cut)
         else:
@@ -159,9 +174,12 @@ class Allocate(Pass):
         Raises:
             EditError: a family has none that may be pruned.
         """
-        found: list[CoupledGroup] = []
+        groups: list[CoupledGroup] = []
         for family in self.families:
-            free = [g for g in coupled_groups(program) if g.family == family and g.locked is None]
+            free = []
+            for g in coupled_groups(program):
+                if g.family == family and g.locked is None:
+                    free.append(g)
             if not free:
                 raise EditError(
                     f"allocate: the model has no group of family {family!r} that may be pruned"
@@ -171,8 +189,8 @@ class Allocate(Pass):
                 raise EditError(
                     f"allocate: {across} runs through the whole network: prune it with prune-width"
                 )
-            found += free
-        return found
+            groups += free
+        return groups
 
     def _level_sizes(self, group: CoupledGroup) -> list[int]:
         if group.family in WHOLE:
@@ -198,51 +216,52 @@ class Allocate(Pass):
     ) -> dict[str, list[float]]:
         """By group, the damage of each size."""
         if self.damage == "scores":
-            return {
-                name: [_dropped_score(program.scores[name], kept) for kept in found]
-                for name, found in sizes.items()
-            }
+            dropped: dict[str, list[float]] = {}
+            for name, counts in sizes.items():
+                dropped[name] = [_dropped_score(program.scores[name], count) for count in counts]
+            return dropped
         assert supernet is not None and judge is not None
         if self.damage == "error":
-            return {name: [level.error for level in supernet.levels[name]] for name in sizes}
-        found = {}
+            damages: dict[str, list[float]] = {}
+            for name in sizes:
+                damages[name] = [level.error for level in supernet.levels[name]]
+            return damages
+        measured = {}
         for name in context.progress(list(supernet.consumers), "damage", len(supernet.consumers)):
-            kept = journal.read(f"damage {name}")
-            if kept is None:
+            entry = journal.read(f"damage {name}")
+            if entry is None:
                 judge.advance_to(name)
-                values = [
-                    0.0,
-                    *(judge.measure_kl({name: at}).mean for at in range(1, len(sizes[name]))),
-                ]
+                values = [0.0]
+                for index in range(1, len(sizes[name])):
+                    values.append(judge.measure_kl({name: index}).mean)
                 journal.write(f"damage {name}", facts={"values": values})
-            if kept is not None:
-                found[name] = kept.facts["values"]
             else:
-                found[name] = values
-        return {name: found[name] for name in sizes}
+                values = entry.facts["values"]
+            measured[name] = values
+        return {name: measured[name] for name in sizes}
 
 
 def _dropped_score(scores: torch.Tensor, kept: int) -> float:
     return float(unit_values(scores).double().sort(descending=True).values[kept:].sum())
 
 
-def _first_sequences(context: Context, tokens: int) -> list[Any]:
+def _first_sequences(context: Context, tokens: int) -> list[Sample]:
     """The first sequences that hold so many tokens together, or all."""
-    found = []
+    sequences = []
     count = 0
     for sample in context.data or ():
         if count >= tokens:
             break
-        found.append(sample)
+        sequences.append(sample)
         count += sample.tokens
-    return found
+    return sequences
 
 
 def _measure_once(
     journal: Journal, name: str, value: dict[str, list[float]]
 ) -> dict[str, list[float]]:
-    """What was measured first: a time that is measured again differs."""
-    kept = journal.read(name)
-    if kept is None:
+    """The first measurement of an interrupted run: a time that is measured again differs."""
+    entry = journal.read(name)
+    if entry is None:
         journal.write(name, facts={"value": value})
-    return value if kept is None else kept.facts["value"]
+    return value if entry is None else entry.facts["value"]

@@ -36,17 +36,17 @@ def cost_of(kind: CostKind, program: Program, group: CoupledGroup) -> Cost:
 def _distinct_members(program: Program, group: CoupledGroup) -> list[tuple[Tensor, int, int]]:
     """(parameter, dim, entries of one unit) of every distinct member."""
     named = dict(program.named_parameters())
-    found: list[tuple[Tensor, int, int]] = []
+    distinct: list[tuple[Tensor, int, int]] = []
     for member in distinct_members(group):
         weight = named[member.parameter]
-        found.append(
+        distinct.append(
             (
                 weight,
                 member.dim,
                 member.positions.shape[1] * weight.numel() // weight.shape[member.dim],
             )
         )
-    return found
+    return distinct
 
 
 def _parameter_cost(program: Program, group: CoupledGroup) -> Cost:
@@ -69,9 +69,10 @@ def _flop_cost(program: Program, group: CoupledGroup) -> Cost:
 
 
 def _latency_cost(program: Program, group: CoupledGroup) -> Cost:
-    matrices = [
-        (weight, dim) for weight, dim, _ in _distinct_members(program, group) if weight.dim() == 2
-    ]
+    matrices = []
+    for weight, dim, _ in _distinct_members(program, group):
+        if weight.dim() == 2:
+            matrices.append((weight, dim))
     known: dict[int, float] = {}
 
     def seconds(kept: int) -> float:
@@ -121,7 +122,9 @@ def sizes_of(units: int, levels: int, multiple: int, least: int) -> Sequence[int
 
     Counts below ``least`` are left out; the whole group is always there.
     """
-    steps = {multiple * round(units * step / levels / multiple) for step in range(1, levels)}
+    steps = set()
+    for step in range(1, levels):
+        steps.add(multiple * round(units * step / levels / multiple))
     return sorted(
         {units, *(count for count in steps if least <= count < units and count > 0)}, reverse=True
     )

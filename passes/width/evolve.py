@@ -44,10 +44,10 @@ def evolve_mixture(
     curve = list[float]()
     few = max(1, len(judge.samples) // 4)
     for generation in context.progress(range(generations + 1), "evolution", generations + 1):
-        kept = journal.read(f"generation {generation}")
-        if kept is not None:
-            parent = kept.facts["parent"]
-            curve = kept.facts["curve"]
+        entry = journal.read(f"generation {generation}")
+        if entry is not None:
+            parent = entry.facts["parent"]
+            curve = entry.facts["curve"]
             continue
         if generation == 0:
             curve.append(judge.measure_kl(parent).mean)
@@ -61,7 +61,6 @@ def evolve_mixture(
                 parent = child
                 curve = [*curve, value]
             else:
-                parent = parent
                 curve = [*curve, curve[-1]]
         journal.write(f"generation {generation}", facts={"parent": parent, "curve": curve})
     return parent, curve
@@ -97,15 +96,17 @@ def mutate_mixture(
     """
     child = dict(parent)
     names = list(parent)
-    grown = [
-        name for name in draw.sample(names, min(len(names), draw.randint(1, 3))) if child[name] > 0
-    ]
+    grown = []
+    for name in draw.sample(names, min(len(names), draw.randint(1, 3))):
+        if child[name] > 0:
+            grown.append(name)
     for name in grown:
         child[name] -= 1
     while sum(menu[name][index].cost for name, index in child.items()) > budget * (1 + 1e-12):
-        smaller = [
-            name for name in names if name not in grown and child[name] + 1 < len(menu[name])
-        ]
+        smaller = []
+        for name in names:
+            if name not in grown and child[name] + 1 < len(menu[name]):
+                smaller.append(name)
         if not smaller:
             return dict(parent)
         child[draw.choice(smaller)] += 1

@@ -1,5 +1,4 @@
-"""Widen groups that kept fewer units than others of their kind by units of zero, so that a stock
-class holds them."""
+"""Padding of narrower groups with zero units to one width, so that a stock class fits."""
 
 from __future__ import annotations
 
@@ -51,9 +50,17 @@ class FillWidths(Pass):
     }
 
     def preview(self, program: Program) -> Program:
+        """A Program of the shapes after filling; its values are not checked against the
+        outputs before.
+        """
         return _fill_groups(program, _find_wider(program))
 
     def call(self, program: Program, context: Context) -> PassResult:
+        """Widen the narrower groups with units of zero.
+
+        Raises:
+            EditError: the outputs change although the added units are zero.
+        """
         wider = _find_wider(program)
         if not wider:
             return PassResult(program, modified=False, figures={"sizes": {}})
@@ -61,9 +68,9 @@ class FillWidths(Pass):
         filled = _fill_groups(program, wider)
         if not any(parameter.is_meta for _, parameter in program.named_parameters()):
             check_unchanged(program, filled, MISFIT)
-        kept = program.cut.kept
+        kept_units = program.cut.kept
         figures = {
-            "sizes": {name: [len(kept[name]), len(units)] for name, units in wider.items()},
+            "sizes": {name: [len(kept_units[name]), len(units)] for name, units in wider.items()},
             "parameters_before": program.num_parameters,
             "parameters_after": filled.num_parameters,
         }
@@ -75,20 +82,22 @@ def _find_wider(program: Program) -> dict[str, Tensor]:
     gets, ascending."""
     if program.cut is None:
         return {}
-    left = {name for name, _ in program.named_parameters()}
-    kept = program.cut.kept
+    parameters = {name for name, _ in program.named_parameters()}
+    kept_units = program.cut.kept
     alike: dict[tuple[str, int], list[CoupledGroup]] = {}
     for group in coupled_groups(program.cut.dense):
-        if group.block and any(member.parameter in left for member in group.members):
+        if group.block and any(member.parameter in parameters for member in group.members):
             alike.setdefault((group.family, group.units), []).append(group)
-    found = {}
+    wider = {}
     for (_, units), groups in alike.items():
-        sizes = {
-            group.name: len(kept[group.name]) if group.name in kept else units for group in groups
-        }
-        for name in (name for name, size in sizes.items() if size < max(sizes.values())):
-            found[name] = _add_units(kept[name], units, max(sizes.values()))
-    return found
+        sizes = {}
+        for group in groups:
+            sizes[group.name] = len(kept_units[group.name]) if group.name in kept_units else units
+        widest = max(sizes.values())
+        for name, size in sizes.items():
+            if size < widest:
+                wider[name] = _add_units(kept_units[name], units, widest)
+    return wider
 
 
 def _add_units(kept: Tensor, units: int, wanted: int) -> Tensor:
@@ -111,26 +120,27 @@ def _fill_groups(program: Program, wider: Mapping[str, Tensor]) -> Program:
         base = drop(shapes, gone)
     else:
         base = shapes
-    made = base.cut or Cut(
-        cut.dense, {}
-    )  # without a cut the model is as wide as the dense one again
+    # Without a cut the model is as wide as the dense one again.
+    new_cut = base.cut or Cut(cut.dense, {})
     old = remaining_positions(cut)
-    new = remaining_positions(made)
-    values = {name: parameter.detach() for name, parameter in program.named_parameters()}
-    filled = {
-        name: _place_in_zeros(values[name], parameter.detach(), name, old, new)
-        for name, parameter in base.named_parameters()
-    }
+    new = remaining_positions(new_cut)
+    values = dict(program.named_parameters())
+    filled = {}
+    for name, parameter in base.named_parameters():
+        value = values[name].detach()
+        filled[name] = _place_in_zeros(value, parameter.detach(), name, old, new)
     return with_parameters(base, filled).replace(
-        history=program.history, scores={}, cut=Cut(cut.dense, made.kept, cut.dropped)
+        history=program.history, scores={}, cut=Cut(cut.dense, new_cut.kept, cut.dropped)
     )
 
 
 def _residual_parameters(program: Program) -> set[str]:
-    found = blocks(program)
-    return {block.name for block in found} | {
-        sub.name for block in found for sub in block.sub_blocks
-    }
+    program_blocks = blocks(program)
+    names = set()
+    for block in program_blocks:
+        names.add(block.name)
+        names.update(sub.name for sub in block.sub_blocks)
+    return names
 
 
 def _place_in_zeros(

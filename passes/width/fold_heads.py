@@ -1,4 +1,4 @@
-"""What is particular to heads that will go moves into those that stay, right before the cut."""
+"""Folding of the residual of pruned heads into the kept heads (Minitron, section 2.3)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def fold_pairs(scores: Tensor, kept: int) -> list[tuple[int, int]]:
         Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 2.3.
     """
     order = torch.sort(scores, descending=True, stable=True).indices.tolist()
-    return [(order[i - 1], order[2 * kept - i]) for i in range(2 * kept - len(order) + 1, kept + 1)]
+    pairs: list[tuple[int, int]] = []
+    for i in range(2 * kept - len(order) + 1, kept + 1):
+        pairs.append((order[i - 1], order[2 * kept - i]))
+    return pairs
 
 
 def fold_heads(program: Program, counts: Mapping[str, int]) -> Program:
@@ -42,21 +45,22 @@ def fold_heads(program: Program, counts: Mapping[str, int]) -> Program:
     named = dict(program.named_parameters())
     values = dict[str, Tensor]()
     for group in coupled_groups(program):
-        kept = counts.get(group.name, group.units)
-        if group.family not in FOLDED or kept >= group.units:
+        count = counts.get(group.name, group.units)
+        if group.family not in FOLDED or count >= group.units:
             continue
-        _check_group(group, kept)
+        _check_group(group, count)
         scores = program.scores[group.name]
         if scores.dim() == 1:
             by_column = scores[:, None]
         else:
             by_column = scores
-        folds = [
-            (*pair, at)
-            for at, column in enumerate(by_column.T)
-            for pair in fold_pairs(column, kept)
-        ]
-        for member in (member for member in distinct_members(group) if member.role == "produces"):
+        folds = list[tuple[int, int, int]]()
+        for coordinate, ranking in enumerate(by_column.T):
+            for stays, goes in fold_pairs(ranking, count):
+                folds.append((stays, goes, coordinate))
+        for member in distinct_members(group):
+            if member.role != "produces":
+                continue
             old = named[member.parameter].detach()
             new = values.setdefault(member.parameter, old.clone())
             if scores.dim() == 1:
@@ -64,11 +68,12 @@ def fold_heads(program: Program, counts: Mapping[str, int]) -> Program:
             else:
                 cells = member.cells
             for stays, goes, column in folds:
-                at, of = (cells[unit, column].to(old.device) for unit in (stays, goes))
+                index = cells[stays, column].to(old.device)
+                of = cells[goes, column].to(old.device)
                 new.index_copy_(
                     member.dim,
-                    at,
-                    2 * old.index_select(member.dim, at) - old.index_select(member.dim, of),
+                    index,
+                    2 * old.index_select(member.dim, index) - old.index_select(member.dim, of),
                 )
     if values:
         return with_parameters(program, values)
@@ -79,10 +84,8 @@ def _check_group(group: CoupledGroup, kept: int) -> None:
     if group.units > 2 * kept:
         message = f"{kept} of {group.units} heads of {group.name} would stay, at least half must"
         raise EditError(f"prune-width: fold_heads: {message}")
-    if (
-        len({member.positions.shape[1] for member in group.members if member.role == "produces"})
-        > 1
-    ):
+    widths = {m.positions.shape[1] for m in group.members if m.role == "produces"}
+    if len(widths) > 1:
         message = (
             f"a unit of {group.name} is a key/value head with several query heads; prune "
             "query_heads instead"

@@ -1,11 +1,11 @@
-"""Make layers narrower: keep the best-scored units of chosen coupled groups."""
+"""Width pruning: the best-scored units of chosen coupled groups are kept."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.graph import FAMILIES, CoupledGroup, Program, coupled_groups, keep
 from secateur.graph.errors import EditError
-from secateur.passes.base import Context, Pass, PassResult, PlannedEdit, log
+from secateur.passes.base import JSON, Context, Pass, PassResult, PlannedEdit, log
 from secateur.passes.importance.base import Normalization
 from secateur.passes.language.options import OptionError, did_you_mean
 from secateur.passes.width.fold_heads import fold_heads
@@ -112,8 +112,12 @@ class PruneWidth(Pass):
             shared = {}
         else:
             shared = dict.fromkeys(self.families, self.ratio)
-        named = {name: getattr(self, name, None) for name in FAMILIES}
-        return {**shared, **{name: amount for name, amount in named.items() if amount is not None}}
+        amounts = dict[str, float | int](shared)
+        for name in FAMILIES:
+            amount = getattr(self, name, None)
+            if amount is not None:
+                amounts[name] = amount
+        return amounts
 
     def family_multiple(self, family: str) -> int:
         """The multiple that unit counts of a family are rounded to."""
@@ -134,12 +138,15 @@ class PruneWidth(Pass):
         groups = coupled_groups(program)
         asked = {**self._by_family(groups), **self._by_name(groups)}
         by_name = {group.name: group for group in groups}
-        edits = [self._plan_edit(by_name[name], amount) for name, amount in asked.items()]
+        edits = []
+        for name, amount in asked.items():
+            edits.append(self._plan_edit(by_name[name], amount))
         if self.uniform:
             _check_one_shape(edits, groups)
         return edits
 
     def preview(self, program: Program) -> Program:
+        """The Program with the first units of each group, as many as the plan keeps."""
         edit: dict[CoupledGroup | str, Sequence[int] | Tensor] = {}
         for e in self.plan(program):
             if e.kept < e.units:
@@ -147,19 +154,26 @@ class PruneWidth(Pass):
         return keep(program, edit)
 
     def call(self, program: Program, context: Context) -> PassResult:
+        """Keep the best-scored units.
+
+        Raises:
+            EditError: a group has no scores, or the plan cannot be carried out.
+        """
         edits = self.plan(program)
-        missing = [edit.group for edit in edits if edit.group not in program.scores]
+        missing = []
+        for edit in edits:
+            if edit.group not in program.scores:
+                missing.append(edit.group)
         if missing:
             raise EditError(
                 f"{missing[0]} has no scores: the metric of score{{...}} cannot see it; "
                 "choose another"
             )
         counts = self._choose_counts(edits, program)
-        cut: dict[CoupledGroup | str, Sequence[int] | Tensor] = {
-            edit.group: select_units(program, edit.group, counts[edit.group])
-            for edit in edits
-            if counts[edit.group] < edit.units
-        }
+        cut: dict[CoupledGroup | str, Sequence[int] | Tensor] = {}
+        for edit in edits:
+            if counts[edit.group] < edit.units:
+                cut[edit.group] = select_units(program, edit.group, counts[edit.group])
         if cut:
             smaller = self._cut_program(program, cut, counts)
         else:
@@ -188,7 +202,10 @@ class PruneWidth(Pass):
 
     def _count_locked(self, program: Program) -> dict[str, int]:
         """Why groups of the families asked for were left alone, and how many."""
-        groups = [group for group in coupled_groups(program) if group.family in self.family_amounts]
+        groups = []
+        for group in coupled_groups(program):
+            if group.family in self.family_amounts:
+                groups.append(group)
         return dict(Counter(group.locked for group in groups if group.locked is not None))
 
     def _by_family(self, groups: list[CoupledGroup]) -> dict[str, float | int]:
@@ -201,9 +218,11 @@ class PruneWidth(Pass):
                 raise EditError(
                     f"prune-width: the model has no group of family {family!r}; it has: {present}"
                 )
-            free = [group for group in of_family if group.locked is None]
+            free = []
             for group in of_family:
-                if group.locked is not None:
+                if group.locked is None:
+                    free.append(group)
+                else:
                     log.info("prune-width leaves %s alone: %s", group.name, group.locked)
             if not free:
                 reasons = "; ".join(sorted({str(group.locked) for group in of_family}))
@@ -225,9 +244,9 @@ class PruneWidth(Pass):
         return dict(self.groups)
 
     def _plan_edit(self, group: CoupledGroup, amount: float | int) -> PlannedEdit:
-        kept = count_kept(group.name, group.units, amount, self.family_multiple(group.family))
-        if kept < group.min_units:
-            message = f"prune-width: {kept} of {group.units} units of {group.name} would stay"
+        count = count_kept(group.name, group.units, amount, self.family_multiple(group.family))
+        if count < group.min_units:
+            message = f"prune-width: {count} of {group.units} units of {group.name} would stay"
             raise EditError(
                 f"{message}, but the model needs at least {group.min_units}; ask for less"
             )
@@ -237,14 +256,21 @@ class PruneWidth(Pass):
             or isinstance(amount, int)
             or group.name in self.groups
         )
-        return PlannedEdit(group.name, group.family, group.units, kept, exact)
+        return PlannedEdit(group.name, group.family, group.units, count, exact)
 
     def _choose_counts(self, edits: list[PlannedEdit], program: Program) -> dict[str, int]:
         counts = {edit.group: edit.kept for edit in edits}
-        open_ = [edit for edit in edits if not edit.exact]
+        open_ = []
+        for edit in edits:
+            if not edit.exact:
+                open_.append(edit)
         if self.ranking == "global" and open_:
-            shapes = {name: p.shape for name, p in program.named_parameters()}
-            costs = {group.name: unit_cost(group, shapes) for group in coupled_groups(program)}
+            shapes = {}
+            for name, p in program.named_parameters():
+                shapes[name] = p.shape
+            costs = {}
+            for group in coupled_groups(program):
+                costs[group.name] = unit_cost(group, shapes)
             return counts | self._rank_jointly(open_, program.scores, costs)
         for family in {edit.family for edit in open_}:
             counts |= self._rank_jointly(
@@ -260,7 +286,9 @@ class PruneWidth(Pass):
     ) -> dict[str, int]:
         """Units kept where these groups compete in one ranking."""
         budget = sum(edit.kept * (1 if costs is None else costs[edit.group]) for edit in edits)
-        multiples = {edit.group: self.family_multiple(edit.family) for edit in edits}
+        multiples = {}
+        for edit in edits:
+            multiples[edit.group] = self.family_multiple(edit.family)
         return global_counts(
             {e.group: scores[e.group] for e in edits}, budget, multiples, self.normalize, costs
         )
@@ -279,17 +307,19 @@ def _skipped_layers(groups: Iterable[CoupledGroup], skip: tuple[int, ...]) -> se
 
 def _check_one_shape(edits: list[PlannedEdit], groups: list[CoupledGroup]) -> None:
     """Groups of one family and size must end at one size, or no stock class holds the result."""
-    kept = {edit.group: edit.kept for edit in edits}
+    counts = {edit.group: edit.kept for edit in edits}
     families = {edit.family for edit in edits}
     shapes: dict[tuple[str, int], dict[int, CoupledGroup]] = {}
     for group in groups:
         if group.family in families and group.block:
             shapes.setdefault((group.family, group.units), {})[
-                kept.get(group.name, group.units)
+                counts.get(group.name, group.units)
             ] = group
-    for (family, units), found in shapes.items():
-        if len(found) > 1:
-            pieces = ", ".join(_shape_text(group, count) for count, group in sorted(found.items()))
+    for (family, units), amounts in shapes.items():
+        if len(amounts) > 1:
+            pieces = ", ".join(
+                _shape_text(group, count) for count, group in sorted(amounts.items())
+            )
             message = (
                 f"prune-width: groups of family {family!r} with {units} units would "
                 f"differ ({pieces})"
@@ -305,10 +335,13 @@ def _shape_text(group: CoupledGroup, count: int) -> str:
 
 def _collect_metrics(
     before: Program, after: Program, edits: list[PlannedEdit], counts: Mapping[str, int]
-) -> dict[str, Any]:
+) -> JSON:
     families = Counter(edit.family for edit in edits)
-    kept = {family: [counts[e.group] for e in edits if e.family == family] for family in families}
-    units = {family: [e.units for e in edits if e.family == family] for family in families}
+    units = dict[str, list[int]]()
+    units_kept = dict[str, list[int]]()
+    for edit in edits:
+        units.setdefault(edit.family, []).append(edit.units)
+        units_kept.setdefault(edit.family, []).append(counts[edit.group])
     return {
         "parameters_before": before.num_parameters,
         "parameters_after": after.num_parameters,
@@ -316,9 +349,9 @@ def _collect_metrics(
             family: {
                 "groups": count,
                 "units": sum(units[family]),
-                "kept": sum(kept[family]),
-                "smallest": min(kept[family]),
-                "largest": max(kept[family]),
+                "kept": sum(units_kept[family]),
+                "smallest": min(units_kept[family]),
+                "largest": max(units_kept[family]),
             }
             for family, count in families.items()
         },

@@ -1,10 +1,9 @@
-"""How many units a group keeps, and which: the arithmetic of width pruning."""
+"""Unit counts and unit choice: the arithmetic of width pruning."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from secateur.graph.errors import EditError
 from secateur.passes.importance.base import Normalization, distinct_members, normalize_scores
 
 
-def check_amount(value: Any) -> Any:
+def check_amount(value: object) -> object:
     """A fraction removed (float, 0 <= x < 1) or a number of units kept (int >= 1), as given.
 
     Raises:
@@ -59,13 +58,13 @@ def count_kept(name: str, units: int, amount: float | int, multiple: int) -> int
                 f"{multiple} (round_to)"
             )
         return amount
-    kept = min(units, multiple * math.floor((1 - amount) * units / multiple + 0.5))
-    if kept < 1:
+    count = min(units, multiple * math.floor((1 - amount) * units / multiple + 0.5))
+    if count < 1:
         what = f"removing {amount:g} of its {units} units" + (
             f", in multiples of {multiple}," if multiple > 1 else ""
         )
         raise EditError(f"prune-width: {name} would be empty: {what} keeps none; ask for less")
-    return kept
+    return count
 
 
 def top_units(scores: Tensor, count: int) -> Tensor:
@@ -105,13 +104,10 @@ def select_units(program: Program, group: str, count: int) -> Tensor:
 
 def _metric(program: Program) -> str:
     """The metric of the scores that a Program has, in words."""
-    steps = []
+    metric = None
     for step in program.history:
         if step.name == "score":
-            steps.append(step)
-    metric = None
-    if steps:
-        metric = steps[-1].options.get("metric")
+            metric = step.options.get("metric")
     if metric is None:
         return "the metric"
     if isinstance(metric, Mapping):
@@ -153,28 +149,38 @@ def global_counts(
     names = sorted(scores)
     for name in names:
         _check_scale(name, scores[name], how)
-    multiples = [multiple if isinstance(multiple, int) else multiple[name] for name in names]
+    multiples = []
+    for name in names:
+        multiples.append(multiple if isinstance(multiple, int) else multiple[name])
     price = [1 if costs is None else costs[name] for name in names]
-    ordered = [
-        normalize_scores(unit_values(scores[name]), how).sort(descending=True, stable=True).values
-        for name in names
-    ]
-    floors = [min(least, len(values)) for least, values in zip(multiples, ordered, strict=True)]
+    ordered = []
+    for name in names:
+        ordered.append(
+            normalize_scores(unit_values(scores[name]), how)
+            .sort(descending=True, stable=True)
+            .values
+        )
+    floors = []
+    for least, values in zip(multiples, ordered, strict=True):
+        floors.append(min(least, len(values)))
     rest = torch.cat([values[floor:] for values, floor in zip(ordered, floors, strict=True)])
-    owner = torch.cat(
-        [torch.full((len(v) - f,), i) for i, (v, f) in enumerate(zip(ordered, floors, strict=True))]
-    )
+    owners = []
+    for group, (values, floor) in enumerate(zip(ordered, floors, strict=True)):
+        owners.append(torch.full((len(values) - floor,), group))
+    owner = torch.cat(owners)
     owner = owner[torch.sort(rest, descending=True, stable=True).indices]
     spent = torch.tensor(price)[owner].cumsum(0) + sum(
         p * floor for p, floor in zip(price, floors, strict=True)
     )
     won = torch.bincount(owner[spent <= budget], minlength=len(names)).tolist()
-    return {
-        name: min(len(values), max(floor, least * math.floor((floor + extra) / least + 0.5)))
-        for name, values, floor, extra, least in zip(
-            names, ordered, floors, won, multiples, strict=True
+    counts: dict[str, int] = {}
+    for name, values, floor, extra, least in zip(
+        names, ordered, floors, won, multiples, strict=True
+    ):
+        counts[name] = min(
+            len(values), max(floor, least * math.floor((floor + extra) / least + 0.5))
         )
-    }
+    return counts
 
 
 def _check_scale(name: str, scores: Tensor, how: Normalization) -> None:
@@ -195,7 +201,9 @@ def _check_scale(name: str, scores: Tensor, how: Normalization) -> None:
 
 def unit_cost(group: CoupledGroup, shapes: Mapping[str, Sequence[int]]) -> int:
     """Parameters that go with one unit of a group.  shapes: by parameter name."""
-    sizes = {m.parameter: math.prod(shapes[m.parameter]) for m in group.members}
+    sizes = {}
+    for m in group.members:
+        sizes[m.parameter] = math.prod(shapes[m.parameter])
     return sum(
         sizes[m.parameter] // shapes[m.parameter][m.dim] * m.positions.shape[1]
         for m in distinct_members(group)

@@ -1,5 +1,4 @@
-"""A model in which every group stands at several sizes at once, so that any mixture of sizes is
-tried without an edit.
+"""A supernet: every group at several sizes at once, so that mixtures are tried without edits.
 
 A group's units act through the weights that consume them.  A size is therefore a value of those
 weights alone: refitted by least squares on the units that stay, and zero for the others.  A mixture
@@ -17,7 +16,7 @@ from torch import Tensor, fx
 
 from secateur.graph import CoupledGroup, Program
 from secateur.graph.errors import EditError
-from secateur.passes.base import Context
+from secateur.passes.base import JSON, Context
 from secateur.passes.calibration.data import Sample
 from secateur.passes.calibration.kl import KL, CachedLogProbs, predict_reference, select_logits
 from secateur.passes.calibration.lockstep import Lockstep
@@ -74,9 +73,9 @@ def consumers_of(program: Program, group: CoupledGroup) -> list[Consumer]:
             side.
     """
     uses = weight_uses(program)
-    found = dict[str, Consumer]()
+    matrices = dict[str, Consumer]()
     for member in group.members:
-        if member.role != "consumes" or member.parameter in found:
+        if member.role != "consumes" or member.parameter in matrices:
             continue
         places = consumers(program.gm, member.parameter, member.dim)
         chains = uses[member.parameter]
@@ -88,12 +87,12 @@ def consumers_of(program: Program, group: CoupledGroup) -> list[Consumer]:
             raise EditError(
                 f"allocate: {member.parameter}, which consumes {group.name}, is no matrix of one op"
             )
-        found[member.parameter] = Consumer(
+        matrices[member.parameter] = Consumer(
             member.parameter, member.dim, member.cells, places[0][0], chains[0].chain
         )
-    if not found:
+    if not matrices:
         raise EditError(f"allocate: no weight consumes {group.name}")
-    return list(found.values())
+    return list(matrices.values())
 
 
 def place_columns(weight: Tensor, consumer: Consumer, kept: Tensor, columns: Tensor) -> Tensor:
@@ -113,11 +112,16 @@ class Supernet:
     def __init__(
         self, program: Program, groups: Sequence[CoupledGroup], sizes: Mapping[str, Sequence[int]]
     ) -> None:
-        self.program, self.sizes = program, sizes
+        self.program = program
+        self.sizes = sizes
         self.parameters = {name: p.detach() for name, p in program.named_parameters()}
-        found = {group.name: consumers_of(program, group) for group in groups}
-        order = {node: at for at, node in enumerate(program.gm.graph.nodes)}
-        self.consumers = dict(sorted(found.items(), key=lambda item: order[item[1][0].x]))
+        matrices = {}
+        for group in groups:
+            matrices[group.name] = consumers_of(program, group)
+        order = {}
+        for position, node in enumerate(program.gm.graph.nodes):
+            order[node] = position
+        self.consumers = dict(sorted(matrices.items(), key=lambda item: order[item[1][0].x]))
         self.levels: dict[str, list[Level]] = {}
 
     def make_levels(self, context: Context, journal: Journal) -> None:
@@ -125,51 +129,53 @@ class Supernet:
         scores and data."""
         data = context.data or ()
         dense = Lockstep(self.program, data)
-        for name, found in context.progress(
+        for name, readers in context.progress(
             list(self.consumers.items()), "levels", len(self.consumers)
         ):
-            kept = journal.read(f"levels {name}")
-            if kept is None:
-                dense.advance_to(found[0].x.name)
-                grams = {c.parameter: _gram_matrix(dense, c, len(data)) for c in found}
+            entry = journal.read(f"levels {name}")
+            if entry is None:
+                dense.advance_to(readers[0].x.name)
+                grams = {}
+                for c in readers:
+                    grams[c.parameter] = _gram_matrix(dense, c, len(data))
                 self.levels[name] = [
                     self._make_level(name, size, grams) for size in self.sizes[name]
                 ]
                 journal.write(f"levels {name}", *_pack_levels(self.levels[name]))
             else:
-                self.levels[name] = _unpack_levels(kept.tensors, kept.facts, self.sizes[name])
+                self.levels[name] = _unpack_levels(entry.tensors, entry.facts, self.sizes[name])
 
     def mixture_values(self, mixture: Mapping[str, int]) -> dict[str, Tensor]:
         """Whole weights by parameter of a mixture: index of a level by group name; groups left out
         stay whole."""
-        found: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         for name, index in mixture.items():
             level = self.levels[name][index]
             for consumer in self.consumers[name] if index else ():
                 weight = self.parameters[consumer.parameter]
-                found[consumer.parameter] = place_columns(
+                values[consumer.parameter] = place_columns(
                     weight, consumer, level.kept, level.columns[consumer.parameter]
                 )
-        return found
+        return values
 
     def _make_level(self, name: str, size: int, grams: Mapping[str, Tensor]) -> Level:
-        kept = select_units(self.program, name, size)
+        units = select_units(self.program, name, size)
         if size == len(self.program.scores[name]):
-            return Level(kept, {}, 0.0)
+            return Level(units, {}, 0.0)
         columns = dict[str, Tensor]()
-        left = 0.0
+        error_sum = 0.0
         energy = 0.0
         for consumer in self.consumers[name]:
             weight = self.parameters[consumer.parameter].movedim(consumer.dim, -1).double()
             fitted, error, total = _refit_columns(
-                weight, grams[consumer.parameter], consumer.columns_of(kept)
+                weight, grams[consumer.parameter], consumer.columns_of(units)
             )
             columns[consumer.parameter] = fitted.to(
                 self.parameters[consumer.parameter].dtype
             ).movedim(-1, consumer.dim)
-            left = left + error
-            energy = energy + total
-        return Level(kept, columns, left / energy if energy > 0 else 0.0)
+            error_sum += error
+            energy += total
+        return Level(units, columns, error_sum / energy if energy > 0 else 0.0)
 
 
 def _gram_matrix(dense: Lockstep, consumer: Consumer, samples: int) -> Tensor:
@@ -201,8 +207,8 @@ def _refit_columns(
     gram = gram_KK[columns][:, columns]
     penalty = RIDGE * gram.diagonal() + FLOOR * gram_KK.diagonal().mean()
     factor = torch.linalg.cholesky(gram + penalty.diag())
-    own = weight_NK[:, columns]
-    wanted = weight_NK @ gram_KK[:, columns] + own * penalty
+    own_columns = weight_NK[:, columns]
+    wanted = weight_NK @ gram_KK[:, columns] + own_columns * penalty
     fitted = torch.cholesky_solve(wanted.T, factor).T
     change = weight_NK.clone()
     change[:, columns] -= fitted
@@ -229,7 +235,8 @@ class Judge:
         context: Context,
         dense: tuple[CachedLogProbs, ...] | None = None,
     ) -> None:
-        self.supernet, self.samples = supernet, tuple(samples)
+        self.supernet = supernet
+        self.samples = tuple(samples)
         self.dense = dense or predict_reference(
             supernet.program, self.samples, progress=context.progress
         )
@@ -243,46 +250,45 @@ class Judge:
         """KL of a mixture whose smaller groups all stand after the kept state, on the first
         sequences or on all."""
         values = self.supernet.mixture_values(mixture)
-        changed = [
-            c for found in self.supernet.consumers.values() for c in found if c.parameter in values
-        ]
-        replaced = {str(c.chain[0].target): values[c.parameter] for c in changed}
-        chains = [c.chain for c in changed]
+        replaced = {}
+        chains = []
+        for matrices in self.supernet.consumers.values():
+            for matrix in matrices:
+                if matrix.parameter in values:
+                    replaced[str(matrix.chain[0].target)] = values[matrix.parameter]
+                    chains.append(matrix.chain)
         if first is None:
             count = len(self.samples)
         else:
             count = first
-        outputs = (self.forward.finish_sample(sample, replaced, chains) for sample in range(count))
-        return KL.from_sequences(
-            [kept.kl(_as_rows(out)) for kept, out in zip(self.dense[:count], outputs, strict=True)]
-        )
+        divergences = []
+        for sample, reference in enumerate(self.dense[:count]):
+            output = self.forward.finish_sample(sample, replaced, chains)
+            divergences.append(reference.kl(_as_rows(output)))
+        return KL.from_sequences(divergences)
 
 
 def _as_rows(output: Any) -> Tensor:
-    found = select_logits(output)
-    return found.reshape(-1, found.shape[-1])
+    logits = select_logits(output)
+    return logits.reshape(-1, logits.shape[-1])
 
 
-def _pack_levels(levels: Sequence[Level]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _pack_levels(levels: Sequence[Level]) -> tuple[dict[str, Tensor], JSON]:
     tensors = {}
-    for at, level in enumerate(levels):
-        tensors[f"{at} kept"] = level.kept
-        tensors |= {f"{at} columns {name}": value for name, value in level.columns.items()}
+    for index, level in enumerate(levels):
+        tensors[f"{index} kept"] = level.kept
+        tensors |= {f"{index} columns {name}": value for name, value in level.columns.items()}
     return tensors, {"errors": [level.error for level in levels]}
 
 
 def _unpack_levels(
     tensors: Mapping[str, Tensor], facts: Mapping[str, Any], sizes: Sequence[int]
 ) -> list[Level]:
-    return [
-        Level(
-            tensors[f"{at} kept"],
-            {
-                key.split(" ", 2)[2]: value
-                for key, value in tensors.items()
-                if key.startswith(f"{at} columns ")
-            },
-            facts["errors"][at],
-        )
-        for at in range(len(sizes))
-    ]
+    levels: list[Level] = []
+    for index in range(len(sizes)):
+        columns = {}
+        for key, value in tensors.items():
+            if key.startswith(f"{index} columns "):
+                columns[key.split(" ", 2)[2]] = value
+        levels.append(Level(tensors[f"{index} kept"], columns, facts["errors"][index]))
+    return levels

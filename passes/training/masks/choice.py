@@ -46,15 +46,15 @@ def revive_weight(weight_NK: Tensor, one: Sparse, score: MaskScore) -> Tensor:
     """
     assert one.removed is not None
     mask = start_mask(weight_NK, one)
-    whole = weight_NK + one.removed.to(weight_NK.device)
+    weight = weight_NK + one.removed.to(weight_NK.device)
     for _ in range(ROUNDS):
-        scores = score(whole.float(), one)
+        scores = score(weight.float(), one)
         if torch.equal(one.pattern.select_mask(scores), mask):
             break
-        whole = torch.where(
-            mask, whole, (whole.float() * _shrink_factors(scores, mask, one)).to(whole.dtype)
+        weight = torch.where(
+            mask, weight, (weight.float() * _shrink_factors(scores, mask, one)).to(weight.dtype)
         )
-    return whole
+    return weight
 
 
 def _shrink_factors(scores_NK: Tensor, mask_NK: Tensor, one: Sparse) -> Tensor:
@@ -64,8 +64,8 @@ def _shrink_factors(scores_NK: Tensor, mask_NK: Tensor, one: Sparse) -> Tensor:
     scores, kept_ones = (t.unflatten(-1, (-1, width)) for t in (scores_NK, mask_NK))
     least = scores.masked_fill(~kept_ones, float("inf")).amin(-1, keepdim=True)
     factor = ROOM * least / scores.clamp_min(torch.finfo(scores.dtype).tiny)
-    made: Tensor = factor.clamp_max(1.0).flatten(-2)
-    return made
+    factors: Tensor = factor.clamp_max(1.0).flatten(-2)
+    return factors
 
 
 class MaskScore:
@@ -89,8 +89,8 @@ class MaskScore:
             norms = size_NK.new_ones(size_NK.shape[1])
         else:
             norms = one.norms.to(size_NK.device, size_NK.dtype)
-        made: Tensor = METRICS[self.metric_of(one)](size_NK, norms)
-        return made
+        scores: Tensor = METRICS[self.metric_of(one)](size_NK, norms)
+        return scores
 
     def metric_of(self, one: Sparse) -> str:
         """The row of METRICS that a weight is ranked by."""
@@ -105,8 +105,8 @@ class MaskScore:
     def incompatibility(self, sparse: Mapping[str, Sparse]) -> str | None:
         """Why these weights cannot be ranked so, or None."""
         bare = []
-        for name, one in sparse.items():
-            if self.metric_of(one) != "magnitude" and one.norms is None:
+        for name, state in sparse.items():
+            if self.metric_of(state) != "magnitude" and state.norms is None:
                 bare.append(name)
         if not bare:
             return None

@@ -46,7 +46,9 @@ class Masks(Protocol):
         """The pulls by ``id`` of the Parameter.  Gradients are there."""
         ...
 
-    def after_update(self) -> None: ...
+    def after_update(self) -> None:
+        """Note that all weights were updated; masks may change now."""
+        ...
 
 
 class SideDecayAdamW(torch.optim.Optimizer):
@@ -73,7 +75,8 @@ class SideDecayAdamW(torch.optim.Optimizer):
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
-        self.masks, self.moment = masks, moment
+        self.masks = masks
+        self.moment = moment
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -110,12 +113,11 @@ class SideDecayAdamW(torch.optim.Optimizer):
         """
         (b1, b2), state = group["betas"], self._parameter_state(parameter)
         state["step"] += 1
-        held = [
-            local_part(tensor)
-            for tensor in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
-        ]
+        moments = []
+        for tensor in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"]):
+            moments.append(local_part(tensor))
         used = [
-            tensor.contiguous() for tensor in held
+            tensor.contiguous() for tensor in moments
         ]  # fused updates count in the order of memory
         weight, gradient, mean, square = used
         moving = mean
@@ -125,12 +127,12 @@ class SideDecayAdamW(torch.optim.Optimizer):
             if self.moment == "gradient":
                 before = mean.clone()
             mean.lerp_(gradient, 1 - b1)
-            found = _pull_term(weight, mean, pull, 1 - group["lr"] * group["weight_decay"])
+            term = _pull_term(weight, mean, pull, 1 - group["lr"] * group["weight_decay"])
             if before is None:
-                moving = measured = found.add_(mean)
+                moving = measured = term.add_(mean)
             else:
-                moving = before.add_(found)
-                measured = found.add_(gradient)
+                moving = before.add_(term)
+                measured = term.add_(gradient)
         torch._fused_adamw_(
             [weight],
             [measured],
@@ -146,7 +148,7 @@ class SideDecayAdamW(torch.optim.Optimizer):
             amsgrad=False,
             maximize=False,
         )
-        for tensor, part in zip(held, used, strict=True):
+        for tensor, part in zip(moments, used, strict=True):
             if part is not tensor:
                 tensor.copy_(part)
 

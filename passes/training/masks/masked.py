@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,19 +33,19 @@ class _StraightThrough(torch.autograd.Function):
         return weight * mask.view(torch.uint8)  # three times as fast as by a bool, on a CPU
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: object, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         return None
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
 def mask_straight_through(weight_NK: Tensor, mask_NK: Tensor) -> Tensor:
     """m W: [N, K] in the dtype of W.  The gradient goes to removed entries too, as if they took
     part."""
-    found: Tensor = _StraightThrough.apply(weight_NK, mask_NK)  # type: ignore[no-untyped-call]
-    return found
+    masked: Tensor = _StraightThrough.apply(weight_NK, mask_NK)  # type: ignore[no-untyped-call]
+    return masked
 
 
 def mask_weight(weight_NK: Tensor, mask_NK: Tensor) -> Tensor:
@@ -77,6 +77,14 @@ class MaskedLinear(nn.Linear):
     boost_out: nn.Parameter | None
 
     def forward(self, input: Tensor) -> Tensor:
+        """The product with the masked weight, scaled and with its branch where it has one.
+
+        Args:
+            input: [..., K].
+
+        Returns:
+            [..., N].
+        """
         if self.weight_scale is None:
             weight = self.weight
         else:
@@ -140,13 +148,15 @@ class MaskedWeight:
 
     @property
     def weight(self) -> nn.Parameter:
-        found: nn.Parameter = getattr(self.owner, self.attribute)
-        return found
+        """The Parameter that is trained: [N, K], all of W."""
+        parameter: nn.Parameter = getattr(self.owner, self.attribute)
+        return parameter
 
     @property
     def mask(self) -> Tensor:
-        found: Tensor = getattr(self.owner, self.attribute + SUFFIX)
-        return found
+        """The mask as it is now: [N, K] bool."""
+        mask_tensor: Tensor = getattr(self.owner, self.attribute + SUFFIX)
+        return mask_tensor
 
 
 def put_masks(model: nn.Module, program: Program, *, way: Way) -> list[MaskedWeight]:
@@ -169,10 +179,12 @@ def put_masks(model: nn.Module, program: Program, *, way: Way) -> list[MaskedWei
         raise PipelineError(f"no mask can be put in this model: {reason}")
     holders = _holding_modules(model)
     parameters = dict(program.named_parameters())
-    return [
-        _in_module(holders[id(parameters[name])][0], name, parameters[name], one, way)
-        for name, one in program.sparse.items()
-    ]
+    sites: list[MaskedWeight] = []
+    for name, state in program.sparse.items():
+        sites.append(
+            _in_module(holders[id(parameters[name])][0], name, parameters[name], state, way)
+        )
+    return sites
 
 
 def add_branch(
@@ -201,12 +213,12 @@ def add_branch(
         gone = torch.zeros_like(weight)
     else:
         gone = gone.to(weight.device)
-    made = nn.Parameter(gone.unflatten(1, (-1, width)).mean(-1))
+    branch = nn.Parameter(gone.unflatten(1, (-1, width)).mean(-1))
     sums = None
     if trained:
         sums = nn.Parameter(group_sums(weight.shape[1], width, weight))
-    site.owner.boost_in, site.owner.boost_out = sums, made  # type: ignore[assignment]
-    return sums, made
+    site.owner.boost_in, site.owner.boost_out = sums, branch  # type: ignore[assignment]
+    return sums, branch
 
 
 def add_scales(sites: Iterable[MaskedWeight], parts: int = 2) -> dict[str, nn.Parameter]:
@@ -219,12 +231,12 @@ def add_scales(sites: Iterable[MaskedWeight], parts: int = 2) -> dict[str, nn.Pa
     Source:
         Huang et al. 2025 (CAST), arXiv:2509.25996.
     """
-    found = {}
+    scales = {}
     for site in sites:
         weight = site.weight.detach()
-        found[site.name] = nn.Parameter(weight.new_ones(len(weight), parts))
-        site.owner.weight_scale = found[site.name]
-    return found
+        scales[site.name] = nn.Parameter(weight.new_ones(len(weight), parts))
+        site.owner.weight_scale = scales[site.name]
+    return scales
 
 
 def linear_only(model: nn.Module, program: Program) -> str | None:
@@ -232,9 +244,9 @@ def linear_only(model: nn.Module, program: Program) -> str | None:
     holders = _holding_modules(model)
     parameters = dict(program.named_parameters())
     for name in program.sparse:
-        held = holders.get(id(parameters[name]), [])
-        if [type(module) for module in held] != [nn.Linear]:
-            kinds = ", ".join(type(module).__name__ for module in held) or "no module"
+        modules = holders.get(id(parameters[name]), [])
+        if [type(module) for module in modules] != [nn.Linear]:
+            kinds = ", ".join(type(module).__name__ for module in modules) or "no module"
             return f"{name} is held by {kinds}, expected one plain Linear"
     return None
 
@@ -258,11 +270,11 @@ def take_masks(model: nn.Module, sites: Iterable[MaskedWeight]) -> None:
 
 def _holding_modules(model: nn.Module) -> dict[int, list[nn.Module]]:
     """Which modules hold a parameter themselves."""
-    found: dict[int, list[nn.Module]] = {}
+    holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            found.setdefault(id(parameter), []).append(module)
-    return found
+            holders.setdefault(id(parameter), []).append(module)
+    return holders
 
 
 def _in_module(

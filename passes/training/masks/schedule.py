@@ -17,7 +17,7 @@ import torch.distributed
 from torch import Tensor
 
 from secateur.graph.errors import PatternError, SecateurError
-from secateur.passes.storage.journal import hash_tensor
+from secateur.passes.storage.journal import JSON, hash_tensor
 from secateur.passes.training.masks.choice import MaskScore
 from secateur.passes.training.masks.decay import DecayPull, SideDecayAdamW, local_part
 from secateur.passes.training.masks.masked import MaskedWeight
@@ -72,22 +72,22 @@ class MaskSchedule:
         self._removed: dict[str, Tensor] = {}
 
     @property
-    def optimizer_class(self) -> tuple[type[SideDecayAdamW], dict[str, Any]]:
+    def optimizer_class(self) -> tuple[type[SideDecayAdamW], JSON]:
         """Its class and what it is made with, as Trainer takes them."""
         return SideDecayAdamW, {"masks": self, "moment": self.plan.moment}
 
     def fingerprint(self) -> str:
         """Of plan and masks at the start, and of all that new ones are chosen by."""
-        found = hashlib.sha256(repr(self.plan).encode())
+        digest = hashlib.sha256(repr(self.plan).encode())
         for site in self.sites:
             if site.sparse.norms is None:
                 norms = ""
             else:
                 norms = hash_tensor(site.sparse.norms)
-            found.update(
+            digest.update(
                 f"{site.name} {site.sparse.pattern} {hash_tensor(site.first)} {norms} ".encode()
             )
-        return found.hexdigest()
+        return digest.hexdigest()
 
     # The optimizer's questions
     @torch.no_grad()
@@ -96,7 +96,10 @@ class MaskSchedule:
         full = self._current_strength()
         if not full and self.plan.moment == "gradient":
             return {}
-        taking = [site for site in self.sites if site.weight.grad is not None]
+        taking = []
+        for site in self.sites:
+            if site.weight.grad is not None:
+                taking.append(site)
         weights = [site.weight for site in taking]
         squares = _sums_of_squares(weights, [p.grad for p in weights if p.grad is not None])
         ratio = torch.where(squares[0] > 0, (squares[1] / squares[0]).sqrt(), 0.0)
@@ -106,10 +109,10 @@ class MaskSchedule:
             ratio = (squares[1] / sizes).sqrt()
             share = self.step / self.plan.steps
         strengths = (full * ratio).unbind()
-        return {
-            id(site.weight): DecayPull(self._removed_locally(site), strength, share)
-            for site, strength in zip(taking, strengths, strict=True)
-        }
+        masks: dict[int, DecayPull] = {}
+        for site, strength in zip(taking, strengths, strict=True):
+            masks[id(site.weight)] = DecayPull(self._removed_locally(site), strength, share)
+        return masks
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -145,30 +148,32 @@ class MaskSchedule:
             [5] float64: bits flipped, bits unlike the first mask, sum |W| removed, sum |W|, decay
             to gradient.
         """
-        whole = _full_weight(site.weight)
+        full_weight = _full_weight(site.weight)
         old = site.mask
         try:
-            new = site.sparse.pattern.select_mask(self.score(whole.float(), site.sparse))
+            new = site.sparse.pattern.select_mask(self.score(full_weight.float(), site.sparse))
         except PatternError as error:
             raise MaskError(
                 f"step {self.step}: {site.name}: {error}; nothing of this step was kept: lower lr, "
                 "or precision=float32"
             ) from error
         site.first = site.first.to(new.device)
-        size = whole.abs()
-        kept = whole * old.view(torch.uint8)
+        size = full_weight.abs()
+        masked_weight = full_weight * old.view(torch.uint8)
         total = size.sum()
-        energy = _sum_of_squares(whole)
+        energy = _sum_of_squares(full_weight)
         gone = 1 - old.count_nonzero() / old.numel()
-        loose = (energy - _sum_of_squares(kept)) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+        loose = (energy - _sum_of_squares(masked_weight)) / energy.clamp_min(
+            torch.finfo(energy.dtype).tiny
+        )
         ratio = (loose.clamp_min(0) / gone.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
         removed = total - (size * new.view(torch.uint8)).sum()
         flips = (new ^ old).count_nonzero()
         unlike = (new ^ site.first).count_nonzero()
-        found = (flips, unlike, removed, total, self._current_strength() * ratio)
-        told = torch.stack([part.double() for part in found]).cpu()
+        counts = (flips, unlike, removed, total, self._current_strength() * ratio)
+        figures = torch.stack([part.double() for part in counts]).cpu()
         old.copy_(new)
-        return told
+        return figures
 
     def _removed_locally(self, site: MaskedWeight) -> Tensor:
         """[rows here, K] 1 or 0: what the mask of a weight removes of this process's part."""
@@ -179,7 +184,7 @@ class MaskSchedule:
         return self._removed[site.name]
 
     # What outlives a kill
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JSON:
         """All but the masks, which are buffers of the model, as JSON."""
         return {"step": self.step, "record": self.record}
 
@@ -192,7 +197,7 @@ class MaskSchedule:
 def _sums_of_squares(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """[2, L] float32: sums of squares of weights and of gradients, over all processes that share
     them."""
-    found = torch.stack(
+    sums = torch.stack(
         [
             torch.stack(torch._foreach_norm([local_part(t) for t in tensors])).square()
             for tensors in (weights, gradients)
@@ -200,8 +205,8 @@ def _sums_of_squares(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> 
     )
     mesh: Any = getattr(weights[0], "device_mesh", None)
     if mesh is not None:
-        torch.distributed.all_reduce(found, group=mesh.get_group())
-    return found
+        torch.distributed.all_reduce(sums, group=mesh.get_group())
+    return sums
 
 
 def _sum_of_squares(weight: Tensor) -> Tensor:
