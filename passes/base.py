@@ -255,7 +255,14 @@ MISSING = {
 
 
 def program_facts(program: Program) -> frozenset[str]:
-    """The facts that hold for a Program."""
+    """The facts that hold for a Program.
+
+    Args:
+        program: to be looked at.
+
+    Returns:
+        some of scores, cut and sparse.
+    """
     tests: dict[str, Callable[[Program], bool]] = {
         "scores": lambda p: bool(p.scores),
         "cut": lambda p: p.cut is not None,

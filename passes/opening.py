@@ -34,6 +34,9 @@ def open_model_folder(folder: str | Path, what: str) -> Any:
         folder: with config.json and safetensors.
         what: who asks, for messages: ``teacher``.
 
+    Returns:
+        the stock model, in eval mode.
+
     Raises:
         PipelineError: it is no model folder, or one of the checks failed.
     """

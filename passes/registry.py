@@ -50,6 +50,9 @@ def add_plugin(where: str) -> None:
     """Let pipeline texts and recipes name a pass or an importance of another module,
     ``module:Class``.
 
+    Args:
+        where: ``module:Class`` of a Pass or an Importance.
+
     Raises:
         PluginError: see ``plugins.load_class``; or its name is taken.
     """

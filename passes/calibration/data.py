@@ -56,6 +56,10 @@ def samples(data: Iterable[Batch], program: Program) -> tuple[Sample, ...]:
             counted) are understood even where the captured model takes neither: padding is cut off,
             as is a tail of ignored labels without a mask. A single tensor [batch, seq] will do,
             too, and so will sequences [seq] one by one.
+        program: the captured model.
+
+    Returns:
+        one Sample for each sequence.
 
     Raises:
         CalibrationError: no sequence at all, wrong shape or dtype, an input that the captured model
@@ -77,7 +81,11 @@ def samples(data: Iterable[Batch], program: Program) -> tuple[Sample, ...]:
 
 
 def main_input(program: Program) -> str:
-    """The name of the model's first input, ``input_ids`` for most language models."""
+    """The name of the model's first input, ``input_ids`` for most language models.
+
+    Args:
+        program: the captured model.
+    """
     names = list(program.source.example_inputs)
     preferred = getattr(program.source.model, "main_input_name", "input_ids")
     if preferred in names or not names:
@@ -145,7 +153,14 @@ def _split_rows(inputs: Inputs, program: Program) -> list[Sample]:
 
 
 def static_batch(program: Program) -> int | None:
-    """The batch size that the graph was captured for, or None where any will do."""
+    """The batch size that the graph was captured for, or None where any will do.
+
+    Args:
+        program: the captured model.
+
+    Returns:
+        number of sequences, or None.
+    """
     for node in program.gm.graph.nodes:
         value = None
         if node.op == "placeholder":
@@ -159,7 +174,14 @@ def static_batch(program: Program) -> int | None:
 
 
 def static_size(size: int | torch.SymInt) -> int | None:
-    """A size that the graph fixes, or None where it is open."""
+    """A size that the graph fixes, or None where it is open.
+
+    Args:
+        size: number or symbol.
+
+    Returns:
+        number, or None.
+    """
     if isinstance(size, torch.SymInt):
         if size.node.expr.is_number:
             return int(size)

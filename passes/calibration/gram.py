@@ -23,7 +23,9 @@ def gram_of(run: Lockstep, x: str, count: int) -> tuple[Tensor, int]:
     float32 or better.
 
     Args:
+        run: the model, advanced to the input.
         x: node whose value is the input, [..., K] of each sequence.
+        count: number of sequences.
     """
     total: Tensor | None = None
     tokens = 0
@@ -39,7 +41,13 @@ def gram_of(run: Lockstep, x: str, count: int) -> tuple[Tensor, int]:
 
 def squares_of(run: Lockstep, x: str, count: int) -> tuple[Tensor, int]:
     """(sum of squares of each input [K] float64, number of rows): the Gram matrix's diagonal
-    alone."""
+    alone.
+
+    Args:
+        run: the model, advanced to the input.
+        x: node whose value is the input, [..., K] of each sequence.
+        count: number of sequences.
+    """
     total: Tensor | None = None
     tokens = 0
     for sample in range(count):
@@ -55,7 +63,14 @@ def squares_of(run: Lockstep, x: str, count: int) -> tuple[Tensor, int]:
 
 
 def rows_of(value: Tensor) -> Tensor:
-    """[..., K] as [T, K], in float32 or better."""
+    """[..., K] as [T, K], in float32 or better.
+
+    Args:
+        value: [..., K].
+
+    Returns:
+        [T, K].
+    """
     return value.reshape(-1, value.shape[-1]).to(torch.promote_types(value.dtype, torch.float32))
 
 
@@ -64,6 +79,10 @@ def inverse_factor(gram_KK: Tensor, damping: float) -> tuple[Tensor, float]:
     I)^-1``; d).
 
     d is the damping, or ten or a hundred times as much where no smaller one gives a finite factor.
+
+    Args:
+        gram_KK: x^T x, float64.
+        damping: in units of the mean of the diagonal.
 
     Raises:
         GramError: none is finite.
@@ -86,7 +105,16 @@ def inverse_factor(gram_KK: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 def output_error(weight_NK: Tensor, changed_NK: Tensor, gram_KK: Tensor) -> float:
-    """Root of the summed squared change of the outputs, relative to the outputs'."""
+    """Root of the summed squared change of the outputs, relative to the outputs'.
+
+    Args:
+        weight_NK: dense.
+        changed_NK: sparse or rounded.
+        gram_KK: x^T x, float64.
+
+    Returns:
+        0 for no change.
+    """
     delta = (changed_NK - weight_NK).double()
     weight = weight_NK.double()
     changed, energy = ((m * (m @ gram_KK)).sum() for m in (delta, weight))

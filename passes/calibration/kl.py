@@ -50,6 +50,9 @@ class KL:
     def from_sequences(cls, sequences: Sequence[Tensor]) -> KL:
         """Summary of token divergences, one tensor [T] a sequence.
 
+        Args:
+            sequences: token divergences in nats, [T] each.
+
         Raises:
             QualityError: no token at all, or a divergence that is not finite.
         """
@@ -94,6 +97,9 @@ class KL:
 def mean_stderr(sequences: Sequence[Tensor]) -> float:
     """Standard error of the mean over all tokens, from one tensor of token values a sequence;
     sequences vary, so that tokens of one sequence may depend on each other.
+
+    Args:
+        sequences: token values, [T] each.
 
     Source:
         the ratio estimator, Cochran 1977, eq. 6.13.
@@ -159,7 +165,12 @@ class CachedLogProbs:
     def kl(self, logits_TV: Tensor, chunk: int = CHUNK) -> Tensor:
         """KL(kept || softmax(logits)) of every position: [T] float32.  With K entries the others
         count as one: a lower bound of the whole (what merges outcomes cannot raise a
-            divergence)."""
+            divergence).
+
+        Args:
+            logits_TV: of the other model.
+            chunk: positions that are widened to float32 at once.
+        """
         if self.indices is None or self.rest is None:
             return token_kl(self.log_p, logits_TV, chunk)
         if len(self.log_p) != len(logits_TV):
@@ -189,8 +200,10 @@ def cache_log_probs(
     """Predictions to compare others with later, two bytes an entry.
 
     Args:
+        logits_TV: of one sequence.
         top: keep so many of the most likely entries of each position; None keeps all. float16 log
             probabilities change a KL by about 1e-5 nats: they are exact where the probability is.
+        chunk: positions that are widened to float32 at once.
     """
     if top is None or top >= logits_TV.shape[-1]:
         return CachedLogProbs(
@@ -207,7 +220,14 @@ def cache_log_probs(
 
 # Of Programs, on calibration sequences
 def select_logits(output: Any) -> Tensor:
-    """The logits of a model's output: its attribute of that name, or its first tensor."""
+    """The logits of a model's output: its attribute of that name, or its first tensor.
+
+    Args:
+        output: of a model.
+
+    Returns:
+        [batch, T, V].
+    """
     logits = getattr(output, "logits", output)
     if isinstance(logits, Mapping):
         logits = next(iter(logits.values()))
@@ -216,7 +236,12 @@ def select_logits(output: Any) -> Tensor:
 
 @torch.no_grad()
 def sample_logits(program: Program, sample: Sample) -> Tensor:
-    """The logits of one sequence: [T, V]."""
+    """The logits of one sequence: [T, V].
+
+    Args:
+        program: the model.
+        sample: one sequence.
+    """
     logits = select_logits(program(**sample.inputs))
     return logits.reshape(-1, logits.shape[-1])
 
@@ -229,7 +254,14 @@ def predict_reference(
     progress: Progress = no_progress,
 ) -> tuple[CachedLogProbs, ...]:
     """What a model predicts on each sequence, for ``kl_to``: T * V * 2 bytes, or T * top * 6 with
-    ``top``."""
+    ``top``.
+
+    Args:
+        dense: the reference.
+        samples: sequences.
+        top: entries kept of each position; None: all.
+        progress: reporter.
+    """
     return tuple(
         cache_log_probs(sample_logits(dense, s), top)
         for s in progress(samples, "reference", len(samples))
@@ -244,7 +276,15 @@ def kl_to(
     chunk: int = CHUNK,
     progress: Progress = no_progress,
 ) -> KL:
-    """KL(reference || program) on the sequences that the reference was made of."""
+    """KL(reference || program) on the sequences that the reference was made of.
+
+    Args:
+        found: predictions of the reference, one for each sequence.
+        program: the model.
+        samples: the same sequences.
+        chunk: positions that are widened to float32 at once.
+        progress: reporter.
+    """
     pairs = progress(list(zip(found, samples, strict=True)), "KL", len(samples))
     return KL.from_sequences(
         [cached.kl(sample_logits(program, sample), chunk) for cached, sample in pairs]
@@ -271,6 +311,11 @@ def next_token_losses(program: Program, sample: Sample, chunk: int = CHUNK) -> T
     """Negative log-likelihood in nats of each next token of a sequence, those with an ignored label
     left out: [T'].
 
+    Args:
+        program: the model.
+        sample: one sequence.
+        chunk: positions that are widened to float32 at once.
+
     Raises:
         QualityError: the logits are not one a token.
     """
@@ -289,7 +334,13 @@ def next_token_losses(program: Program, sample: Sample, chunk: int = CHUNK) -> T
 
 @torch.no_grad()
 def token_losses(logits_TV: Tensor, targets_T: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Negative log-likelihoods [T] float32 of targets; 0 where a target is ignored."""
+    """Negative log-likelihoods [T] float32 of targets; 0 where a target is ignored.
+
+    Args:
+        logits_TV: of one sequence.
+        targets_T: token ids, -100 where ignored.
+        chunk: positions that are widened to float32 at once.
+    """
     pairs = zip(logits_TV.split(chunk), targets_T.to(logits_TV.device).split(chunk), strict=True)
     return _join_parts(
         [F.cross_entropy(p.float(), t, reduction="none", ignore_index=IGNORED) for p, t in pairs]

@@ -51,7 +51,11 @@ class Lockstep(fx.Interpreter):
 
     def advance_to(self, name: str) -> None:
         """Run every sample up to the named node, itself excluded; nothing to do where that was
-        passed before."""
+        passed before.
+
+        Args:
+            name: of a node.
+        """
         stop = self._place[name]
         with torch.no_grad():
             for sample in range(len(self._environments)) if stop > self._at else ():
@@ -63,7 +67,12 @@ class Lockstep(fx.Interpreter):
 
     def node_value(self, sample: int, name: str) -> Any:
         """The value of a node that was reached: held, or computed from held values without being
-        kept."""
+        kept.
+
+        Args:
+            sample: number of the sequence.
+            name: of a node that was reached.
+        """
         node = self._nodes[self._place[name]]
         self._enter_sample(sample)
         if node in self.env:
@@ -74,7 +83,13 @@ class Lockstep(fx.Interpreter):
 
     def replace_parameter(self, parameter: str, value: Tensor, chain: Iterable[fx.Node]) -> None:
         """Use another value for a parameter from here on.  chain: its get_attr and what was
-        computed from it alone."""
+        computed from it alone.
+
+        Args:
+            parameter: name.
+            value: shape of the parameter.
+            chain: its get_attr and the nodes computed from it alone.
+        """
         target = str(self._nodes[self._place[next(iter(chain)).name]].target)
         self._values[target] = value
         with torch.no_grad():
@@ -90,6 +105,7 @@ class Lockstep(fx.Interpreter):
         stays as it is.
 
         Args:
+            sample: number of the sequence.
             values: by target of the get_attr.
             chains: for each, its get_attr and what follows from that alone.
 
@@ -154,7 +170,12 @@ class Lockstep(fx.Interpreter):
 
 def offload_tensor(value: Any, folder: Path | None) -> Any:
     """A copy on the disk of a large CPU tensor, where there is a folder for it; everything else as
-    it is."""
+    it is.
+
+    Args:
+        value: of a node.
+        folder: None: everything stays as it is.
+    """
     if folder is not None and _is_large(value):
         return map_copy(value.detach(), folder)
     return value
@@ -162,7 +183,15 @@ def offload_tensor(value: Any, folder: Path | None) -> Any:
 
 def map_copy(value: Tensor, folder: Path) -> Tensor:
     """A copy of a CPU tensor in a file that has no name any more: its memory can be written back to
-    the disk."""
+    the disk.
+
+    Args:
+        value: on the CPU.
+        folder: where the file is made.
+
+    Returns:
+        shape and dtype of the value.
+    """
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         copy = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
     return copy.view(value.shape).copy_(value)

@@ -103,6 +103,8 @@ def readers(program: Program, group: CoupledGroup, head: bool = True) -> list[Re
     that value, once.
 
     Args:
+        program: the model.
+        group: whose consumers are wanted.
         head: whether what the head reads counts where other weights read the group, too.
     """
     readers_by_key: dict[tuple[fx.Node, int, bytes], Reader] = {}
@@ -121,7 +123,12 @@ def readers(program: Program, group: CoupledGroup, head: bool = True) -> list[Re
 
 
 def is_head(program: Program, parameter: str) -> bool:
-    """Whether a weight makes what the model returns, or the scores of a vocabulary."""
+    """Whether a weight makes what the model returns, or the scores of a vocabulary.
+
+    Args:
+        program: the model.
+        parameter: name of a weight.
+    """
     leaves = []
     for axis in analyse(program).tensors[parameter][0]:
         for leaf in axis.leaves():
@@ -131,7 +138,15 @@ def is_head(program: Program, parameter: str) -> bool:
 
 def source_of(node: fx.Node, dim: int) -> tuple[fx.Node, int]:
     """The value that a node holds in another form, or of which it holds some rows, and its dim of
-    channels."""
+    channels.
+
+    Args:
+        node: an activation.
+        dim: its dim of channels.
+
+    Returns:
+        (source node, its dim of channels).
+    """
     while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
         before = node.args[0]
         name = op_name(node)
@@ -164,7 +179,13 @@ def _leaves_channels(node: fx.Node, before: fx.Node) -> bool:
 
 
 def consumers(gm: fx.GraphModule, parameter: str, dim: int) -> list[tuple[fx.Node, int]]:
-    """(activation node, its dim) wherever the graph sums over this dim of this parameter."""
+    """(activation node, its dim) wherever the graph sums over this dim of this parameter.
+
+    Args:
+        gm: the graph.
+        parameter: name.
+        dim: of the parameter.
+    """
     wanted = gm.get_parameter(parameter)
     consuming = []
     for node in gm.graph.nodes:
@@ -200,6 +221,12 @@ def observe(
 
     Values are freed as soon as their last user ran, so that memory stays that of a plain forward
     pass.
+
+    Args:
+        program: the model.
+        context: with calibration data.
+        wanted: activations.
+        see: called with reader, value and batch size.
     """
     by_node: dict[fx.Node, list[Reader]] = {}
     for reader in wanted:
@@ -250,7 +277,11 @@ class _Observer(fx.Interpreter):
 
 
 def op_name(node: fx.Node) -> str:
-    """``aten.linear`` for any overload of that op, or the empty string."""
+    """``aten.linear`` for any overload of that op, or the empty string.
+
+    Args:
+        node: of any kind.
+    """
     packet = getattr(node.target, "overloadpacket", None)
     if packet is not None and node.op == "call_function":
         return str(packet)
@@ -258,7 +289,11 @@ def op_name(node: fx.Node) -> str:
 
 
 def positional_arguments(node: fx.Node) -> list[Any]:
-    """Positional arguments of an op, with those given by keyword put in their places."""
+    """Positional arguments of an op, with those given by keyword put in their places.
+
+    Args:
+        node: call of an op with a schema.
+    """
     schema = node.target._schema  # type: ignore[union-attr]
     names = [a.name for a in schema.arguments]
     arguments: list[Any] = []

@@ -39,9 +39,16 @@ def measure_damages(
     """Damage of each cut, nats a token, over the calibration sequences.
 
     Args:
+        program: the model.
+        reference: whose predictions count for kl.
         cuts: names of blocks or sub-blocks that are left out together.
         by: kl, KL(reference || rest); perplexity, the mean loss of the next token (its exponential
             is the perplexity) or of the sequence's own labels.
+        context: with calibration data.
+        what: description for the progress reporter.
+
+    Returns:
+        one number a cut.
     """
     plans = [_Plan(chain(program), cut) for cut in cuts]
     sums = torch.zeros(len(cuts), dtype=torch.float64)
@@ -72,6 +79,14 @@ def block_influences(program: Program, parts: Sequence[Part], context: Context) 
     """Block influence by name: one minus the mean cosine of the stream before and after a part,
     over all tokens.
 
+    Args:
+        program: the model.
+        parts: blocks or sub-blocks.
+        context: with calibration data.
+
+    Returns:
+        influence by name.
+
     Source:
         Men et al. 2024 (ShortGPT), arXiv:2403.03853, equation 1.
     """
@@ -92,7 +107,11 @@ def block_influences(program: Program, parts: Sequence[Part], context: Context) 
 
 
 def part_parameters(program: Program) -> dict[str, int]:
-    """Elements of the parameters that only one block or sub-block reads, by its name."""
+    """Elements of the parameters that only one block or sub-block reads, by its name.
+
+    Args:
+        program: the model.
+    """
     sizes = {}
     for name, parameter in program.named_parameters():
         sizes[name] = parameter.numel()

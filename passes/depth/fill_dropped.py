@@ -164,7 +164,13 @@ def _output_parameters(program: Program, sub: SubBlock) -> set[str]:
 
 def check_unchanged(before: Program, after: Program, reason: str) -> None:
     """Raises EditError, with the reason, where the outputs for the example inputs differ by more
-    than 1e-4."""
+    than 1e-4.
+
+    Args:
+        before: reference.
+        after: edited.
+        reason: first part of the message.
+    """
     inputs = dict(before.source.example_inputs)
     with torch.no_grad():
         logits_before = select_logits(before(**inputs))

@@ -101,6 +101,9 @@ class PruneDepth(Pass):
     def plan(self, program: Program) -> list[PlannedEdit]:
         """One edit: how many blocks stay.
 
+        Args:
+            program: to be pruned.
+
         Raises:
             EditError: too few may go.
         """

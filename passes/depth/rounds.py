@@ -34,7 +34,12 @@ class DepthChoice:
 
 
 def may_go(program: Program, ends: frozenset[str]) -> list[Block]:
-    """The blocks that are neither locked nor named."""
+    """The blocks that are neither locked nor named.
+
+    Args:
+        program: the model.
+        ends: names of blocks that stay.
+    """
     result: list[Block] = []
     for block in blocks(program):
         if block.locked is None and block.name not in ends:

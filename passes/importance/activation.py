@@ -109,6 +109,9 @@ def unit_activity(
     Args:
         value: the activation; ``reader.dim`` holds the channels, the other dims are batch and
             positions in order.
+        reader: the positions of the units in the activation.
+        batch: number of sequences.
+        sequence: aggregation over positions.
 
     Returns:
         [batch, units] float64.

@@ -51,6 +51,11 @@ class Importance(Options):
         """Scores of the units of each group, one tensor for each thing that was scored: a
         parameter, an activation.
 
+        Args:
+            program: the model.
+            groups: to score.
+            context: with calibration data and seed.
+
         Returns:
             by group name, tensors [units] float32, higher is more important.  A group that this
             estimator cannot see is left out.
@@ -84,6 +89,9 @@ def geometric_mean(scores: Tensor) -> Tensor:
 
     Args:
         scores: [factors, units] float64, none below zero.
+
+    Returns:
+        [units] float64.
     """
     return scores.log().mean(0).exp()
 
@@ -93,6 +101,13 @@ def aggregate_members(scores: Sequence[Tensor], how: Aggregation) -> Tensor:
 
     prod gives the geometric mean, see ``geometric_mean``; a single member keeps its scores whatever
     their sign.
+
+    Args:
+        scores: one tensor [units] for each member.
+        how: aggregation over the members.
+
+    Returns:
+        [units] float32.
 
     Raises:
         ValueError: a product of scores of which some are below zero.
@@ -111,13 +126,28 @@ def aggregate_members(scores: Sequence[Tensor], how: Aggregation) -> Tensor:
 
 
 def normalize_scores(scores: Tensor, how: Normalization) -> Tensor:
-    """Scores [units] of one group on a scale that compares across groups."""
+    """Scores [units] of one group on a scale that compares across groups.
+
+    Args:
+        scores: [units].
+        how: scale.
+
+    Returns:
+        [units] float32.
+    """
     return NORMALIZATIONS[how](scores.double()).float()
 
 
 def distinct_members(group: CoupledGroup) -> list[Member]:
     """The members without repetition: a tied parameter is one tensor, although several ops read
-    it."""
+    it.
+
+    Args:
+        group: with one member for each op that reads a parameter.
+
+    Returns:
+        members, each parameter and position once.
+    """
     seen: dict[tuple[str, int, bytes], Member] = {}
     for member in group.members:
         key = (member.parameter, member.dim, member.positions.contiguous().numpy().tobytes())
@@ -130,6 +160,7 @@ def per_unit(salience: Tensor, member: Member, vectors: bool = False) -> Tensor:
 
     Args:
         salience: of every entry of the member's parameter, shape of the parameter.
+        member: where the units stand in the parameter.
         vectors: take the absolute value of each position's sum before a unit's positions are added.
 
     Returns:
@@ -157,9 +188,14 @@ def parameter_scores(
     """Member scores of an estimator that looks at each entry of each parameter.
 
     Args:
+        program: the model.
+        groups: to score.
         salience: (name, parameter) -> salience of every entry, shape of the parameter; computed
             once a parameter.
         vectors: as in ``per_unit``.
+
+    Returns:
+        by group name, tensors [units] float32.
     """
     named = dict(program.named_parameters())
     names = dict.fromkeys(member.parameter for group in groups for member in group.members)
@@ -175,7 +211,12 @@ def scores_of(
     in any order.
 
     Args:
+        groups: to score.
+        saliences: (parameter name, salience of every entry).
         vectors: as in ``per_unit``.
+
+    Returns:
+        by group name, tensors [units] float32.
     """
     wanted: dict[str, list[tuple[str, int, Member]]] = {}
     for group in groups:

@@ -60,13 +60,27 @@ class Flap(Importance):
 
 
 def channel_sums(channels_Uk: Tensor) -> Tensor:
-    """[units]: the sum of each unit's channels."""
+    """[units]: the sum of each unit's channels.
+
+    Args:
+        channels_Uk: [units, channels of a unit].
+
+    Returns:
+        [units].
+    """
     return channels_Uk.sum(1)
 
 
 def standardized_means(channels_Uk: Tensor) -> Tensor:
     """[units]: the mean of each unit's channels after all channels were brought to mean 0 and
-    variance 1."""
+    variance 1.
+
+    Args:
+        channels_Uk: [units, channels of a unit].
+
+    Returns:
+        [units].
+    """
     spread = channels_Uk.std()  # by one less than their number, as the authors' code does
     centred = channels_Uk - channels_Uk.mean()
     return (centred / torch.where(spread > 0, spread, torch.ones_like(spread))).mean(1)

@@ -52,7 +52,14 @@ class Sums:
     count: int = 0
 
     def start_sums(self, leaf: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The sums of a leaf's gradient and of its squares, zero yet."""
+        """The sums of a leaf's gradient and of its squares, zero yet.
+
+        Args:
+            leaf: parameter that takes the gradient.
+
+        Returns:
+            (sums of gradients, sums of squares or None), shape of the leaf, float32.
+        """
         mean = torch.zeros_like(leaf, dtype=torch.float32)
         squares = None
         if self.squared:
@@ -75,7 +82,17 @@ class Sums:
 def mean_gradients(
     program: Program, wanted: set[str], context: Context, loss: LossKind
 ) -> dict[str, Tensor]:
-    """Gradient of the mean loss over all calibration tokens, see ``gradients``."""
+    """Gradient of the mean loss over all calibration tokens, see ``gradients``.
+
+    Args:
+        program: the model.
+        wanted: names of parameters.
+        context: with calibration data.
+        loss: what is differentiated.
+
+    Returns:
+        by parameter name, float32.
+    """
     return loss_gradients(program, wanted, context, loss).mean
 
 
@@ -88,7 +105,10 @@ def loss_gradients(
     changes nothing.
 
     Args:
+        program: the model.
         wanted: names of parameters.
+        context: with calibration data.
+        loss: what is differentiated.
         squared: whether the squares are wanted, too.
 
     Raises:
@@ -148,6 +168,13 @@ def gradients_by_block(
     runs again, sequence after sequence, with its gradients on.  Memory: one block's gradients and
     its activations for one sequence, and all that passes between blocks; a parameter that several
     blocks read is held until the first of them is done.
+
+    Args:
+        program: the model.
+        wanted: names of parameters.
+        context: with calibration data.
+        loss: what is differentiated.
+        squared: whether the squares are wanted, too.
 
     Raises:
         CalibrationError: as ``gradients``; or squares are asked of a parameter that several blocks
@@ -336,7 +363,16 @@ def _park_value(value: object) -> object:
 # The loss
 def loss_targets(sample: Sample, program: Program, loss: LossKind) -> Tensor:
     """What the logits of a sample are compared with: [1, seq - 1] for next-token, else the labels
-    as given."""
+    as given.
+
+    Args:
+        sample: one sequence.
+        program: names the main input.
+        loss: kind of the loss.
+
+    Returns:
+        int64 token or class ids, -100 where not counted.
+    """
     if loss == "labels":
         if sample.labels is None:
             raise CalibrationError("taylor{loss=labels} needs labels in the calibration data")
@@ -349,7 +385,17 @@ def loss_targets(sample: Sample, program: Program, loss: LossKind) -> Tensor:
 
 
 def sum_loss(output: Any, program: Program, sample: Sample, loss: LossKind) -> Tensor:
-    """Cross entropy of a model's output in nats, summed over the tokens of a sample, float32."""
+    """Cross entropy of a model's output in nats, summed over the tokens of a sample, float32.
+
+    Args:
+        output: of the model.
+        program: names the main input.
+        sample: one sequence.
+        loss: kind of the loss.
+
+    Returns:
+        scalar.
+    """
     scores = select_logits(output)
     wanted = loss_targets(sample, program, loss).to(scores.device)
     if loss == "next-token":

@@ -45,6 +45,10 @@ def weigh_columns(
     j]|^2``.
 
     Args:
+        program: the model.
+        groups: to score.
+        context: with calibration data.
+        statistic: of the moments of an activation, [channels].
         over_channels: what to do instead of the sum, [units, channels of each] to [units].
 
     Returns:
@@ -87,7 +91,15 @@ def weigh_columns(
 
 def pairs_of(program: Program, group: CoupledGroup) -> list[tuple[Member, Reader]]:
     """Each weight that consumes the group, with each activation that it meets; the head counts,
-    tied or not."""
+    tied or not.
+
+    Args:
+        program: the model.
+        group: to be scored.
+
+    Returns:
+        (member, activation) pairs.
+    """
     pairs: list[tuple[Member, Reader]] = []
     for member in distinct_members(group):
         if member.role in READS:

@@ -121,6 +121,11 @@ def gram_matrices(
     graph order.
 
     All sequences advance together, so that memory is one layer's activations and one such matrix.
+
+    Args:
+        program: the model.
+        wanted: activations.
+        context: with calibration data.
     """
     data = context.data or ()
     order = {}
@@ -143,7 +148,15 @@ def gram_matrices(
 
 def invert_damped(gram_KK: Tensor, damping: float) -> Tensor:
     """(H + damping * mean(diag H) * I)^-1, the damping ten times larger as often as that has no
-    Cholesky factor."""
+    Cholesky factor.
+
+    Args:
+        gram_KK: H, float64.
+        damping: in units of the mean of the diagonal.
+
+    Returns:
+        [K, K] float64.
+    """
     if not bool(gram_KK.isfinite().all()):
         raise CalibrationError(
             "obs: the activations of the calibration data are not finite; see the model's dtype"
@@ -160,7 +173,16 @@ def invert_damped(gram_KK: Tensor, damping: float) -> Tensor:
 
 
 def obs_errors(weight_RK: Tensor, inverse_KK: Tensor, positions_Uk: Tensor) -> Tensor:
-    """tr(W_J ((H^-1)_JJ)^-1 W_J^T) for each unit's channels J: [U]."""
+    """tr(W_J ((H^-1)_JJ)^-1 W_J^T) for each unit's channels J: [U].
+
+    Args:
+        weight_RK: of a consumer.
+        inverse_KK: inverse of the damped H.
+        positions_Uk: channels of each unit.
+
+    Returns:
+        [U].
+    """
     if positions_Uk.shape[1] == 1:
         return (weight_RK.square().sum(0) / inverse_KK.diagonal())[positions_Uk[:, 0]]
     blocks_Ukk = inverse_KK[positions_Uk[:, :, None], positions_Uk[:, None, :]]
@@ -178,6 +200,15 @@ def removal_errors(
     After each removal the columns left are refitted, W <- W - W_J ((H^-1)_JJ)^-1 (H^-1)_J:, and the
     inverse is brought down to them, H^-1 <- H^-1 - (H^-1)_:J ((H^-1)_JJ)^-1 (H^-1)_J:.  A unit that
     has become cheaper than one that went before it counts as much as that one.
+
+    Args:
+        weight_RK: of a consumer.
+        inverse_KK: inverse of the damped H.
+        positions_Uk: channels of each unit.
+        at_once: units removed between two updates.
+
+    Returns:
+        [U] float32.
     """
     weight = weight_RK.clone()
     inverse = inverse_KK.clone()

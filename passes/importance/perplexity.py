@@ -164,7 +164,15 @@ def _flatten_logits(predictions: Tensor) -> Tensor:
 # What an edit moves, and the rest of a run
 def find_affected_nodes(before: Program, after: Program) -> set[str]:
     """Names of the nodes of ``after`` whose value may differ from that of ``before``: those that
-    the edit changed or made, and what follows from them."""
+    the edit changed or made, and what follows from them.
+
+    Args:
+        before: program without the edit.
+        after: program with the edit.
+
+    Returns:
+        names of nodes.
+    """
     known = {node.name: node for node in before.gm.graph.nodes}
     moved: set[str] = set()
     for node in after.gm.graph.nodes:
@@ -196,7 +204,15 @@ def _describe_arguments(node: fx.Node) -> str:
 
 
 def first_moved(before: Program, after: Program) -> str:
-    """The first node, weights left out, whose value an edit may move; a node of both programs."""
+    """The first node, weights left out, whose value an edit may move; a node of both programs.
+
+    Args:
+        before: program without the edit.
+        after: program with the edit.
+
+    Returns:
+        name of a node.
+    """
     moved = find_affected_nodes(before, after)
     known = {node.name for node in before.gm.graph.nodes}
     names: list[str] = []
@@ -210,7 +226,15 @@ def rest_of(
     run: Lockstep, sample: int, after: Program, moved: Collection[str], start: str
 ) -> Tensor:
     """The logits [T, V] of an edited program, from where its values begin to differ from those of
-    ``run``, which has been advanced to that node."""
+    ``run``, which has been advanced to that node.
+
+    Args:
+        run: the program without the edit, advanced to ``start``.
+        sample: number of the sequence.
+        after: program with the edit.
+        moved: names of affected nodes.
+        start: name of the first affected node.
+    """
     return _flatten_logits(select_logits(_Rest(after, run, sample, moved).finish_from(start)))
 
 

@@ -45,7 +45,13 @@ class Token:
 
 
 def locate_message(message: str, text: str, at: int | None) -> str:
-    """The message, its position, and the line of the text with a caret under that position."""
+    """The message, its position, and the line of the text with a caret under that position.
+
+    Args:
+        message: without a position.
+        text: of the pipeline.
+        at: offset into the text; None: unknown.
+    """
     if at is None:
         return message
     start = max(text.rfind("\n", 0, at) + 1, at - LINE_CHARACTERS // 2)
@@ -55,6 +61,9 @@ def locate_message(message: str, text: str, at: int | None) -> str:
 
 def parse_specs(text: str) -> list[Spec]:
     """The specs of a pipeline text.
+
+    Args:
+        text: of a pipeline.
 
     Raises:
         PipelineError: the text does not follow the grammar; says what was expected, what stands
@@ -70,12 +79,20 @@ def parse_specs(text: str) -> list[Spec]:
 
 
 def format_specs(specs: Iterable[Spec]) -> str:
-    """The text that ``parse_specs`` reads back to equal specs."""
+    """The text that ``parse_specs`` reads back to equal specs.
+
+    Args:
+        specs: with values of the grammar.
+    """
     return ",".join(_format_value(spec) for spec in specs)
 
 
 def read_word(word: str) -> Any:
-    """The value a bare word stands for: a number, true, false, null, or the word itself."""
+    """The value a bare word stands for: a number, true, false, null, or the word itself.
+
+    Args:
+        word: without quotes.
+    """
     if word in WORDS:
         return WORDS[word]
     if len(word) > MAX_NUMBER_DIGITS:
@@ -91,7 +108,11 @@ def read_word(word: str) -> Any:
 
 
 def tokenize(text: str) -> list[Token]:
-    """The pieces of a text, an ``end`` piece last."""
+    """The pieces of a text, an ``end`` piece last.
+
+    Args:
+        text: of a pipeline.
+    """
     tokens = []
     position = 0
     while True:

@@ -33,7 +33,12 @@ class OptionError(PipelineError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A tail for an error message: the nearest known name, or all of them."""
+    """A tail for an error message: the nearest known name, or all of them.
+
+    Args:
+        word: that was given.
+        known: names that exist.
+    """
     names = sorted(known)
     near = difflib.get_close_matches(word[:LONGEST_NAME], names, n=1, cutoff=0.5)
     if near:
@@ -82,7 +87,11 @@ class Options:
     def to_spec(self, *, defaults: bool = False) -> Spec:
         """Name and options, as ``Table.build`` reads them back; options at their default are left
         out unless
-        ``defaults``."""
+        ``defaults``.
+
+        Args:
+            defaults: whether options at their default are included.
+        """
         fields = []
         for f in dataclasses.fields(self):
             if f.init:
@@ -105,6 +114,10 @@ class Options:
 
 def check_option(cls: type[Options], option: str, value: object) -> Any:
     """The value in the option's type.  Numbers, booleans and strings never stand in for each other.
+
+    Args:
+        option: by name.
+        value: as given.
 
     Raises:
         OptionError: naming the option, the value, and what is allowed.
@@ -193,7 +206,12 @@ def _to_plain_value(value: object, defaults: bool) -> Any:
 
 
 def spec_to_json(value: object, *, always_map: bool = False) -> Any:
-    """A spec as JSON: its name alone, or ``{name: {option: value}}``."""
+    """A spec as JSON: its name alone, or ``{name: {option: value}}``.
+
+    Args:
+        value: a spec, or a value of the grammar.
+        always_map: write the map even without options.
+    """
     if isinstance(value, Spec):
         if not value.options and not always_map:
             return value.name
@@ -207,6 +225,10 @@ def spec_to_json(value: object, *, always_map: bool = False) -> Any:
 
 def spec_from_json(value: object, what: str) -> Spec:
     """The inverse of ``spec_to_json``.
+
+    Args:
+        value: a name, or a map of one name.
+        what: kind of thing, for messages.
 
     Raises:
         OptionError: the value is neither a name nor a map with one name.
@@ -271,7 +293,14 @@ class Table(Generic[O_co]):
         return {*self.classes, *(list_installed(self.plugins) if self.plugins else ())}
 
     def find_class(self, name: str) -> type[O_co] | None:
-        """The class of a name, an installed plug-in imported if need be; ours go first."""
+        """The class of a name, an installed plug-in imported if need be; ours go first.
+
+        Args:
+            name: of a class.
+
+        Returns:
+            the class, or None.
+        """
         if name not in self.classes and self.plugins is not None:
             plugin = load_installed(self.plugins, name, self.base)
             if plugin is not None:
@@ -280,6 +309,9 @@ class Table(Generic[O_co]):
 
     def build(self, spec: object) -> O_co:
         """An instance from a spec, a bare name, the JSON form, or an instance already.
+
+        Args:
+            spec: of any of these forms.
 
         Raises:
             OptionError: unknown name or option, wrong type, value out of range; with the nearest

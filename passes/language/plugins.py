@@ -30,7 +30,11 @@ def load_class(where: str, base: type[object] | tuple[type[object], ...]) -> typ
     """The class that ``module:Class`` names.
 
     Args:
+        where: ``module:Class``.
         base: what it must be a subclass of.
+
+    Returns:
+        the class.
 
     Raises:
         PluginError: no such module or class, another kind of thing, or a module inside a model's
@@ -70,7 +74,11 @@ def _describe_kind(found: object) -> str:
 
 def check_place(module: str) -> None:
     """Refuse a module that does not exist, or whose file lies in a folder that holds a model,
-    before it is imported."""
+    before it is imported.
+
+    Args:
+        module: dotted name.
+    """
     parts = module.split(".")
     for depth in range(1, len(parts) + 1):
         name = ".".join(parts[:depth])
@@ -95,7 +103,14 @@ def check_place(module: str) -> None:
 
 def model_folder_above(path: Path) -> Path | None:
     """The folder around a file that holds a model (its configuration or its weights), links
-    followed or not."""
+    followed or not.
+
+    Args:
+        path: of a file or folder.
+
+    Returns:
+        the nearest such folder, or None.
+    """
     absolute = path.absolute()
     folders = dict.fromkeys([absolute, *absolute.parents, path.resolve(), *path.resolve().parents])
     return next((folder for folder in folders if folder.is_dir() and _holds_model(folder)), None)
@@ -111,12 +126,24 @@ def _holds_model(folder: Path) -> bool:
 
 
 def list_installed(group: str) -> dict[str, EntryPoint]:
-    """The plug-ins that installed packages bring to a table, by name."""
+    """The plug-ins that installed packages bring to a table, by name.
+
+    Args:
+        group: of entry points.
+
+    Returns:
+        entry points by name.
+    """
     return {point.name: point for point in entry_points(group=group)}
 
 
 def load_installed(group: str, name: str, base: type[object]) -> type[Any] | None:
     """The class of an installed plug-in, or None where no package has one of this name.
+
+    Args:
+        group: of entry points.
+        name: of the plug-in.
+        base: what it must be a subclass of.
 
     Raises:
         PluginError: as ``load_class``; or the class calls itself otherwise.

@@ -90,6 +90,9 @@ for _yaml in (_Loader, _Dumper):
 def load_recipe(recipe: str | Path) -> Recipe:
     """A recipe from a file's path, or from YAML text (a string with a line end).
 
+    Args:
+        recipe: path or text.
+
     Raises:
         PipelineError: no such file, not YAML, not a map, a key that is unknown or of the wrong
             type.
@@ -165,7 +168,13 @@ def _count_values(node: yaml.Node, known: dict[int, int], depth: int) -> int:
 
 
 def dump_recipe(passes: list[object], data: DataSpec | None, seed: int) -> str:
-    """The YAML of a recipe."""
+    """The YAML of a recipe.
+
+    Args:
+        passes: entries as JSON values.
+        data: where text is read from, or None.
+        seed: of the run.
+    """
     value: dict[str, object] = {"seed": seed, "passes": passes}
     if data is not None:
         value["data"] = data.model_dump()

@@ -15,6 +15,9 @@ PREFIX = "re:"
 def check_names(patterns: Sequence[str]) -> Sequence[str]:
     """The patterns, where each can be read.
 
+    Args:
+        patterns: names, globs or ``re:...``.
+
     Raises:
         ValueError: a regular expression that does not compile.
     """
@@ -34,6 +37,10 @@ def matches_name(pattern: str, name: str) -> bool:
     of its module, or
     of any run of dotted parts: ``mlp``, ``layers.3`` and ``self_attn.[qk]_proj`` all mean what they
         look like.
+
+    Args:
+        pattern: name, glob or ``re:...``.
+        name: of a parameter.
     """
     if pattern.startswith(PREFIX):
         return re.search(pattern.removeprefix(PREFIX), name) is not None
@@ -41,7 +48,12 @@ def matches_name(pattern: str, name: str) -> bool:
 
 
 def matching_names(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
-    """The names that a pattern means."""
+    """The names that a pattern means.
+
+    Args:
+        patterns: names, globs or ``re:...``.
+        names: of parameters.
+    """
     wanted = list(patterns)
     result: set[str] = set()
     for name in names:
@@ -51,7 +63,11 @@ def matching_names(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
 
 
 def parameter_aliases(program: Program) -> Mapping[str, list[str]]:
-    """By parameter, all its names in the source model: a tied one has several."""
+    """By parameter, all its names in the source model: a tied one has several.
+
+    Args:
+        program: the model.
+    """
     owned = {name for name, _ in program.named_parameters()}
     first: dict[int, str] = {}
     aliases: dict[str, list[str]] = {name: [name] for name in owned}
@@ -63,7 +79,16 @@ def parameter_aliases(program: Program) -> Mapping[str, list[str]]:
 
 
 def describe_unmatched(patterns: Iterable[str], names: Sequence[str], option: str) -> list[str]:
-    """What is wrong with patterns that mean none of the names."""
+    """What is wrong with patterns that mean none of the names.
+
+    Args:
+        patterns: names, globs or ``re:...``.
+        names: of parameters.
+        option: name of the option, for messages.
+
+    Returns:
+        one sentence for each pattern without a match.
+    """
     faults = []
     for pattern in patterns:
         if not any(matches_name(pattern, name) for name in names):

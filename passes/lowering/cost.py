@@ -79,7 +79,15 @@ class Machine:
     def milliseconds(
         self, kind: str, n: int, k: int, batch: int, dtype: torch.dtype
     ) -> tuple[float, bool]:
-        """(ms, measured) of ``y = x W^T`` with W [n, k] of a kind and x [batch, k] of a dtype."""
+        """(ms, measured) of ``y = x W^T`` with W [n, k] of a kind and x [batch, k] of a dtype.
+
+        Args:
+            kind: form of the weight.
+            n: outputs.
+            k: inputs.
+            batch: rows of x.
+            dtype: of x.
+        """
         known = []
         for t in self.timings:
             if (t.kind, t.n, t.k, t.batch, t.dtype) == (kind, n, k, batch, _dtype_name(dtype)):
@@ -114,7 +122,14 @@ class Machine:
 
 def weight_bytes(kind: str, n: int, k: int, dtype: torch.dtype) -> int:
     """Bytes of a weight [n, k] in a form: values, mask and scales (4 bytes a row, or 2 bytes for
-    128 inputs)."""
+    128 inputs).
+
+    Args:
+        kind: form of the weight.
+        n: outputs.
+        k: inputs.
+        dtype: of dense and sparse values.
+    """
     stored = -(-k // 8) * 8
     bits: Mapping[str, float] = {DENSE: 8.0 * dtype.itemsize, SPARSE: 4.0 * dtype.itemsize + 1}
     bits = {**bits, INT8: 8, INT4: 4, SPARSE_INT8: 5, SPARSE_INT4: 3}
@@ -134,6 +149,9 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
 
 def machine_named(name: str) -> Machine:
     """A machine of the table, ``here``, or one from a JSON file with the fields of ``Machine``.
+
+    Args:
+        name: of a machine, or a path.
 
     Raises:
         PipelineError: no such machine, or a file that does not hold one.
@@ -174,7 +192,11 @@ def measure_machine() -> Machine:
 
 
 def stream_bandwidth(device: torch.device) -> float:
-    """Bytes a second of reading memory past the caches: the best of a few sums over 256 MiB."""
+    """Bytes a second of reading memory past the caches: the best of a few sums over 256 MiB.
+
+    Args:
+        device: whose memory is read.
+    """
     data = torch.zeros(STREAM_BYTES // 4, device=device)
     return STREAM_BYTES / min(_measure_seconds(lambda: data.sum(), device) for _ in range(7))
 
@@ -234,7 +256,14 @@ def read_timings() -> tuple[Timing, ...]:
 
 
 def keep_timings(timings: Iterable[Timing]) -> Path:
-    """Replace the timings kept for this machine; whole or not at all."""
+    """Replace the timings kept for this machine; whole or not at all.
+
+    Args:
+        timings: measured on this machine.
+
+    Returns:
+        path of the file.
+    """
     file = timings_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")

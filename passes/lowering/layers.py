@@ -53,6 +53,12 @@ def linear_layers(program: Program) -> tuple[list[Layer], dict[str, str]]:
     """The linear layers in graph order, and by parameter why other matrices are none.
 
     Vectors are not told of: nothing is lost where a norm or a bias stays as it is.
+
+    Args:
+        program: the model.
+
+    Returns:
+        (layers, reasons by parameter).
     """
     uses = weight_uses(program)
     order = {}
@@ -134,6 +140,12 @@ def sharing_input(layers: Iterable[Layer]) -> list[list[Layer]]:
     stacked rows.
 
     A value that is changed in place on the way is not the same value, so its readers stay alone.
+
+    Args:
+        layers: in graph order.
+
+    Returns:
+        groups in graph order.
     """
     groups: dict[Layer | fx.Node, list[Layer]] = {}
     for layer in layers:
@@ -144,7 +156,11 @@ def sharing_input(layers: Iterable[Layer]) -> list[list[Layer]]:
 
 def not_24(weight: Tensor) -> str | None:
     """Why a weight [N, K] is not 2:4 along K, or None where every group of four has two zeros at
-    least."""
+    least.
+
+    Args:
+        weight: [N, K].
+    """
     padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 4))
     over = (padded.reshape(len(weight), -1, 4) != 0).sum(-1) > 2
     count = int(over.sum())
@@ -156,12 +172,20 @@ def not_24(weight: Tensor) -> str | None:
 
 
 def names_of(layers: Iterable[Layer]) -> set[str]:
-    """The weights of some layers."""
+    """The weights of some layers.
+
+    Args:
+        layers: of a program.
+    """
     return {layer.parameter for layer in layers}
 
 
 def parameter_values(program: Program) -> dict[str, Tensor]:
-    """Every parameter's values by name, without gradient."""
+    """Every parameter's values by name, without gradient.
+
+    Args:
+        program: the model.
+    """
     result: dict[str, Tensor] = {}
     for name, parameter in program.named_parameters():
         result[name] = parameter.detach()
@@ -169,5 +193,9 @@ def parameter_values(program: Program) -> dict[str, Tensor]:
 
 
 def on_meta(program: Program) -> bool:
-    """Whether the program has shapes but no numbers."""
+    """Whether the program has shapes but no numbers.
+
+    Args:
+        program: the model.
+    """
     return any(p.device == torch.device("meta") for _, p in program.named_parameters())

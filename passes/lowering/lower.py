@@ -110,7 +110,14 @@ class Lowering:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Lowering:
-        """The plan that ``to_json`` wrote."""
+        """The plan that ``to_json`` wrote.
+
+        Args:
+            value: as returned by ``to_json``.
+
+        Returns:
+            the plan.
+        """
         names = ("dtype", "machine", "source", "batch", "left_alone", "layers")
         fields = {name: value[name] for name in names} | {"chosen": value.get("chosen", True)}
         try:
@@ -186,7 +193,13 @@ class Lower(Pass):
     def make_plan(
         self, program: Program, machine: Machine, context: Context | None = None
     ) -> Lowering:
-        """The plan, without touching the Program."""
+        """The plan, without touching the Program.
+
+        Args:
+            program: the model.
+            machine: that it will run on.
+            context: for progress; None: silent.
+        """
         context = context or Context()
         layers, refused = linear_layers(program)
         known = parameter_values(program)
@@ -298,7 +311,11 @@ def _unify_shared_inputs(sharing: list[Layer], rows: list[LayerPlan]) -> list[La
 
 
 def last_lowering(history: Iterable[Step]) -> Lowering | None:
-    """The plan of the last ``lower`` of a history, or None."""
+    """The plan of the last ``lower`` of a history, or None.
+
+    Args:
+        history: of a program.
+    """
     plans = []
     for step in history:
         if step.name == Lower.name:
@@ -311,7 +328,11 @@ def last_lowering(history: Iterable[Step]) -> Lowering | None:
 def plan_as_pruned(program: Program) -> Lowering:
     """Every weight that a pass made sparse in the packed form, if it is 2:4 as it stands (1:2 and
     1:4 are, too); for a program that was not lowered.  Times are zero: nobody asked how long a
-    product takes."""
+    product takes.
+
+    Args:
+        program: with or without sparse weights.
+    """
     layers = []
     for layer in linear_layers(program)[0]:
         if layer.parameter in program.sparse:
@@ -351,5 +372,9 @@ def _as_pruned(
 
 
 def bits_of(row: LayerPlan) -> int | None:
-    """8, 4, or None for a form of floats."""
+    """8, 4, or None for a form of floats.
+
+    Args:
+        row: plan of one layer.
+    """
     return BITS[row.kind]

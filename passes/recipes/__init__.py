@@ -19,6 +19,12 @@ def recipe_names() -> list[str]:
 def recipe_text(name: str) -> str:
     """The file of a recipe.
 
+    Args:
+        name: one of ``recipe_names``.
+
+    Returns:
+        the YAML text.
+
     Raises:
         PipelineError: no recipe has that name.
     """
@@ -28,6 +34,13 @@ def recipe_text(name: str) -> str:
 
 
 def describe_recipe(name: str) -> dict[str, str]:
-    """What a recipe is for (``about``) and where it was published (``source``)."""
+    """What a recipe is for (``about``) and where it was published (``source``).
+
+    Args:
+        name: one of ``recipe_names``.
+
+    Returns:
+        texts by key, empty where the recipe has none.
+    """
     read = load_recipe(recipe_text(name))
     return {"about": read.about or "", "source": read.source or ""}

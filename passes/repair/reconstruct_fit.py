@@ -25,13 +25,26 @@ def token_weights(wanted: Tensor) -> Tensor:
     """[T, 1]: what makes the squared error of each token relative to its own square.
 
     A norm reads the stream, so that what counts is the direction of each token; and a few first
-    tokens, a thousand times longer than the others, would be all that is fitted."""
+    tokens, a thousand times longer than the others, would be all that is fitted.
+
+    Args:
+        wanted: the stream that is aimed at, [..., H].
+    """
     rows = wanted.reshape(-1, wanted.shape[-1]).float()
     return rows.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
 def stream_error(fitted: FittedPart, task: Task, which: Sequence[int]) -> float:
-    """Mean square of the error over the square of the stream, over the tokens of some sequences."""
+    """Mean square of the error over the square of the stream, over the tokens of some sequences.
+
+    Args:
+        fitted: the part.
+        task: sequences and targets.
+        which: numbers of sequences.
+
+    Returns:
+        a relative squared error, 0 for equal streams.
+    """
     total = 0.0
     count = 0
     with torch.no_grad():
@@ -59,6 +72,11 @@ def fit_layers(fitted: FittedPart, task: Task, layers: Sequence[Layer]) -> None:
     A layer whose result is added to the stream aims at the stream after the part, the others at
     their own results in the dense model.  Layers that share an input are one fit; they change only
     where the sequences held back gain by it.
+
+    Args:
+        fitted: the part; its masters change.
+        task: sequences and targets.
+        layers: of the part, in graph order.
     """
     for sharing in sharing_input(layers):
         names = [layer.parameter for layer in sharing]
@@ -137,8 +155,13 @@ def train_part(
     those held back best.
 
     Args:
+        fitted: the part; its masters change.
+        task: sequences and targets.
+        epochs: passes over the sequences to fit on.
         lr: relative to the root mean square of each parameter's free entries; it falls to zero as a
             cosine.
+        seed: of the order of sequences.
+        autocast: makes the context of a forward pass.
     """
     groups = []
     for name, master in fitted.masters.items():

@@ -54,7 +54,14 @@ class FittedPart:
         return outputs
 
     def run_to_stream(self, values: Values) -> Tensor:
-        """The stream after the part."""
+        """The stream after the part.
+
+        Args:
+            values: before the stage, by name.
+
+        Returns:
+            [..., H].
+        """
         stream: Tensor = self(values)[self.part.stage.outputs.index(self.part.end)]
         return stream
 
@@ -76,7 +83,12 @@ class FittedPart:
     @torch.no_grad()
     def peek_values(self, values: Values, names: Sequence[str]) -> list[Tensor]:
         """Values of some nodes of the stage, or of its inputs, by name; it runs as far as they
-        ask."""
+        ask.
+
+        Args:
+            values: before the stage, by name.
+            names: of nodes or inputs of the stage.
+        """
         inner = [self._copies[name] for name in names]
         return _Peek(self.module, self._module_tensors()).run_and_collect(
             self._stage_arguments(values), inner

@@ -59,7 +59,15 @@ class Walk:
         self.parts = [part for part in self._free if part.name not in self.refused]
 
     def reach_part(self, part: Part, target: Target) -> tuple[FittedPart, Task]:
-        """Let both models run up to a part, and give what it is to be fitted to."""
+        """Let both models run up to a part, and give what it is to be fitted to.
+
+        Args:
+            part: one of ``parts``, in order.
+            target: kind of the target.
+
+        Returns:
+            the part on copies of its parameters, and its task.
+        """
         end_values = self._ends[part.end]
         self._now.advance_to(part.stage)
         self._dense.advance_to(end_values.stage)
@@ -85,13 +93,25 @@ class Walk:
 
     def finish_part(self, part: Part, fitted: FittedPart) -> None:
         """Let both models go on past the part that was reached, the pruned one with what was
-        found."""
+        found.
+
+        Args:
+            part: the part that was reached.
+            fitted: with its final values.
+        """
         self._now.go_on(self._now.values_after(fitted))
         self._dense.go_on(self._dense_after)
 
     def free_layers(self, part: Part) -> list[Layer]:
         """The linear layers of a part that may change and whose results the dense model has in the
-        same shape."""
+        same shape.
+
+        Args:
+            part: one of ``parts``.
+
+        Returns:
+            layers in graph order.
+        """
         dense = dict(self._dense_program.named_parameters())
         nodes = set(part.stage.nodes)
         mine = []
@@ -174,7 +194,14 @@ class _Runner:
         self.at = self.chain.place[stage]
 
     def values_after(self, fitted: FittedPart) -> list[Values]:
-        """Values after the stage that is reached, as its part is fitted."""
+        """Values after the stage that is reached, as its part is fitted.
+
+        Args:
+            fitted: the part at the stage that is reached.
+
+        Returns:
+            values by name, one map a sequence.
+        """
         module = fitted.make_module()
         stage = self.chain.stages[self.at]
         with torch.no_grad():
@@ -184,7 +211,11 @@ class _Runner:
             ]
 
     def go_on(self, values: list[Values]) -> None:
-        """Stand after the stage that was reached, with these values."""
+        """Stand after the stage that was reached, with these values.
+
+        Args:
+            values: after the stage, one map a sequence.
+        """
         self.values = values
         self.at = self.at + 1
 

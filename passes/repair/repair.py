@@ -179,7 +179,14 @@ def _accumulate_products(
 
 
 def held_back_sequences(count: int) -> set[int]:
-    """Which of ``count`` sequences are held back: one in five, at least one, spread evenly."""
+    """Which of ``count`` sequences are held back: one in five, at least one, spread evenly.
+
+    Args:
+        count: number of sequences.
+
+    Returns:
+        indices of sequences.
+    """
     wanted = max(1, count // HELD_BACK)
     return {(2 * i + 1) * count // (2 * wanted) for i in range(wanted)}
 

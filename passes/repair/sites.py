@@ -69,8 +69,12 @@ def find_sites(program: Program, target: Target, bias: bool) -> tuple[list[Site]
     refitted.
 
     Args:
+        program: pruned, with its cut.
         target: own or stream, see ``Repair``.
         bias: whether biases may change.
+
+    Returns:
+        (sites, reasons by parameter).
     """
     assert program.cut is not None
     remaining = remaining_positions(program.cut)
@@ -101,7 +105,14 @@ def find_sites(program: Program, target: Target, bias: bool) -> tuple[list[Site]
 
 
 def consumed_parameters(cut: Cut) -> list[str]:
-    """The parameters that sum over units of groups that lost some."""
+    """The parameters that sum over units of groups that lost some.
+
+    Args:
+        cut: the dense program and the kept units.
+
+    Returns:
+        names, each once.
+    """
     groups = []
     for group in coupled_groups(cut.dense):
         if group.name in cut.kept:
@@ -115,7 +126,14 @@ def consumed_parameters(cut: Cut) -> list[str]:
 
 def remaining_positions(cut: Cut) -> dict[tuple[str, int], Tensor]:
     """By (parameter, dim): the dense positions that stayed, ascending; dims that were not cut are
-    left out."""
+    left out.
+
+    Args:
+        cut: the dense program and the kept units.
+
+    Returns:
+        positions along the dim, ascending.
+    """
     shapes = {}
     for name, p in cut.dense.named_parameters():
         shapes[name] = p.shape
@@ -142,7 +160,14 @@ class WeightUse:
 
 
 def weight_uses(program: Program) -> dict[str, list[WeightUse]]:
-    """Every op that reads each parameter; a tied one goes by its first name."""
+    """Every op that reads each parameter; a tied one goes by its first name.
+
+    Args:
+        program: the model.
+
+    Returns:
+        uses by parameter name.
+    """
     names = {id(p): name for name, p in program.named_parameters()}
     by_target = dict(program.gm.named_parameters(remove_duplicate=False))
     uses: dict[str, list[WeightUse]] = {}
@@ -245,7 +270,11 @@ def _bias_parameter(
 
 
 def open_rows(x: fx.Node) -> bool:
-    """Whether the number of rows is known only with the data, as in a mixture of experts."""
+    """Whether the number of rows is known only with the data, as in a mixture of experts.
+
+    Args:
+        x: an activation.
+    """
     sizes = []
     for s in x.meta["val"].shape:
         if isinstance(s, torch.SymInt):

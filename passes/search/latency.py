@@ -33,7 +33,14 @@ _uses: WeakKeyDictionary[Program, dict[str, int]] = WeakKeyDictionary()
 
 
 def matrix_uses(program: Program) -> dict[str, int]:
-    """How many linear ops read each matrix."""
+    """How many linear ops read each matrix.
+
+    Args:
+        program: the model.
+
+    Returns:
+        counts by parameter name.
+    """
     if program not in _uses:
         chains_by_weight = weight_uses(program)
         _uses[program] = {
@@ -61,7 +68,13 @@ class LatencyTable:
         self.measured: dict[tuple[int, int], float] = {}
 
     def seconds(self, first: Array, second: Array, like: Tensor) -> Array:
-        """[shapes]: seconds of a matrix of each size."""
+        """[shapes]: seconds of a matrix of each size.
+
+        Args:
+            first: sizes of dim 0, [shapes].
+            second: sizes of dim 1, [shapes].
+            like: for dtype and device.
+        """
         rows, columns = np.broadcast_arrays(first, second)
         grids = [_size_grid(rows), _size_grid(columns)]
         values = np.array(
@@ -95,7 +108,13 @@ def _size_grid(values: Array) -> Array:
 
 @torch.no_grad()
 def measure_seconds(rows: int, columns: int, like: Tensor) -> float:
-    """Median seconds of one matrix of this size applied to ROWS rows."""
+    """Median seconds of one matrix of this size applied to ROWS rows.
+
+    Args:
+        rows: size of dim 0.
+        columns: size of dim 1.
+        like: for dtype and device.
+    """
     weight = torch.ones(rows, columns, dtype=like.dtype, device=like.device)
     x = torch.ones(ROWS, columns, dtype=like.dtype, device=like.device)
     F.linear(x, weight)

@@ -138,6 +138,13 @@ class Search(Pass):
     ) -> list[Candidate]:
         """All shapes within the budget, the dearest first.
 
+        Args:
+            program: the model.
+            table: measured seconds; None: a new one.
+
+        Returns:
+            candidates by falling cost.
+
         Raises:
             EditError: a family cannot be searched, or no shape fits.
         """
@@ -176,7 +183,11 @@ class Search(Pass):
         return shapes
 
     def plan(self, program: Program) -> list[PlannedEdit]:
-        """What the dearest shape would do."""
+        """What the dearest shape would do.
+
+        Args:
+            program: to be pruned.
+        """
         shape = self.list_candidates(program)[0].shape
         edits = []
         for name in self.varied_families:

@@ -73,7 +73,12 @@ class ShapeCosts:
 
     def cost(self, shapes: Mapping[str, Sequence[int]], budget: Budget) -> Array:
         """[shapes]: what each costs.  shapes: by family (and "layers"), the units of every
-        shape."""
+        shape.
+
+        Args:
+            shapes: units of every shape, by family.
+            budget: what is counted.
+        """
         columns = {}
         for name, values in shapes.items():
             columns[name] = np.asarray(values, dtype=np.float64)
@@ -194,6 +199,10 @@ def _evaluate_polynomial(polynomial: Polynomial, columns: Mapping[str, Array]) -
 def groups_to_search(program: Program, family: str) -> list[CoupledGroup]:
     """The groups of a family, which must be free and of one size.
 
+    Args:
+        program: the model.
+        family: by name.
+
     Raises:
         EditError: they are not; says which.
     """
@@ -226,6 +235,9 @@ def shapes_within(
 
     Args:
         choices: numbers to choose among, by family.
+        cost: of the shapes of the grid.
+        at_most: highest cost.
+        at_least: lowest cost.
         expansion: mlp units as multiples of hidden (then mlp is no choice of its own); a shape
             appears once, however it comes about.
 

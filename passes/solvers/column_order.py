@@ -37,7 +37,12 @@ def arrange_columns(score_RC: Tensor, kept: int, of: int, seed: int, turns: int 
     Args:
         score_RC: not negative; C is a multiple of ``of``.
         kept: highest entries of every ``of`` that stay.
+        of: size of a group.
+        seed: of the order in which places are visited.
         turns: at most so many times every place of a group is taken out.
+
+    Returns:
+        the order and what it keeps.
 
     Source:
         Zhang et al. 2024 (RIA), "Plug-and-Play: An Efficient Post-training Pruning Method for Large
@@ -72,7 +77,13 @@ def arrange_columns(score_RC: Tensor, kept: int, of: int, seed: int, turns: int 
 
 
 def score_of_groups(score_RC: Tensor, groups_GM: Tensor, kept: int) -> float:
-    """The sum of the ``kept`` highest entries of every group in every row."""
+    """The sum of the ``kept`` highest entries of every group in every row.
+
+    Args:
+        score_RC: not negative.
+        groups_GM: columns of each group.
+        kept: entries of a group that stay.
+    """
     columns = []
     for place in range(groups_GM.shape[1]):
         columns.append(score_RC[:, groups_GM[:, place]])
@@ -81,7 +92,12 @@ def score_of_groups(score_RC: Tensor, groups_GM: Tensor, kept: int) -> float:
 
 def snake_draft_groups(score_RC: Tensor, of: int) -> Tensor:
     """[G, of]: the columns from the greatest sum to the least, dealt out to the groups forwards and
-    backwards."""
+    backwards.
+
+    Args:
+        score_RC: not negative.
+        of: size of a group.
+    """
     rows = score_RC.sum(0, dtype=torch.float64).argsort(descending=True, stable=True).view(of, -1)
     rows = torch.stack(
         [row if round_number % 2 == 0 else row.flip(0) for round_number, row in enumerate(rows)]
@@ -95,6 +111,15 @@ def reassign_place(score_RC: Tensor, groups_GM: Tensor, place: int, kept: int) -
     With the others of group g there, column c adds to every row max(c, s_g), where s_g is what
     stands last among the kept without it; max(a, b) = (a + b + |a - b|) / 2 makes the table of all
     gains one distance matrix.
+
+    Args:
+        score_RC: not negative.
+        groups_GM: columns of each group.
+        place: index into the groups.
+        kept: entries of a group that stay.
+
+    Returns:
+        [G, M].
     """
     others = []
     for group in range(groups_GM.shape[1]):
@@ -117,7 +142,12 @@ def reassign_place(score_RC: Tensor, groups_GM: Tensor, place: int, kept: int) -
 
 def highest_columns(columns: list[Tensor], count: int) -> list[Tensor]:
     """The ``count`` greatest of some tensors in every entry, in descending order: a partial network
-    of exchanges."""
+    of exchanges.
+
+    Args:
+        columns: tensors of one shape.
+        count: how many are wanted.
+    """
     remaining = list(columns)
     best = list[Tensor]()
     for _ in range(count):

@@ -29,6 +29,9 @@ def quantize_gptq(weight_NK: Tensor, gram_KK: Tensor, bits: int, damping: float)
         bits: 8 or 4.
         damping: added to the diagonal, in parts of its mean.
 
+    Returns:
+        [N, K] in the weight's dtype, on a grid.
+
     Raises:
         GramError: no finite factor; more calibration tokens or more damping may help.
     """

@@ -32,8 +32,12 @@ def refine_groups(
     in all rows at once.
 
     Args:
+        dense_NK: target.
+        sparse_NK: start, with the pattern.
         gram_KK: G, with its damping, so that it is positive definite.
+        pattern: n:m.
         sweeps: times that every group is visited.
+        block: inputs whose updates are gathered into one product.
 
     Returns:
         [N, K] float32.

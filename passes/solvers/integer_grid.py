@@ -33,7 +33,11 @@ class Grid:
     scale_NG: Tensor
 
     def to_codes(self, weight_NK: Tensor) -> Tensor:
-        """The nearest codes [N, K] int8."""
+        """The nearest codes [N, K] int8.
+
+        Args:
+            weight_NK: any float dtype.
+        """
         low, high = LIMITS[self.bits]
         return (
             (weight_NK.float() / self.expand_scale(weight_NK.shape[1]))
@@ -43,22 +47,40 @@ class Grid:
         )
 
     def to_numbers(self, codes_NK: Tensor, dtype: torch.dtype) -> Tensor:
-        """What codes stand for, [N, K], rounded to a dtype."""
+        """What codes stand for, [N, K], rounded to a dtype.
+
+        Args:
+            codes_NK: int8.
+            dtype: of the result.
+        """
         return (codes_NK.float() * self.expand_scale(codes_NK.shape[1])).to(dtype)
 
     def round_to_grid(self, weight_NK: Tensor) -> Tensor:
-        """The weight on the grid, in its own dtype; zeros stay zeros."""
+        """The weight on the grid, in its own dtype; zeros stay zeros.
+
+        Args:
+            weight_NK: any float dtype.
+        """
         return self.to_numbers(self.to_codes(weight_NK), weight_NK.dtype)
 
     def expand_scale(self, columns: int) -> Tensor:
-        """The scale of every number: [N, K], or [N, 1] for one group."""
+        """The scale of every number: [N, K], or [N, 1] for one group.
+
+        Args:
+            columns: K.
+        """
         if self.scale_NG.shape[1] == 1:
             return self.scale_NG
         return self.scale_NG.repeat_interleave(GROUP, 1)[:, :columns]
 
 
 def groups_per_row(columns: int, bits: int) -> int:
-    """Number of scales in a row."""
+    """Number of scales in a row.
+
+    Args:
+        columns: K.
+        bits: 8 or 4.
+    """
     if bits == 8:
         return 1
     return -(-columns // GROUP)
@@ -69,6 +91,7 @@ def grid_of(weight_NK: Tensor, bits: int, importance_K: Tensor | None = None) ->
     errs less.
 
     Args:
+        weight_NK: any float dtype.
         bits: 8 (a scale a row, always the largest) or 4 (a scale of 128 inputs, searched in
             ``SHRINKS``).
         importance_K: weight of each input's squared error; None counts all alike.
@@ -90,7 +113,13 @@ def grid_of(weight_NK: Tensor, bits: int, importance_K: Tensor | None = None) ->
 
 
 def group_scale(weight_NK: Tensor, bits: int, importance_K: Tensor | None = None) -> Tensor:
-    """The scale [N] float32 of one group of inputs."""
+    """The scale [N] float32 of one group of inputs.
+
+    Args:
+        weight_NK: inputs of one group.
+        bits: 8 or 4.
+        importance_K: weight of each input's squared error; None counts all alike.
+    """
     low, high = LIMITS[bits]
     weight_NK = weight_NK.float()
     full = weight_NK.abs().amax(1) / high
@@ -113,7 +142,11 @@ def _make_sound_scale(scale: Tensor) -> Tensor:
 
 def find_grid(weight_NK: Tensor) -> Grid | None:
     """The grid that a weight lies on bit for bit, or None.  The first row decides quickly about
-    most weights."""
+    most weights.
+
+    Args:
+        weight_NK: any float dtype.
+    """
     for bits in (4, 8):
         if (
             _finest_scales(weight_NK[:1], bits) is not None

@@ -34,6 +34,10 @@ def solve_knapsack(menu: Sequence[Sequence[SizeOption]], budget: float) -> list[
     cost and damage are let go, so that the answer is exact whatever the costs are.  Ties: the lower
     cost, then the earlier size.
 
+    Args:
+        menu: sizes of each group.
+        budget: in the unit of the costs.
+
     Raises:
         EditError: even the cheapest sizes cost more than the budget.
 

@@ -38,6 +38,11 @@ def fit_masked(seen: Products, held: Products, mask_NK: Tensor) -> MaskedFit:
     What few steps reach is what the data says clearly: stopping early is the damping.  The steps
     are then taken again on all rows.
 
+    Args:
+        seen: sums over the rows to fit on.
+        held: sums over the rows held back.
+        mask_NK: entries that may change.
+
     Source:
         masked conjugate gradients: Meng et al. 2024 (ALPS), arXiv:2406.07831, algorithm 2, with a
         diagonal preconditioner; stopping on rows held back is ours.
@@ -66,7 +71,12 @@ def fit_masked(seen: Products, held: Products, mask_NK: Tensor) -> MaskedFit:
 
 def descend(products: Products, mask_NK: Tensor) -> Iterator[Tensor]:
     """delta_NK [N, K] float32 after each step, without end; rows that have converged stay where
-    they are."""
+    they are.
+
+    Args:
+        products: sums over rows.
+        mask_NK: entries that may change.
+    """
     scale_K = products.gram_KK.diagonal().clone()
     scale_K = (scale_K + FLOOR * scale_K.mean().clamp_min(1e-30)).sqrt()
     gram_KK = (products.gram_KK / scale_K[:, None] / scale_K).float()

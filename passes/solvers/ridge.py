@@ -32,7 +32,12 @@ class Products:
         self.energy = 0.0
 
     def add_rows(self, x_TK: Tensor, r_TN: Tensor) -> None:
-        """Count some rows."""
+        """Count some rows.
+
+        Args:
+            x_TK: inputs.
+            r_TN: residuals.
+        """
         wide = torch.promote_types(x_TK.dtype, torch.float32)
         x_TK = x_TK.to(wide)
         r_TN = r_TN.to(wide)
@@ -44,7 +49,11 @@ class Products:
         self.rows += len(x_TK)
 
     def merge(self, other: Products) -> Products:
-        """The products over the rows of both."""
+        """The products over the rows of both.
+
+        Args:
+            other: of the same shapes.
+        """
         both = Products(self.inputs, len(self.cross_NK), self.ones, self.gram_KK.device)
         both.gram_KK = self.gram_KK + other.gram_KK
         both.cross_NK = self.cross_NK + other.cross_NK
@@ -53,7 +62,11 @@ class Products:
         return both
 
     def error(self, delta_NK: Tensor) -> float:
-        """Sum of squares of ``r - x delta^T``; ``energy`` for a delta of zero."""
+        """Sum of squares of ``r - x delta^T``; ``energy`` for a delta of zero.
+
+        Args:
+            delta_NK: correction.
+        """
         explained = (
             2 * (delta_NK * self.cross_NK).sum() - (delta_NK * (delta_NK @ self.gram_KK)).sum()
         )
@@ -65,6 +78,9 @@ class Products:
 
         s_K: the energy of each input, so that the penalty is the same whatever an input's scale;
         inputs that hardly ever fire get at least a thousandth of the mean.
+
+        Args:
+            damping: relative to the energy of each input.
 
         Source:
             Hoerl & Kennard 1970, on standardised inputs, with the penalty on the correction, so
@@ -107,6 +123,8 @@ def fit_damped(seen: Products, held: Products, judge: Products | None = None) ->
     strictly better, and where the final one does so with the rows that judge.
 
     Args:
+        seen: sums over the rows to fit on.
+        held: sums over the rows that choose the damping.
         judge: rows that neither choose the damping nor are fitted; None: there are none.
     """
     after = held.energy

@@ -31,7 +31,9 @@ def prune_by_sparsegpt(
     ``w^2 / U_cc^2``; a share of zeros is spread evenly over the blocks of inputs.
 
     Args:
+        weight_NK: dense.
         factor_KK: upper factor U of the damped inverse Gram matrix, see ``gram.inverse_factor``.
+        pattern: n:m, or a share of zeros.
         live_K: False for inputs that never fire: their weights go first; None: all do.
         block: inputs whose updates of later ones are gathered into one product.
     """
@@ -65,7 +67,13 @@ def blocks_of(
     pattern: Pattern | Share, columns: int, block: int
 ) -> Iterator[list[tuple[int, int, int]]]:
     """Blocks of about ``block`` inputs, each as its groups: (first input, one past the last,
-    entries kept in a row)."""
+    entries kept in a row).
+
+    Args:
+        pattern: n:m, or a share of zeros.
+        columns: K.
+        block: inputs of a block.
+    """
     if isinstance(pattern, Pattern):
         step = max(1, block // pattern.of) * pattern.of
         for start in range(0, columns, step):

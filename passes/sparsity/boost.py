@@ -30,6 +30,8 @@ def group_sums(columns: int, width: int, like: Tensor) -> Tensor:
 
     Args:
         columns: K, a multiple of width.
+        width: inputs of a group.
+        like: for dtype and device.
     """
     return torch.eye(columns // width, dtype=like.dtype, device=like.device).repeat_interleave(
         width, 1
@@ -37,14 +39,25 @@ def group_sums(columns: int, width: int, like: Tensor) -> Tensor:
 
 
 def branch_names(weight: str) -> tuple[str, str]:
-    """The names of a weight's branch."""
+    """The names of a weight's branch.
+
+    Args:
+        weight: ``P.weight``.
+
+    Returns:
+        (name of A, name of B).
+    """
     path = weight.rpartition(".")[0]
     return f"{path}.{IN}", f"{path}.{OUT}"
 
 
 def branch_parameters(program: Program) -> dict[str, tuple[str, str]]:
     """The branches that a Program has: names of A and B by the name of the weight beside which they
-    stand."""
+    stand.
+
+    Args:
+        program: the model.
+    """
     branches: dict[str, tuple[str, str]] = {}
     for name, state in program.sparse.items():
         if state.branch is not None:
@@ -56,6 +69,7 @@ def add_branches(program: Program, branches: Mapping[str, Branch]) -> Program:
     """The Program with branches beside some weights; it shares all Parameters with the given one.
 
     Args:
+        program: with sparse weights.
         branches: (A [R, K], B [N, R]) by the name of a sparse weight.
     """
     gm = program.gm
@@ -87,7 +101,11 @@ def add_branches(program: Program, branches: Mapping[str, Branch]) -> Program:
 
 
 def remove_branches(program: Program) -> Program:
-    """The Program without its branches; it shares all other Parameters with the given one."""
+    """The Program without its branches; it shares all other Parameters with the given one.
+
+    Args:
+        program: with or without branches.
+    """
     gm = program.gm
     names = set[str]()
     for pair in branch_parameters(program).values():

@@ -30,6 +30,9 @@ JUDGE = "budget "
 def check_budget(value: Any) -> Any:
     """A part (a float up to 1) or a number of bytes.
 
+    Args:
+        value: of the option.
+
     Raises:
         ValueError: neither.
     """
@@ -42,7 +45,12 @@ def check_budget(value: Any) -> Any:
 
 
 def count_packed_bytes(weight: Tensor, kind: Pattern | Share) -> int:
-    """Bytes of a sparse weight: the values that stay, and a bit for each place."""
+    """Bytes of a sparse weight: the values that stay, and a bit for each place.
+
+    Args:
+        weight: [N, K].
+        kind: pattern or share of zeros.
+    """
     rows, columns = weight.shape
     groups = columns // kind.group_size(columns)
     return rows * groups * kind.kept_per_group(columns) * weight.itemsize + -(-weight.numel() // 8)
@@ -60,6 +68,14 @@ def choose_layers(
 
     Each one's damage is measured alone in the dense model, in the form the recipe gives it there;
     the sum over those that become sparse is the least that the budget allows.
+
+    Args:
+        budget: bytes, or part of the dense bytes.
+        damage: how damage is measured.
+        recipe: how one layer is made sparse.
+        program: the model.
+        layers: to choose from.
+        context: with calibration data.
 
     Raises:
         EditError: even all of them sparse take more than the budget.

@@ -65,6 +65,11 @@ class SparseLayer:
 def by_magnitude(name: str, weight_NK: Tensor, kind: Pattern | Share) -> SparseLayer:
     """A weight that keeps its largest entries.
 
+    Args:
+        name: for messages.
+        weight_NK: dense.
+        kind: pattern or share of zeros.
+
     Raises:
         PatternError: it holds NaN; names the weight.
     """
@@ -78,9 +83,14 @@ def sparsify_layers(
     """The weights of layers that read one input, made sparse on what a model produces there.
 
     Args:
+        recipe: how a layer is made sparse.
         dense: [N, K] by name.
+        run: the model, advanced to the layers.
         x: node of the input.
         count: sequences of the run.
+
+    Returns:
+        sparse weights by name.
 
     Raises:
         PatternError, CalibrationError: a weight, or an input, is not finite; names the weight.

@@ -15,7 +15,15 @@ Metric = Callable[[Tensor, Tensor], Tensor]
 
 
 def ria_score(size_NK: Tensor, norms_K: Tensor) -> Tensor:
-    """An entry's parts of its row's and of its column's sum, times the root of its input's norm."""
+    """An entry's parts of its row's and of its column's sum, times the root of its input's norm.
+
+    Args:
+        size_NK: |W|, float32.
+        norms_K: root mean square of each input.
+
+    Returns:
+        [N, K], higher is kept.
+    """
     tiny = torch.finfo(size_NK.dtype).tiny
     shares = size_NK / size_NK.sum(1, keepdim=True).clamp_min(tiny) + size_NK / size_NK.sum(
         0

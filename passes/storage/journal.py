@@ -96,7 +96,11 @@ class Journal:
             ) from error
 
     def read(self, name: str) -> Entry | None:
-        """The entry, or None where there is none, or only a damaged one."""
+        """The entry, or None where there is none, or only a damaged one.
+
+        Args:
+            name: as given to ``write``.
+        """
         file = None
         if self.folder is not None:
             file = self._entry_file(name)
@@ -126,7 +130,11 @@ class Journal:
         )
 
     def remove(self, name: str) -> None:
-        """Forget an entry, where there is one."""
+        """Forget an entry, where there is one.
+
+        Args:
+            name: as given to ``write``.
+        """
         if self.folder is not None:
             self._entry_file(name).unlink(missing_ok=True)
 
@@ -137,7 +145,14 @@ class Journal:
 
 def hash_tensor(tensor: Tensor) -> str:
     """SHA-256 (hex) of a tensor's dtype, shape and values, wherever it lies and however it is
-    strided."""
+    strided.
+
+    Args:
+        tensor: on any device.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     data = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode())
     digest.update(data.view(-1).view(torch.uint8).numpy().data)

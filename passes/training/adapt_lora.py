@@ -127,6 +127,10 @@ def find_projections(model: nn.Module, program: Program) -> list[str]:
 
     Args:
         model: the stock model over the program's own Parameters.
+        program: pruned.
+
+    Returns:
+        module paths.
     """
     roles = ("produces", "consumes")
     names = set()

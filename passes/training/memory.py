@@ -18,7 +18,14 @@ JSON = dict[str, Any]
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of one that may be spread over processes (then on the CPU); every process
-    must call this."""
+    must call this.
+
+    Args:
+        tensor: local or distributed.
+
+    Returns:
+        a local tensor.
+    """
     if not hasattr(tensor, "full_tensor"):
         return tensor
     full: Tensor = tensor.full_tensor()
@@ -26,7 +33,12 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def spread_like(value: Tensor, like: Tensor) -> Tensor:
-    """A full tensor laid out as ``like``: over its processes, on its device, in its dtype."""
+    """A full tensor laid out as ``like``: over its processes, on its device, in its dtype.
+
+    Args:
+        value: local.
+        like: local or distributed.
+    """
     value = value.to(like.device, like.dtype)
     if not hasattr(like, "full_tensor"):
         return value
@@ -37,7 +49,11 @@ def spread_like(value: Tensor, like: Tensor) -> Tensor:
 
 def gather_sharded_params(model: nn.Module) -> None:
     """Spread what a forward pass without a backward one left gathered; nothing to do in one
-    process."""
+    process.
+
+    Args:
+        model: with or without FSDP2.
+    """
     for module in model.modules():
         reshard: Any = getattr(module, "reshard", None)
         if reshard is not None:
@@ -45,7 +61,14 @@ def gather_sharded_params(model: nn.Module) -> None:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters that are trained and persistent buffers by name, each once, whole."""
+    """Parameters that are trained and persistent buffers by name, each once, whole.
+
+    Args:
+        model: with or without FSDP2.
+
+    Returns:
+        local tensors by name.
+    """
     gather_sharded_params(model)
     named: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
@@ -60,7 +83,12 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """The inverse of ``weights_of``, in place."""
+    """The inverse of ``weights_of``, in place.
+
+    Args:
+        model: with or without FSDP2.
+        weights: local tensors by name.
+    """
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for name, value in weights.items():
@@ -68,7 +96,14 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], JSON]:
-    """Its tensors, named by parameter number and key, and its groups."""
+    """Its tensors, named by parameter number and key, and its groups.
+
+    Args:
+        optimizer: with or without distributed parameters.
+
+    Returns:
+        (tensors, JSON).
+    """
     state = optimizer.state_dict()
     tensors = {}
     for index, moments in state["state"].items():
@@ -81,7 +116,13 @@ def put_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: JSON
 ) -> None:
     """The inverse of ``optimizer_state``; the optimizer has the same parameters in the same
-    order."""
+    order.
+
+    Args:
+        optimizer: to be restored.
+        tensors: as saved.
+        facts: as saved.
+    """
     parameters = []
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -107,7 +148,12 @@ def random_state() -> tuple[dict[str, Tensor], JSON]:
 
 
 def put_random_state(tensors: Mapping[str, Tensor], facts: JSON) -> None:
-    """The inverse of ``random_state``."""
+    """The inverse of ``random_state``.
+
+    Args:
+        tensors: as saved.
+        facts: as saved.
+    """
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
@@ -128,7 +174,12 @@ def isolate_randomness() -> Iterator[None]:
 
 
 def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names with a prefix, so that several sets share one file."""
+    """Names with a prefix, so that several sets share one file.
+
+    Args:
+        prefix: without the slash.
+        tensors: by name.
+    """
     result: dict[str, Tensor] = {}
     for name, value in tensors.items():
         result[f"{prefix}/{name}"] = value
@@ -136,7 +187,12 @@ def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``prefixed``: those of one set."""
+    """The inverse of ``prefixed``: those of one set.
+
+    Args:
+        prefix: without the slash.
+        tensors: by prefixed name.
+    """
     prefixed: dict[str, Tensor] = {}
     for name, v in tensors.items():
         if name.startswith(f"{prefix}/"):

@@ -58,7 +58,15 @@ class Network(nn.Module):
         self.head, self.place = _cut_head(model, {**probe, **self.fixed})
 
     def forward(self, inputs: Mapping[str, Any], states: bool = False) -> Output:
-        """Rows for every position of the inputs, and the hidden states if asked for."""
+        """Rows for every position of the inputs, and the hidden states if asked for.
+
+        Args:
+            inputs: of the model, by name.
+            states: whether hidden states are wanted.
+
+        Returns:
+            rows and hidden states.
+        """
         device = next(v.device.type for v in inputs.values() if isinstance(v, Tensor))
         if states:
             more = {"output_hidden_states": True}

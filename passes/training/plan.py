@@ -91,6 +91,10 @@ class TrainingPass(Pass):
     def load_text(self, program: Program, context: Context) -> TrainingText:
         """The windows to train on and those held back.
 
+        Args:
+            program: names the main input and the tokenizer.
+            context: with calibration data and seed.
+
         Raises:
             TextError: there is none, or the file cannot be read.
         """
@@ -135,6 +139,11 @@ def plan_steps(options: TrainingPass, window: int, tokens: int) -> StepPlan:
 
     With several processes the batch is shared out among them.
 
+    Args:
+        options: of the pass.
+        window: tokens of a sequence.
+        tokens: to train on.
+
     Raises:
         PipelineError: the processes do not divide the batch.
     """
@@ -167,7 +176,12 @@ def world_size() -> int:
 
 def autocast_dtype(precision: Precision, dtypes: set[torch.dtype]) -> torch.dtype | None:
     """The dtype of matrix products, None for the weights' own; weights of low precision are trained
-    as float32."""
+    as float32.
+
+    Args:
+        precision: option of the pass.
+        dtypes: of the parameters.
+    """
     table = {
         "float32": None,
         "bfloat16": torch.bfloat16,

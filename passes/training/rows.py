@@ -131,7 +131,13 @@ class TopRows:
 
 
 def top_rows(rows: HeadRows | LogitRows, k: int, temperature: float = 1.0) -> TopRows:
-    """The k likeliest tokens of each row, int32 and float32, computed chunk by chunk."""
+    """The k likeliest tokens of each row, int32 and float32, computed chunk by chunk.
+
+    Args:
+        rows: of a model.
+        k: tokens kept of each row.
+        temperature: of the distributions.
+    """
     parts = []
     for part in row_chunks(rows.count_rows, _vocabulary_size(rows)):
         log_p_cV = torch.log_softmax(rows.logits(part) / temperature, -1)
@@ -141,7 +147,13 @@ def top_rows(rows: HeadRows | LogitRows, k: int, temperature: float = 1.0) -> To
 
 
 def row_chunks(rows: int, vocabulary: int, elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
-    """Slices of the rows, each of about ``elements`` logits."""
+    """Slices of the rows, each of about ``elements`` logits.
+
+    Args:
+        rows: T.
+        vocabulary: V.
+        elements: logits of a chunk.
+    """
     size = max(1, elements // vocabulary)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
@@ -149,7 +161,14 @@ def row_chunks(rows: int, vocabulary: int, elements: int = CHUNK_ELEMENTS) -> It
 def head_logits(
     x_cX: Tensor, weight_VX: Tensor, bias_V: Tensor | None, dtype: torch.dtype | None
 ) -> Tensor:
-    """x W^T + b, [c, V] float32; multiplied in ``dtype``."""
+    """x W^T + b, [c, V] float32; multiplied in ``dtype``.
+
+    Args:
+        x_cX: hidden states.
+        weight_VX: of the head.
+        bias_V: of the head, or None.
+        dtype: of the product; None is that of the weight.
+    """
     wide = dtype or weight_VX.dtype
     logits_cV = (x_cX.to(wide) @ weight_VX.to(wide).T).float()
     if bias_V is None:

@@ -94,7 +94,15 @@ class TrainingResult:
 
 def thin_curve(curve: Sequence[Mapping[str, float]], every: int) -> list[dict[str, float]]:
     """Means over ``every`` steps each; step, tokens, rate and what is said of masks are those of
-    the last."""
+    the last.
+
+    Args:
+        curve: one record a step.
+        every: steps of one point.
+
+    Returns:
+        points in order.
+    """
     parts = []
     for start in range(0, len(curve), every):
         parts.append(curve[start : start + every])
@@ -126,6 +134,9 @@ def train_module(
         model: a stock model, or a graph module.
         teacher: answers for every batch.
         text: see Text.
+        goal: weights of the losses, tokens and learning rate.
+        options: of the pass.
+        context: with seed, progress and resume folder.
         stays: the module cannot leave its device.
         masks: of weights that are under masks in the module, or None.
 
@@ -195,7 +206,11 @@ def train_module(
 
 
 def copy_program(program: Program) -> Program:
-    """The same Program over Parameters of its own, so that training it changes no other."""
+    """The same Program over Parameters of its own, so that training it changes no other.
+
+    Args:
+        program: to be copied.
+    """
     return with_parameters(
         program, {name: p.detach().clone() for name, p in program.named_parameters()}
     )
@@ -203,7 +218,15 @@ def copy_program(program: Program) -> Program:
 
 def module_of(program: Program, context: Context) -> tuple[nn.Module, bool]:
     """What is trained in a Program's place, over its Parameters: its stock model, or else (True)
-    its graph module."""
+    its graph module.
+
+    Args:
+        program: to be trained.
+        context: may give a stock model.
+
+    Returns:
+        (module, whether it is the graph module).
+    """
     if context.raise_model is None:
         return program.gm, True
     try:
@@ -218,7 +241,18 @@ def module_of(program: Program, context: Context) -> tuple[nn.Module, bool]:
 def run_fingerprint(
     model: nn.Module, text: TrainingText, goal: TrainingGoal, options: TrainingPass, seed: int
 ) -> dict[str, str]:
-    """What a run depends on, for runs that go on."""
+    """What a run depends on, for runs that go on.
+
+    Args:
+        model: with its weights at the start.
+        text: to train on.
+        goal: of the run.
+        options: of the pass.
+        seed: of the run.
+
+    Returns:
+        texts by key.
+    """
     every = hashlib.sha256()
     for name, parameter in model.named_parameters():
         every.update(f"{name} {hash_tensor(full_tensor(parameter))} ".encode())
@@ -299,7 +333,15 @@ def _gather_weights(learner: nn.Module, before: Mapping[str, nn.Parameter]) -> N
 
 
 def make_probe(text: TrainingText, model: nn.Module) -> JSON:
-    """The beginning of the first sequence, where the model is."""
+    """The beginning of the first sequence, where the model is.
+
+    Args:
+        text: at least one sequence.
+        model: for its device.
+
+    Returns:
+        inputs by name.
+    """
     device = next(model.parameters()).device
 
     def shorten(value: Any) -> Any:
@@ -326,7 +368,13 @@ def _trainer_module() -> Any:
 
 
 def write_curve(trained: TrainingResult, folder: Path | None, name: str) -> None:
-    """All points, as JSON, into the folder for by-products, where there is one."""
+    """All points, as JSON, into the folder for by-products, where there is one.
+
+    Args:
+        trained: result of a run.
+        folder: None: nothing is written.
+        name: of the file, without suffix.
+    """
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)

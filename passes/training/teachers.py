@@ -126,9 +126,15 @@ def store_answers(
     """Write down what a teacher says about each sequence; those that stand there already are left.
 
     Args:
+        teacher: with top_k.
+        samples: sequences.
         folder: one file a sequence, and ``about``.
         about: what the rows depend on; where the folder holds rows of something else, they are
             replaced.
+        progress: reporter.
+
+    Returns:
+        a teacher that reads the folder.
     """
     journal = Journal(folder)
     known = journal.read("about")
@@ -169,7 +175,13 @@ def place_model(
     model: nn.Module, dtype: torch.dtype | None, device: torch.device | None
 ) -> nn.Module:
     """The model in another dtype or on another device, as a copy; itself where neither is asked
-    for."""
+    for.
+
+    Args:
+        model: stock model.
+        dtype: None: as it is.
+        device: None: as it is.
+    """
     if dtype is None and device is None:
         return model
     return copy.deepcopy(model).to(device=device, dtype=dtype)

@@ -57,6 +57,13 @@ def split_held_out(sequences: Sequence[Sample], held_out: int) -> TrainingText:
     """The first ``held_out`` sequences held back, fewer where that would be more than one in five:
     the same ones however many follow.
 
+    Args:
+        sequences: in order.
+        held_out: most sequences to hold back.
+
+    Returns:
+        training and held-back sequences.
+
     Raises:
         TextError: no sequence to train on.
     """
@@ -78,7 +85,10 @@ def read_windows(
             documents apart by two empty lines.  Text is tokenised by the tokenizer in the model's
             folder, in a seeded order of the documents, an end token after each, and cut into
             windows without overlap.
+        program: names the main input and the tokenizer.
         tokens: stop when there are so many; less text is seen more than once.
+        window: tokens of a sequence.
+        seed: of the order of documents.
 
     Raises:
         TextError: the file or the tokenizer cannot be read, or not one window comes out.
@@ -198,6 +208,9 @@ def collate_batch(items: Sequence[Item]) -> Item:
 
     Sequences of different lengths are padded at their ends, and padding is not counted.  It is not
     masked: a causal model cannot see it, and others should be given sequences of one length.
+
+    Args:
+        items: with ``window`` and ``sample`` each.
     """
     samples = [item["sample"] for item in items]
     inputs = {}

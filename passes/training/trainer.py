@@ -198,7 +198,12 @@ class DistillationTrainer(Trainer):
         return self.tokens_seen - self._before
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Keep the record of a step; Trainer's other messages are not kept."""
+        """Keep the record of a step; Trainer's other messages are not kept.
+
+        Args:
+            logs: of Trainer.
+            start_time: not used.
+        """
         if "loss" not in logs:
             return
         means = self.accelerator.reduce(torch.stack(self._parts).mean(0), "mean")
@@ -345,7 +350,17 @@ def training_arguments(
     use_cpu: bool,
     measured: bool,
 ) -> TrainingArguments:
-    """What Trainer is told.  Several processes share weights, gradients and moments by FSDP2."""
+    """What Trainer is told.  Several processes share weights, gradients and moments by FSDP2.
+
+    Args:
+        options: of the pass.
+        lr: highest learning rate.
+        pace: steps of the run.
+        seed: of the run.
+        folder: for files of Trainer.
+        use_cpu: train on the CPU.
+        measured: whether text is held back.
+    """
     if world_size() > 1:
         sharded: JSON = {"fsdp": True, "fsdp_config": {"version": 2}}
     else:
@@ -388,6 +403,10 @@ def training_arguments(
 
 def check_same(kept: dict[str, str], now: dict[str, str]) -> None:
     """Refuse to go on with what belongs to another run.
+
+    Args:
+        kept: fingerprint of the earlier run.
+        now: fingerprint of this run.
 
     Raises:
         TrainingError: names what differs.

@@ -171,6 +171,12 @@ class Allocate(Pass):
     def free_groups(self, program: Program) -> list[CoupledGroup]:
         """The groups that share the budget.
 
+        Args:
+            program: to be pruned.
+
+        Returns:
+            groups in the order of the families and of the graph.
+
         Raises:
             EditError: a family has none that may be pruned.
         """

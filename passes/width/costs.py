@@ -29,6 +29,14 @@ def cost_of(kind: CostKind, program: Program, group: CoupledGroup) -> Cost:
     flops: two for each entry of a matrix, a token.
     latency: seconds of the group's matrices applied to one token on the parameters' device, the
         median of five runs.
+
+    Args:
+        kind: what is counted.
+        program: the model.
+        group: whose units are kept.
+
+    Returns:
+        a function of the number of units kept.
     """
     return KINDS[kind](program, group)
 
@@ -121,6 +129,15 @@ def sizes_of(units: int, levels: int, multiple: int, least: int) -> Sequence[int
     the multiple.
 
     Counts below ``least`` are left out; the whole group is always there.
+
+    Args:
+        units: of the group.
+        levels: number of even steps.
+        multiple: that sizes are rounded to.
+        least: smallest size allowed.
+
+    Returns:
+        unit counts, descending.
     """
     steps = set()
     for step in range(1, levels):

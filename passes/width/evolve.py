@@ -33,6 +33,16 @@ def evolve_mixture(
     measured on the first quarter of the judge's sequences, the two best of them and the parent on
     all.
 
+    Args:
+        start: index of a level by group name.
+        menu: sizes with cost and damage by group name.
+        budget: in the unit of the costs.
+        judge: measures the KL of a mixture.
+        context: its seed draws the children.
+        journal: where finished generations are kept.
+        generations: number of rounds after the first measurement.
+        children: of each generation.
+
     Returns:
         the last parent, and the KL of the parent after each generation (the first: of ``start``).
 
@@ -93,6 +103,15 @@ def mutate_mixture(
     again.
 
     Sizes of a group descend: index 0 is the whole group.
+
+    Args:
+        parent: index of a level by group name.
+        menu: sizes with cost by group name.
+        budget: in the unit of the costs.
+        draw: source of randomness.
+
+    Returns:
+        the child, or a copy of the parent where nothing can shrink.
     """
     child = dict(parent)
     names = list(parent)

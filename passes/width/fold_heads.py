@@ -20,6 +20,13 @@ def fold_pairs(scores: Tensor, kept: int) -> list[tuple[int, int]]:
     With L heads by falling score and K kept, head i of the last L - K kept ones takes head 2K - i +
     1 (from 1): the least kept one takes the best dropped one.
 
+    Args:
+        scores: [heads].
+        kept: number of heads that stay, at least half.
+
+    Returns:
+        pairs of head indices.
+
     Source:
         Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 2.3.
     """
@@ -36,6 +43,7 @@ def fold_heads(program: Program, counts: Mapping[str, int]) -> Program:
     ranked under each key/value head take in those of their own one.
 
     Args:
+        program: with scores for the groups.
         counts: heads that will stay, by group; groups of other families, and those that stay whole,
             are left alone.
 

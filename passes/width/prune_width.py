@@ -120,7 +120,11 @@ class PruneWidth(Pass):
         return amounts
 
     def family_multiple(self, family: str) -> int:
-        """The multiple that unit counts of a family are rounded to."""
+        """The multiple that unit counts of a family are rounded to.
+
+        Args:
+            family: name of a family of groups.
+        """
         if isinstance(self.round_to, int):
             if family in WHOLE:
                 return 1
@@ -130,6 +134,9 @@ class PruneWidth(Pass):
     def plan(self, program: Program) -> list[PlannedEdit]:
         """The edits, one for each group that is asked for; counts of a shared ranking are the
         average ones.
+
+        Args:
+            program: to be pruned.
 
         Raises:
             EditError: unknown or locked group, no group of a family, no unit left, layers would

@@ -16,6 +16,9 @@ from secateur.passes.importance.base import Normalization, distinct_members, nor
 def check_amount(value: object) -> object:
     """A fraction removed (float, 0 <= x < 1) or a number of units kept (int >= 1), as given.
 
+    Args:
+        value: of an option.
+
     Raises:
         ValueError: neither.
     """
@@ -42,7 +45,13 @@ def count_kept(name: str, units: int, amount: float | int, multiple: int) -> int
     never above ``units``.
 
     Args:
+        name: of the group, for messages.
+        units: of the group.
         amount: fraction removed (float) or number of units kept (int).
+        multiple: that fractions are rounded to.
+
+    Returns:
+        number of units kept.
 
     Raises:
         EditError: no unit would stay, or the number is above ``units`` or not a multiple.
@@ -72,6 +81,7 @@ def top_units(scores: Tensor, count: int) -> Tensor:
 
     Args:
         scores: [units]; or [units, coordinates], each column a ranking of its own.
+        count: of units that stay.
 
     Returns:
         [count], or [count, coordinates].
@@ -83,6 +93,14 @@ def top_units(scores: Tensor, count: int) -> Tensor:
 def select_units(program: Program, group: str, count: int) -> Tensor:
     """The ``count`` units of a group with the highest scores of a Program, as ``top_units`` gives
     them.
+
+    Args:
+        program: with scores.
+        group: by name.
+        count: of units that stay.
+
+    Returns:
+        unit indices [count] or [count, coordinates], ascending.
 
     Raises:
         EditError: the group has no scores, or some units should go and all have the same score.
@@ -119,7 +137,14 @@ def _metric(program: Program) -> str:
 
 def unit_values(scores: Tensor) -> Tensor:
     """[units] scores as they are; of [units, coordinates], what a unit brings that goes at every
-    coordinate: the sum over the rankings of their best, second best, ..."""
+    coordinate: the sum over the rankings of their best, second best, ...
+
+    Args:
+        scores: [units] or [units, coordinates].
+
+    Returns:
+        [units].
+    """
     if scores.dim() == 1:
         return scores
     return scores.sort(0, descending=True).values.sum(1)
@@ -139,9 +164,14 @@ def global_counts(
     the budget by half a multiple a group.
 
     Args:
+        scores: [units] or [units, coordinates] by group name.
         budget: what all that stays may cost together.
         multiple: for all groups, or by group.
+        how: scale on which groups compete.
         costs: of one unit, by group; 1 unless given.
+
+    Returns:
+        units kept by group name.
 
     Raises:
         EditError: scores that cannot be brought to the scale asked for.
@@ -200,7 +230,15 @@ def _check_scale(name: str, scores: Tensor, how: Normalization) -> None:
 
 
 def unit_cost(group: CoupledGroup, shapes: Mapping[str, Sequence[int]]) -> int:
-    """Parameters that go with one unit of a group.  shapes: by parameter name."""
+    """Parameters that go with one unit of a group.  shapes: by parameter name.
+
+    Args:
+        group: whose unit is counted.
+        shapes: of the parameters, by name.
+
+    Returns:
+        number of parameters.
+    """
     sizes = {}
     for m in group.members:
         sizes[m.parameter] = math.prod(shapes[m.parameter])

@@ -44,7 +44,14 @@ class Consumer:
 
     def columns_of(self, kept: Tensor) -> Tensor:
         """The positions of kept units, [n] for all coordinates or [n, coordinates] for each,
-        flat."""
+        flat.
+
+        Args:
+            kept: [n] or [n, coordinates] unit indices.
+
+        Returns:
+            positions along ``dim``, flat.
+        """
         if kept.dim() == 1:
             return self.columns[kept].flatten()
         return self.columns[kept, torch.arange(kept.shape[1])].flatten()
@@ -67,6 +74,13 @@ class Level:
 
 def consumers_of(program: Program, group: CoupledGroup) -> list[Consumer]:
     """The matrices that consume the group.
+
+    Args:
+        program: the model.
+        group: whose consumers are wanted.
+
+    Returns:
+        one entry for each parameter.
 
     Raises:
         EditError: no weight does, or one is no plain matrix: then its sizes cannot stand side by
@@ -96,7 +110,17 @@ def consumers_of(program: Program, group: CoupledGroup) -> list[Consumer]:
 
 
 def place_columns(weight: Tensor, consumer: Consumer, kept: Tensor, columns: Tensor) -> Tensor:
-    """The consumer's whole weight with these columns where units stay and zeros elsewhere."""
+    """The consumer's whole weight with these columns where units stay and zeros elsewhere.
+
+    Args:
+        weight: dense value, for shape and dtype.
+        consumer: the matrix.
+        kept: units that stay.
+        columns: values of the kept columns.
+
+    Returns:
+        a tensor of the weight's shape.
+    """
     value = torch.zeros_like(weight)
     value.index_copy_(consumer.dim, consumer.columns_of(kept).to(weight.device), columns.to(weight))
     return value
@@ -126,7 +150,12 @@ class Supernet:
 
     def make_levels(self, context: Context, journal: Journal) -> None:
         """Make every level, group after group, on what the dense model's consumers read; needs
-        scores and data."""
+        scores and data.
+
+        Args:
+            context: with data and progress.
+            journal: where finished groups are kept.
+        """
         data = context.data or ()
         dense = Lockstep(self.program, data)
         for name, readers in context.progress(
@@ -147,7 +176,14 @@ class Supernet:
 
     def mixture_values(self, mixture: Mapping[str, int]) -> dict[str, Tensor]:
         """Whole weights by parameter of a mixture: index of a level by group name; groups left out
-        stay whole."""
+        stay whole.
+
+        Args:
+            mixture: index of a level by group name.
+
+        Returns:
+            weights by parameter name.
+        """
         values: dict[str, Tensor] = {}
         for name, index in mixture.items():
             level = self.levels[name][index]
@@ -243,12 +279,24 @@ class Judge:
         self.forward = Lockstep(supernet.program, self.samples)
 
     def advance_to(self, name: str) -> None:
-        """Keep the dense state before the consumers of a group; groups must come in graph order."""
+        """Keep the dense state before the consumers of a group; groups must come in graph order.
+
+        Args:
+            name: of a group.
+        """
         self.forward.advance_to(self.supernet.consumers[name][0].x.name)
 
     def measure_kl(self, mixture: Mapping[str, int], first: int | None = None) -> KL:
         """KL of a mixture whose smaller groups all stand after the kept state, on the first
-        sequences or on all."""
+        sequences or on all.
+
+        Args:
+            mixture: index of a level by group name.
+            first: number of sequences; None: all.
+
+        Returns:
+            KL to the dense model, nats a token.
+        """
         values = self.supernet.mixture_values(mixture)
         replaced = {}
         chains = []

@@ -20,13 +20,26 @@ ROUNDS = 16  # of making removed values smaller, for scores in which entries dep
 
 def start_mask(weight_NK: Tensor, sparse: Sparse) -> Tensor:
     """The mask of a sparse weight: its non-zeros, and zeros of lowest index where a group has fewer
-    than it may."""
+    than it may.
+
+    Args:
+        weight_NK: sparse.
+        sparse: its pattern.
+
+    Returns:
+        [N, K] bool.
+    """
     return sparse.pattern.select_mask(weight_NK.detach().float().abs())
 
 
 @torch.no_grad()
 def bake_mask(weight_NK: Tensor, mask_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """(m W, (1 - m) W), each [N, K] in the dtype of W, with +0.0 wherever it is zero."""
+    """(m W, (1 - m) W), each [N, K] in the dtype of W, with +0.0 wherever it is zero.
+
+    Args:
+        weight_NK: W.
+        mask_NK: m, bool.
+    """
     mask_NK = mask_NK.to(weight_NK.device)
     zero = torch.zeros((), dtype=weight_NK.dtype, device=weight_NK.device)
     return torch.where(mask_NK, weight_NK, zero) + 0.0, torch.where(mask_NK, zero, weight_NK) + 0.0
@@ -40,6 +53,11 @@ def revive_weight(weight_NK: Tensor, one: Sparse, score: MaskScore) -> Tensor:
     Where that is not so by itself, as where kept values were changed after the choice, removed
     values whose score is above that of a kept one in their group are made smaller until it is
     below: they stand next in line, and no more.
+
+    Args:
+        weight_NK: sparse.
+        one: its pattern and removed values.
+        score: that ranks its entries.
 
     Returns:
         [N, K] in the dtype of the weight.
@@ -93,7 +111,14 @@ class MaskScore:
         return scores
 
     def metric_of(self, one: Sparse) -> str:
-        """The row of METRICS that a weight is ranked by."""
+        """The row of METRICS that a weight is ranked by.
+
+        Args:
+            one: state of a sparse weight.
+
+        Returns:
+            key of METRICS.
+        """
         if self.metric != "match":
             return self.metric
         if one.metric in METRICS and (one.norms is not None or one.metric == "magnitude"):
@@ -103,7 +128,11 @@ class MaskScore:
         return "wanda"
 
     def incompatibility(self, sparse: Mapping[str, Sparse]) -> str | None:
-        """Why these weights cannot be ranked so, or None."""
+        """Why these weights cannot be ranked so, or None.
+
+        Args:
+            sparse: states by parameter name.
+        """
         bare = []
         for name, state in sparse.items():
             if self.metric_of(state) != "magnitude" and state.norms is None:

@@ -80,7 +80,14 @@ class SideDecayAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update, then masks may change."""
+        """One update, then masks may change.
+
+        Args:
+            closure: computes the loss again; None: not needed.
+
+        Returns:
+            the loss of the closure, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -174,6 +181,10 @@ def _pull_term(weight: Tensor, mean: Tensor, pull: DecayPull, left: float) -> Te
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that may be spread over several; it shares memory."""
+    """This process's part of a tensor that may be spread over several; it shares memory.
+
+    Args:
+        tensor: of one process, or spread over several.
+    """
     part: Any = getattr(tensor, "to_local", None)
     return tensor.detach() if part is None else part().detach()

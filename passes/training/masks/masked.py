@@ -43,13 +43,23 @@ class _StraightThrough(torch.autograd.Function):
 
 def mask_straight_through(weight_NK: Tensor, mask_NK: Tensor) -> Tensor:
     """m W: [N, K] in the dtype of W.  The gradient goes to removed entries too, as if they took
-    part."""
+    part.
+
+    Args:
+        weight_NK: W.
+        mask_NK: m, bool.
+    """
     masked: Tensor = _StraightThrough.apply(weight_NK, mask_NK)  # type: ignore[no-untyped-call]
     return masked
 
 
 def mask_weight(weight_NK: Tensor, mask_NK: Tensor) -> Tensor:
-    """m W: [N, K] in the dtype of W.  The gradient of removed entries is zero."""
+    """m W: [N, K] in the dtype of W.  The gradient of removed entries is zero.
+
+    Args:
+        weight_NK: W.
+        mask_NK: m, bool.
+    """
     return weight_NK * mask_NK.view(torch.uint8)
 
 
@@ -112,7 +122,12 @@ class MaskedLinear(nn.Linear):
 
 
 def scale_row_parts(weight_NK: Tensor, scale_NS: Tensor) -> Tensor:
-    """[N, K]: each of S equal parts of a row times its factor."""
+    """[N, K]: each of S equal parts of a row times its factor.
+
+    Args:
+        weight_NK: W.
+        scale_NS: one factor for each part of a row.
+    """
     parts: Tensor = weight_NK.unflatten(1, (scale_NS.shape[1], -1)) * scale_NS.unsqueeze(-1)
     return parts.flatten(1)
 
@@ -121,7 +136,9 @@ def under_mask(module: nn.Module, mask_NK: Tensor, way: Way) -> None:
     """Make a linear module a masked one, in place.
 
     Args:
+        module: nn.Linear.
         mask_NK: bool; copied.
+        way: of the mask into the product.
     """
     module.__class__ = MaskedLinear
     module.way = way  # type: ignore[assignment]
@@ -164,6 +181,11 @@ def put_masks(model: nn.Module, program: Program, *, way: Way) -> list[MaskedWei
 
     Args:
         model: the stock model over the program's Parameters, or the program's graph module.
+        program: with sparse weights.
+        way: of the masks into the products.
+
+    Returns:
+        one entry for each sparse weight.
 
     Raises:
         PipelineError: a weight is held by no plain linear module of a stock model, or by more than
@@ -194,6 +216,7 @@ def add_branch(
     was removed.
 
     Args:
+        site: a masked weight in a linear module.
         width: inputs of a group.
         trained: whether the sums of inputs are trained, too.
 
@@ -225,6 +248,10 @@ def add_scales(sites: Iterable[MaskedWeight], parts: int = 2) -> dict[str, nn.Pa
     """Give masked modules factors of parts of their rows, to make up for what a pull takes from
     all.
 
+    Args:
+        sites: masked weights in linear modules.
+        parts: number of factors of a row.
+
     Returns:
         [N, parts] of ones by the weight's name.
 
@@ -240,7 +267,12 @@ def add_scales(sites: Iterable[MaskedWeight], parts: int = 2) -> dict[str, nn.Pa
 
 
 def linear_only(model: nn.Module, program: Program) -> str | None:
-    """Why the sparse weights of a stock model cannot be put under masks there, or None."""
+    """Why the sparse weights of a stock model cannot be put under masks there, or None.
+
+    Args:
+        model: a stock model.
+        program: with sparse weights.
+    """
     holders = _holding_modules(model)
     parameters = dict(program.named_parameters())
     for name in program.sparse:
@@ -252,7 +284,12 @@ def linear_only(model: nn.Module, program: Program) -> str | None:
 
 
 def take_masks(model: nn.Module, sites: Iterable[MaskedWeight]) -> None:
-    """Make a model plain again; the weights stay as they are."""
+    """Make a model plain again; the weights stay as they are.
+
+    Args:
+        model: as given to ``put_masks``.
+        sites: as returned by it.
+    """
     for site in sites:
         delattr(site.owner, site.attribute + SUFFIX)
         if isinstance(site.owner, MaskedLinear):

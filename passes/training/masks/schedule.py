@@ -189,7 +189,11 @@ class MaskSchedule:
         return {"step": self.step, "record": self.record}
 
     def restore(self, facts: Mapping[str, Any]) -> None:
-        """The inverse of ``facts``; the model's buffers are put back by who keeps the model."""
+        """The inverse of ``facts``; the model's buffers are put back by who keeps the model.
+
+        Args:
+            facts: as returned by ``facts``.
+        """
         self.step, self.record = int(facts["step"]), dict(facts["record"])
         self._removed.clear()
 
@@ -231,5 +235,13 @@ def _distribute_mask(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def ramp_steps(share: float, steps: int) -> int:
-    """Steps of a ramp that takes a share of a run."""
+    """Steps of a ramp that takes a share of a run.
+
+    Args:
+        share: of the run, 0..1.
+        steps: of the run.
+
+    Returns:
+        number of steps, rounded up.
+    """
     return math.ceil(share * steps)
