@@ -1,4 +1,4 @@
-"""Calibration data: whatever a caller has, as single sequences without padding.
+"""Calibration data as single sequences without padding.
 
 Scores must not depend on how sequences were batched, so every batch is cut into its sequences and
 every sequence runs alone; padding is cut off, so that it needs no mask and cannot count.
@@ -69,10 +69,9 @@ def samples(data: Iterable[Batch], program: Program) -> tuple[Sample, ...]:
     batches = []
     for batch in _list_batches(data):
         batches.append(_move_inputs(device, _as_inputs(batch, program)))
-    sequences = []
+    sequences = list[Sample]()
     for inputs in batches:
-        for sample in _split_rows(inputs, program):
-            sequences.append(sample)
+        sequences += _split_rows(inputs, program)
     if not sequences:
         raise CalibrationError(
             "the calibration data is empty: give at least one batch of input_ids [batch, seq]"
@@ -124,10 +123,10 @@ def _move_inputs(device: torch.device, inputs: Inputs) -> Inputs:
     """Inputs where the weights are; on the CPU when those are nowhere yet."""
     if device.type == "meta":
         return inputs
-    result: Inputs = {}
+    moved: Inputs = {}
     for name, v in inputs.items():
-        result[name] = v.to(device) if isinstance(v, Tensor) else v
-    return result
+        moved[name] = v.to(device) if isinstance(v, Tensor) else v
+    return moved
 
 
 def _split_rows(inputs: Inputs, program: Program) -> list[Sample]:
@@ -250,7 +249,7 @@ def _trim_side(side: Inputs) -> Inputs:
     for name, v in side.items():
         if isinstance(v, Tensor) and v.dim() == 2 and v.shape[1] == seq:
             fits.add(name)
-    result: Inputs = {}
+    trimmed: Inputs = {}
     for name, v in side.items():
-        result[name] = v[:, start:stop] if name in fits else v
-    return result
+        trimmed[name] = v[:, start:stop] if name in fits else v
+    return trimmed

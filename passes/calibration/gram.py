@@ -117,5 +117,6 @@ def output_error(weight_NK: Tensor, changed_NK: Tensor, gram_KK: Tensor) -> floa
     """
     delta = (changed_NK - weight_NK).double()
     weight = weight_NK.double()
-    changed, energy = ((m * (m @ gram_KK)).sum() for m in (delta, weight))
+    changed = (delta * (delta @ gram_KK)).sum()
+    energy = (weight * (weight @ gram_KK)).sum()
     return float((changed.clamp_min(0) / energy.clamp_min(1e-300)).sqrt())

@@ -1,4 +1,4 @@
-"""How far a model's predictions are from those of another: the KL divergence of every token.
+"""KL divergence of every token between the predictions of two models.
 
 Dims: T positions, V vocabulary, K most likely entries.
 """
@@ -56,12 +56,12 @@ class KL:
         Raises:
             QualityError: no token at all, or a divergence that is not finite.
         """
-        covered_masses = []
+        filled = []
         for s in sequences:
             if s.numel():
-                covered_masses.append(s.detach().double().cpu())
-        if covered_masses:
-            values = torch.cat(covered_masses)
+                filled.append(s.detach().double().cpu())
+        if filled:
+            values = torch.cat(filled)
         else:
             values = torch.empty(0, dtype=torch.float64)
         if not values.numel() or not bool(values.isfinite().all()):
@@ -75,10 +75,10 @@ class KL:
             worst[part] = float(ordered[: max(1, math.ceil(part * len(ordered)))].sum())
         return cls(
             mean=total / len(values),
-            stderr=mean_stderr(covered_masses),
+            stderr=mean_stderr(filled),
             quantiles={level: float(values.quantile(level)) for level in QUANTILES},
             shares={
-                part: total_kl / total if total > 0 else 0.0 for part, total_kl in worst.items()
+                part: worst_sum / total if total > 0 else 0.0 for part, worst_sum in worst.items()
             },
             tokens=len(values),
         )

@@ -1,4 +1,4 @@
-"""All calibration sequences advance together through a graph, from stop to stop.
+"""Lockstep execution: all calibration sequences advance through a graph from stop to stop.
 
 Between stops each sequence runs alone.  At a stop only the values that are still to be read are
 held, for every
@@ -120,8 +120,10 @@ class Lockstep(fx.Interpreter):
         self._values = {**replaced_values, **values}
         try:
             with torch.no_grad():
-                for node in (node for chain in chains for node in chain if node in self.env):
-                    self.env[node] = self.run_node(node)
+                for chain in chains:
+                    for node in chain:
+                        if node in self.env:
+                            self.env[node] = self.run_node(node)
                 for node in self._nodes[self._at : -1]:
                     self._run_node(sample, node)
                 return self.run_node(self._nodes[-1])

@@ -1,4 +1,4 @@
-"""Where the graph reads a group, and the values that pass there."""
+"""The activations that a group's consumers read, and their observation on calibration data."""
 
 from __future__ import annotations
 
@@ -129,11 +129,11 @@ def is_head(program: Program, parameter: str) -> bool:
         program: the model.
         parameter: name of a weight.
     """
-    leaves = []
     for axis in analyse(program).tensors[parameter][0]:
         for leaf in axis.leaves():
-            leaves.append(leaf)
-    return any("vocabulary" in leaf.marks or OUTPUT in leaf.locks for leaf in leaves)
+            if "vocabulary" in leaf.marks or OUTPUT in leaf.locks:
+                return True
+    return False
 
 
 def source_of(node: fx.Node, dim: int) -> tuple[fx.Node, int]:
@@ -314,11 +314,11 @@ def _swap_dims(dims: Dims, a: int, b: int) -> Dims:
 
 
 def _remove_dim(dims: Dims, dim: int) -> Dims:
-    result = []
+    remaining = []
     for d, v in enumerate(dims):
         if d != dim % len(dims):
-            result.append(v)
-    return result
+            remaining.append(v)
+    return remaining
 
 
 def _insert_dim(dims: Dims, dim: int) -> Dims:

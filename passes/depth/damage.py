@@ -1,4 +1,4 @@
-"""What it costs to leave parts of a model's depth out: measured on the chain of its blocks.
+"""Damage of depth cuts, measured on the chain of a model's blocks.
 
 Every sequence runs once through the whole chain; what enters each stage is kept, and a candidate is
 run from its first missing part on.  Memory: one sequence's stream, whatever the number of
@@ -92,11 +92,10 @@ def block_influences(program: Program, parts: Sequence[Part], context: Context) 
     """
     meters = [_Meter(part) for part in parts]
     none = torch.empty(0, dtype=torch.int64)
-    readers = {
-        Reader(node, -1, none): (meter, index)
-        for meter in meters
-        for index, node in enumerate(meter.nodes)
-    }
+    readers = dict[Reader, tuple[_Meter, int]]()
+    for meter in meters:
+        for index, node in enumerate(meter.nodes):
+            readers[Reader(node, -1, none)] = (meter, index)
 
     def observe_value(reader: Reader, value: Tensor, batch: int) -> None:
         meter, index = readers[reader]
@@ -117,10 +116,10 @@ def part_parameters(program: Program) -> dict[str, int]:
         sizes[name] = parameter.numel()
     parts = {part.name: part.parameters for part in blocks(program)}
     parts |= {sub.name: sub.parameters for block in blocks(program) for sub in block.sub_blocks}
-    result: dict[str, int] = {}
+    elements: dict[str, int] = {}
     for name, parameters in parts.items():
-        result[name] = sum(sizes[parameter] for parameter in parameters)
-    return result
+        elements[name] = sum(sizes[parameter] for parameter in parameters)
+    return elements
 
 
 class _Meter:
@@ -135,19 +134,19 @@ class _Meter:
         if isinstance(part, SubBlock) and joined:
             end = part.branch.operand
         self.nodes: tuple[fx.Node, fx.Node] = (part.start, end)
-        self.joined, self.seen = joined, dict[int, Tensor]()
+        self.joined = joined
+        self.seen = dict[int, Tensor]()
 
     def take_value(self, at: int, value: Tensor) -> None:
         self.seen[at] = value
         if len(self.seen) == 2:
-            before, after = (
-                self.seen[i].reshape(-1, self.seen[i].shape[-1]).float() for i in (0, 1)
-            )
-            cosines = F.cosine_similarity(before, before + after if self.joined else after, dim=-1)
-            self.total, self.rows = (
-                self.total + float(cosines.double().sum()),
-                self.rows + len(cosines),
-            )
+            before = self.seen[0].reshape(-1, self.seen[0].shape[-1]).float()
+            after = self.seen[1].reshape(-1, self.seen[1].shape[-1]).float()
+            if self.joined:
+                after = before + after
+            cosines = F.cosine_similarity(before, after, dim=-1)
+            self.total += float(cosines.double().sum())
+            self.rows += len(cosines)
             self.seen.clear()
 
 

@@ -1,4 +1,4 @@
-"""Put dropped sub-blocks back with an output of zero, so that a stock class holds the model."""
+"""Padding of dropped sub-blocks with zero outputs, so that a stock class fits."""
 
 from __future__ import annotations
 
@@ -103,15 +103,11 @@ def _fill_parts(program: Program, subs: list[SubBlock]) -> Program:
     else:
         base = keep(dense, units)
     values = dict(program.named_parameters())
-    back = []
+    zeros = set[str]()
     for block in blocks(base):
         for sub in block.sub_blocks:
             if sub.name in names:
-                back.append(sub)
-    zeros = set()
-    for sub in back:
-        for name in _output_parameters(base, sub):
-            zeros.add(name)
+                zeros |= _output_parameters(base, sub)
     filled = {}
     for n, p in base.named_parameters():
         if n in values:
@@ -174,7 +170,9 @@ def check_unchanged(before: Program, after: Program, reason: str) -> None:
     inputs = dict(before.source.example_inputs)
     with torch.no_grad():
         logits_before = select_logits(before(**inputs))
-        other = select_logits(after(**inputs))
-    gap = float((logits_before - other).abs().max()) / max(1.0, float(logits_before.abs().max()))
+        logits_after = select_logits(after(**inputs))
+    gap = float((logits_before - logits_after).abs().max()) / max(
+        1.0, float(logits_before.abs().max())
+    )
     if not gap <= 1e-4:
         raise EditError(f"{reason}; the outputs differ by {gap:.3g}")

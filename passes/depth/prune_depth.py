@@ -1,4 +1,4 @@
-"""Make a model shallower: drop the residual blocks that it misses least."""
+"""Depth pruning: the residual blocks whose absence damages the model least are dropped."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ class PruneDepth(Pass):
         """Reasons why the pass cannot run; measuring needs weights, naming the layers does
         not.
         """
-        on_meta = any(p.is_meta for _, p in program.named_parameters()) and not self.layers
-        return (
-            super().requires(program)
-            + ["the weights are on the meta device: open the model with weights"] * on_meta
-        )
+        reasons = super().requires(program)
+        on_meta = any(p.is_meta for _, p in program.named_parameters())
+        if on_meta and not self.layers:
+            reasons.append("the weights are on the meta device: open the model with weights")
+        return reasons
 
     def plan(self, program: Program) -> list[PlannedEdit]:
         """One edit: how many blocks stay.
@@ -124,12 +124,11 @@ class PruneDepth(Pass):
         rounds = Rounds(self._make_choice(program), program)
         while not rounds.is_finished():
             parts = rounds.list_candidates()
-            rounds.drop_parts(
-                [
-                    part.name
-                    for part in (parts[-self.drop :] if self.level == "block" else parts[-1:])
-                ]
-            )
+            if self.level == "block":
+                last = parts[-self.drop :]
+            else:
+                last = parts[-1:]
+            rounds.drop_parts([part.name for part in last])
         return rounds.program
 
     def call(self, program: Program, context: Context) -> PassResult:
@@ -164,13 +163,11 @@ class PruneDepth(Pass):
         blocks_by_end: dict[str, list[str]] = {}
         for block in blocks(program):
             blocks_by_end.setdefault(block.name.rpartition(".")[0], []).append(block.name)
-        first = set()
+        ends = set[str]()
         for names in blocks_by_end.values():
-            for name in names[: self.keep_first]:
-                first.add(name)
-        return frozenset(
-            first.union(*(names[len(names) - self.keep_last :] for names in blocks_by_end.values()))
-        )
+            ends.update(names[: self.keep_first])
+            ends.update(names[len(names) - self.keep_last :])
+        return frozenset(ends)
 
     def _check_options(self, program: Program) -> None:
         free = may_go(program, self._end_blocks(program))

@@ -1,4 +1,4 @@
-"""Which parts of a model's depth go: round after round, each measured on the model that is left."""
+"""Rounds of depth pruning, each measured on the model that the rounds before it left."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def may_go(program: Program, ends: frozenset[str]) -> list[Block]:
         program: the model.
         ends: names of blocks that stay.
     """
-    result: list[Block] = []
+    free: list[Block] = []
     for block in blocks(program):
         if block.locked is None and block.name not in ends:
-            result.append(block)
-    return result
+            free.append(block)
+    return free
 
 
 class Rounds:
@@ -59,7 +59,9 @@ class Rounds:
         context: Context | None = None,
         told: list[Any] | None = None,
     ) -> None:
-        self.choice, self.program, self.context = choice, program, context or Context()
+        self.choice = choice
+        self.program = program
+        self.context = context or Context()
         if program.cut:
             self.reference = program.cut.dense
         else:
@@ -85,12 +87,11 @@ class Rounds:
         while not self.is_finished():
             name = f"round {len(self.told)}"
             entry = self.journal.read(name)
-            if entry:
-                facts = entry.facts
-            else:
-                facts = self._measure_choices()
             if entry is None:
+                facts = self._measure_choices()
                 self.journal.write(name, facts=facts)
+            else:
+                facts = entry.facts
             self.told.append(facts)
             self.drop_parts(facts["dropped"])
         return self.program
@@ -121,17 +122,15 @@ class Rounds:
             last = {sub.name for sub in remaining_blocks[0].sub_blocks}
         else:
             last = set()
-        subs = []
-        for b in remaining_blocks:
-            if b.name not in self.choice.ends:
-                for sub in b.sub_blocks:
-                    if sub.locked is None:
-                        subs.append(sub)
-        result: list[Part] = []
-        for sub in subs:
-            if 0 < sizes[sub.name] <= budget and sub.name not in last:
-                result.append(sub)
-        return result
+        candidates: list[Part] = []
+        for block in remaining_blocks:
+            if block.name in self.choice.ends:
+                continue
+            for sub in block.sub_blocks:
+                fits = 0 < sizes[sub.name] <= budget
+                if fits and sub.locked is None and sub.name not in last:
+                    candidates.append(sub)
+        return candidates
 
     def _remaining_budget(self) -> float:
         """Parameters that may still go at level sub-block."""
@@ -154,15 +153,12 @@ class Rounds:
         ):
             sizes = part_parameters(self.program)
             free = {part.name for part in parts}
-            full_blocks = []
             for block in remaining_blocks:
-                if len(block.sub_blocks) > 1:
-                    full_blocks.append(tuple(sub.name for sub in block.sub_blocks))
-            fitting = []
-            for names in full_blocks:
-                if sum(sizes[name] for name in names) <= self._remaining_budget():
-                    fitting.append(names)
-            choices += [names for names in fitting if free.issuperset(names)]
+                names = tuple(sub.name for sub in block.sub_blocks)
+                size = sum(sizes[name] for name in names)
+                fits = len(names) > 1 and size <= self._remaining_budget()
+                if fits and free.issuperset(names):
+                    choices.append(names)
         return choices
 
     def _measure_choices(self) -> JSON:
@@ -228,11 +224,9 @@ def _neighbour_runs(
     """
     names = [block.name for block in blocks(program)]
     may = {part.name for part in free}
-    runs = []
-    for start in range(len(names) - count + 1):
-        runs.append(tuple(names[start : start + count]))
     fitting = []
-    for run in runs:
+    for start in range(len(names) - count + 1):
+        run = tuple(names[start : start + count])
         if may.issuperset(run) and len({name.rpartition(".")[0] for name in run}) == 1:
             fitting.append(run)
     if not fitting:

@@ -69,13 +69,11 @@ class Activation(Importance):
         Returns:
             by group name, tensors [units] float32; groups that nothing reads are left out.
         """
-        named = {}
-        for group in groups:
-            named[group.name] = readers(program, group, self.final_norm)
         reading = {}
-        for name, group_readers in named.items():
+        for group in groups:
+            group_readers = readers(program, group, self.final_norm)
             if group_readers:
-                reading[name] = group_readers
+                reading[group.name] = group_readers
         wanted = [reader for group_readers in reading.values() for reader in group_readers]
         totals = {
             reader: torch.zeros(len(reader.positions), dtype=torch.float64) for reader in wanted

@@ -1,5 +1,4 @@
-"""What an importance estimator is, and how the scores of a unit's members become the unit's
-score."""
+"""The base of importance estimators, and the aggregation of member scores to unit scores."""
 
 from __future__ import annotations
 
@@ -228,11 +227,9 @@ def scores_of(
             scores_by_group.setdefault(group_name, {})[place] = per_unit(
                 value, member, vectors
             ).float()
-    scored = {}
+    scores: dict[str, list[Tensor]] = {}
     for group in groups:
-        if group.name in scores_by_group:
-            scored[group.name] = scores_by_group[group.name]
-    result: dict[str, list[Tensor]] = {}
-    for name, by_place in scored.items():
-        result[name] = [by_place[i] for i in sorted(by_place)]
-    return result
+        by_place = scores_by_group.get(group.name)
+        if by_place is not None:
+            scores[group.name] = [by_place[i] for i in sorted(by_place)]
+    return scores

@@ -147,9 +147,7 @@ class _Gradients(fx.Interpreter):
         value = super().run_node(n)
         if n not in self._wanted:
             return value
-        if value.requires_grad:
-            value = value
-        else:
+        if not value.requires_grad:
             value = value.detach().requires_grad_()
         seen = value.detach()
         wanted = self._wanted[n]

@@ -1,8 +1,8 @@
-"""Gradients of the calibration loss: all at once, or block after block with activations computed
-again."""
+"""Gradients of the calibration loss: all at once, or block by block with recomputation."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -207,11 +207,10 @@ class _Blockwise:
         self.chain: Chain = chain(program)
         self.names = {id(p): name for name, p in program.named_parameters() if name in wanted}
         self.owned = {stage: self._wanted_parameters(stage) for stage in self.chain.stages}
-        readers = []
+        readers = Counter[str]()
         for owned in self.owned.values():
-            for name in set(owned.values()):
-                readers.append(name)
-        shared = sorted({name for name in readers if readers.count(name) > 1})
+            readers.update(set(owned.values()))
+        shared = sorted(name for name, count in readers.items() if count > 1)
         if shared and sums.squared:
             message = (
                 f"taylor: {shared[0]} is read in several blocks, so squared gradients "
@@ -220,11 +219,10 @@ class _Blockwise:
             raise CalibrationError(
                 f"{message}: use by_block=false, or a form that is not second or mixed"
             )
-        self.first = {
-            name: stage
-            for stage in reversed(self.chain.stages)
-            for name in self.owned[stage].values()
-        }
+        self.first = dict[str, Stage]()
+        for stage in reversed(self.chain.stages):
+            for name in self.owned[stage].values():
+                self.first[name] = stage
         self.moved = self._dependent_nodes()
         self.values: list[dict[Stage, Values]] = [{} for _ in data]
         self.now: list[Values] = [self.chain.initial_values(sample.inputs) for sample, _ in data]
@@ -235,11 +233,11 @@ class _Blockwise:
     def _wanted_parameters(self, stage: Stage) -> dict[str, str]:
         """Wanted parameters of a stage: their name in its module, and in the source model."""
         named_parameters = stage.module.named_parameters(remove_duplicate=False)
-        result: dict[str, str] = {}
+        names: dict[str, str] = {}
         for target, p in named_parameters:
             if id(p) in self.names:
-                result[target] = self.names[id(p)]
-        return result
+                names[target] = self.names[id(p)]
+        return names
 
     def _dependent_nodes(self) -> set[str]:
         """Names of the nodes whose value depends on a wanted parameter."""

@@ -1,5 +1,4 @@
-"""Moments of what consumers read, weighted by the columns that read it: the ground of Wanda and
-FLAP."""
+"""Moments of consumer inputs, weighted by the columns that read them: the base of Wanda, FLAP."""
 
 from __future__ import annotations
 
@@ -69,11 +68,10 @@ def weigh_columns(
             new = Moments(old.count + new.count, old.total + new.total, old.squares + new.squares)
         seen[reader.node, reader.dim] = new
 
-    inputs = {
-        (reader.node, reader.dim): reader
-        for pairs_of_group in pairs.values()
-        for _, reader in pairs_of_group
-    }
+    inputs = {}
+    for group_pairs in pairs.values():
+        for _, input_reader in group_pairs:
+            inputs[input_reader.node, input_reader.dim] = input_reader
     observe(program, context, list(inputs.values()), observe_value)
     named = dict(program.named_parameters())
     norms: dict[tuple[str, int], Tensor] = {}

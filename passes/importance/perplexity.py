@@ -50,9 +50,8 @@ class Perplexity(Importance):
 
     name: ClassVar[str] = "perplexity"
     needs: ClassVar[Needs] = "activations"
-    by_cell: ClassVar[bool] = (
-        False  # a unit is cut out everywhere, so that the graph keeps its shape
-    )
+    # A unit is cut out everywhere, so that the graph keeps its shape.
+    by_cell: ClassVar[bool] = False
 
     measure: Literal["loss", "kl"] = "loss"
     families: tuple[str, ...] = ("kv_heads", "query_heads", "experts")
@@ -115,7 +114,9 @@ class _Judge:
     """The measure of predictions against calibration tokens.  whole: that of the whole model."""
 
     def __init__(self, program: Program, data: Sequence[Sample], measure: str) -> None:
-        self.data, self.measure, self.main = data, measure, main_input(program)
+        self.data = data
+        self.measure = measure
+        self.main = main_input(program)
         with torch.no_grad():
             predictions = []
             for sample in data:

@@ -65,11 +65,10 @@ class Score(Pass):
 
     def requires(self, program: Program) -> list[str]:
         """Reasons why the pass cannot run; scores need weights."""
-        on_meta = any(p.is_meta for _, p in program.named_parameters())
-        return (
-            super().requires(program)
-            + ["the weights are on the meta device: open the model with weights"] * on_meta
-        )
+        reasons = super().requires(program)
+        if any(p.is_meta for _, p in program.named_parameters()):
+            reasons.append("the weights are on the meta device: open the model with weights")
+        return reasons
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Score every unlocked group.

@@ -130,7 +130,9 @@ class _Reader:
     """Recursive descent over the tokens of one text."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.tokens, self.place = text, tokenize(text), 0
+        self.text = text
+        self.tokens = tokenize(text)
+        self.place = 0
         self.depth = 0
 
     @property

@@ -55,11 +55,11 @@ def matching_names(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
         names: of parameters.
     """
     wanted = list(patterns)
-    result: set[str] = set()
+    matching: set[str] = set()
     for name in names:
         if any(matches_name(pattern, name) for pattern in wanted):
-            result.add(name)
-    return result
+            matching.add(name)
+    return matching
 
 
 def parameter_aliases(program: Program) -> Mapping[str, list[str]]:
@@ -108,8 +108,8 @@ def describe_unmatched(patterns: Iterable[str], names: Sequence[str], option: st
 def _dotted_runs(name: str) -> list[str]:
     """All runs of dotted parts of a name."""
     parts = name.split(".")
-    result: list[str] = []
+    runs: list[str] = []
     for a in range(len(parts)):
         for b in range(a + 1, len(parts) + 1):
-            result.append(".".join(parts[a:b]))
-    return result
+            runs.append(".".join(parts[a:b]))
+    return runs

@@ -1,5 +1,4 @@
-"""What a product of a weight and a few rows costs on a machine: bytes over bandwidth, or operations
-over rate.
+"""A roofline model of products of a weight and a few rows: bytes over bandwidth, or FLOPs.
 
 The model is a roofline with a fixed cost for each op; where the machine at hand was measured, the
 measurement is used, and for shapes that were not, the part of the bandwidth that each form reached
@@ -108,13 +107,10 @@ class Machine:
     def _roofline_share(self, kind: str, batch: int, dtype: torch.dtype) -> float:
         """The part of the roofline that a kind reached where it was measured; 1 where it was
         not."""
-        same = []
+        parts = []
         for t in self.timings:
             if (t.kind, t.batch, t.dtype) == (kind, batch, _dtype_name(dtype)):
-                same.append(t)
-        parts = []
-        for t in same:
-            parts.append(self._roofline_ms(kind, t.n, t.k, batch, dtype) / t.ms)
+                parts.append(self._roofline_ms(kind, t.n, t.k, batch, dtype) / t.ms)
         if parts:
             return statistics.median(parts)
         return 1.0
@@ -203,9 +199,7 @@ def stream_bandwidth(device: torch.device) -> float:
 
 def _product_rate(device: torch.device, width: int = 2048) -> float:
     """Operations a second of a dense product in bfloat16."""
-    if device.type == "cpu":
-        width = width
-    else:
+    if device.type != "cpu":
         width = 8192
     a = torch.ones(width // 2, width, dtype=torch.bfloat16, device=device)
     b = torch.ones(width, width, dtype=torch.bfloat16, device=device)

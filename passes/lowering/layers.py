@@ -1,5 +1,4 @@
-"""Where a graph multiplies by a weight matrix, what stands in the way of a faster form, and which
-share their input."""
+"""Linear layers of a graph, why other matrices are none, and which layers share their input."""
 
 from __future__ import annotations
 
@@ -52,7 +51,7 @@ class Layer:
 def linear_layers(program: Program) -> tuple[list[Layer], dict[str, str]]:
     """The linear layers in graph order, and by parameter why other matrices are none.
 
-    Vectors are not told of: nothing is lost where a norm or a bias stays as it is.
+    Vectors are left out: nothing is lost where a norm or a bias stays as it is.
 
     Args:
         program: the model.
@@ -186,10 +185,10 @@ def parameter_values(program: Program) -> dict[str, Tensor]:
     Args:
         program: the model.
     """
-    result: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     for name, parameter in program.named_parameters():
-        result[name] = parameter.detach()
-    return result
+        values[name] = parameter.detach()
+    return values
 
 
 def on_meta(program: Program) -> bool:

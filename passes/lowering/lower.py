@@ -1,4 +1,4 @@
-"""The lower pass: which form each linear layer should run in on a machine, and why."""
+"""Lowering: the form in which each linear layer runs on a machine, with its reason."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ GAIN = 0.98  # a packed form must be expected to take less than this part of den
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What is to become of one linear layer.
+    """The planned form of one linear layer.
 
     layer: its weight's name.
     kind: of ``lower_cost.KINDS``.
@@ -173,10 +173,10 @@ class Lower(Pass):
 
     def requires(self, program: Program) -> list[str]:
         """Reasons why the pass cannot run; a plan looks at the weights."""
-        missing = ["the weights are on the meta device: open the model with weights"] * on_meta(
-            program
-        )
-        return super().requires(program) + missing
+        reasons = super().requires(program)
+        if on_meta(program):
+            reasons.append("the weights are on the meta device: open the model with weights")
+        return reasons
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Plan the forms, log each with its reason, and keep the plan in the history."""
@@ -260,16 +260,23 @@ class Lower(Pass):
             return [], "it is the table of embeddings, too"
         if layer.head and self.head == "int8" and grid is None:
             return [INT8], "a rounded copy"
-        dense_here = not_24(weight)
+        not_sparse = not_24(weight)
         plain = None
         if grid is not None:
             plain = {8: INT8, 4: INT4}.get(grid.bits)
-        packed = [SPARSE] * (dense_here is None) + [plain] * (plain is not None)
-        both = [f"{SPARSE}+{plain}"] * (dense_here is None and plain is not None)
-        why = [f"not 2:4: {dense_here}"] * (dense_here is not None) + ["not on an integer grid"] * (
-            grid is None
-        )
-        return [*both, *(kind for kind in packed if kind is not None)], "; ".join(why)
+        forms = list[str]()
+        reasons = list[str]()
+        if not_sparse is None and plain is not None:
+            forms.append(f"{SPARSE}+{plain}")
+        if not_sparse is None:
+            forms.append(SPARSE)
+        else:
+            reasons.append(f"not 2:4: {not_sparse}")
+        if plain is not None:
+            forms.append(plain)
+        if grid is None:
+            reasons.append("not on an integer grid")
+        return forms, "; ".join(reasons)
 
 
 def _explain_choice(
@@ -342,10 +349,9 @@ def plan_as_pruned(program: Program) -> Lowering:
         (t for t in (known[layer.parameter].dtype for layer in layers) if t in DTYPES.values()),
         torch.float32,
     )
-    rows = []
+    rows = list[LayerPlan]()
     for sharing in sharing_input(layers):
-        for row in _unify_shared_inputs(sharing, _as_pruned(sharing, known, dtype)):
-            rows.append(row)
+        rows += _unify_shared_inputs(sharing, _as_pruned(sharing, known, dtype))
     return Lowering(tuple(rows), str(dtype).removeprefix("torch."), "", "", 0, {}, chosen=False)
 
 

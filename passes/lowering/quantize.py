@@ -1,5 +1,4 @@
-"""The quantize pass: put the weights of linear layers on integer grids.  The Program stays one of
-floats."""
+"""Quantisation of the weights of linear layers to integer grids; the Program stays in floats."""
 
 from __future__ import annotations
 
@@ -69,10 +68,10 @@ class Quantize(Pass):
 
     def requires(self, program: Program) -> list[str]:
         """Reasons why the pass cannot run; rounding needs weights."""
-        missing = ["the weights are on the meta device: open the model with weights"] * on_meta(
-            program
-        )
-        return super().requires(program) + missing
+        reasons = super().requires(program)
+        if on_meta(program):
+            reasons.append("the weights are on the meta device: open the model with weights")
+        return reasons
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Round the chosen weights.
@@ -81,15 +80,13 @@ class Quantize(Pass):
             GramError: the Gram matrix of a layer's inputs cannot be factored.
         """
         layers, refused = linear_layers(program)
-        spared = {}
-        for layer in layers:
-            if why := self._reason_to_spare(layer):
-                spared[layer.parameter] = why
         chosen = []
         for layer in layers:
-            if layer.parameter not in spared:
+            reason = self._reason_to_spare(layer)
+            if reason:
+                refused[layer.parameter] = reason
+            else:
                 chosen.append(layer)
-        refused |= spared
         for name, reason in refused.items():
             context.log.info("quantize leaves %s alone: %s", name, reason)
         if self.needs_data:

@@ -1,4 +1,4 @@
-"""Put into biases what pruned units gave on average."""
+"""Bias compensation: the mean contribution of pruned units moves into biases."""
 
 from __future__ import annotations
 
@@ -53,11 +53,10 @@ class Compensate(Pass):
 
     def requires(self, program: Program) -> list[str]:
         """Reasons why the pass cannot run; biases need weights."""
-        on_meta = any(p.is_meta for _, p in program.named_parameters())
-        return (
-            super().requires(program)
-            + ["the weights are on the meta device: open the model with weights"] * on_meta
-        )
+        reasons = super().requires(program)
+        if any(p.is_meta for _, p in program.named_parameters()):
+            reasons.append("the weights are on the meta device: open the model with weights")
+        return reasons
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Add to biases what pruned units gave on average, where held-back sequences gain by
@@ -98,32 +97,27 @@ class Compensate(Pass):
             figures[site.bias] = {"error": round(error, 4), "changed": shift is not None}
             if shift is not None:
                 values[site.bias] = (bias.double() + shift).to(bias.dtype)
+        after = program
+        kl_before = 0.0
+        kl_after = 0.0
         if values:
             after = with_parameters(program, values).replace(scores={})
-        else:
-            after = program
-        held_back = [data[index] for index in sorted(back)]
-        if values:
-            kls = []
-            for candidate in (program, after):
-                kls.append(kl(program.cut.dense, candidate, held_back).mean)
-        else:
-            kls = [0.0, 0.0]
-        is_better = kls[1] < kls[0]
+            held_back = [data[index] for index in sorted(back)]
+            kl_before = kl(program.cut.dense, program, held_back).mean
+            kl_after = kl(program.cut.dense, after, held_back).mean
+        is_better = kl_after < kl_before
         if not is_better and values:
             context.log.info(
-                "compensate changes nothing: KL %.4f with it, %.4f without", kls[1], kls[0]
+                "compensate changes nothing: KL %.4f with it, %.4f without", kl_after, kl_before
             )
-        facts = {
+        metrics = {
             "compensated": len(values) if is_better else 0,
-            "kl_before": kls[0],
-            "kl_after": kls[1],
+            "kl_before": kl_before,
+            "kl_after": kl_after,
+            "left_alone": refused,
+            "biases": figures,
         }
-        return PassResult(
-            after if is_better else program,
-            is_better,
-            {**facts, "left_alone": refused, "biases": figures},
-        )
+        return PassResult(after if is_better else program, is_better, metrics)
 
 
 def mean_lack(lacks: Sequence[Tensor], back: Collection[int]) -> tuple[Tensor | None, float]:
@@ -135,11 +129,10 @@ def mean_lack(lacks: Sequence[Tensor], back: Collection[int]) -> tuple[Tensor | 
         lacks: what an output lacks, [tokens, outputs], by sequence.
         back: numbers of the sequences held back.
     """
-    seen, held_back = (
-        torch.cat([x for index, x in enumerate(lacks) if (index in back) == kind])
-        for kind in (False, True)
-    )
-    before, after = (float(x.square().sum()) for x in (held_back, held_back - seen.mean(0)))
+    seen = torch.cat([x for index, x in enumerate(lacks) if index not in back])
+    held_back = torch.cat([x for index, x in enumerate(lacks) if index in back])
+    before = float(held_back.square().sum())
+    after = float((held_back - seen.mean(0)).square().sum())
     if not after < before:
         return None, 1.0
     return torch.cat([seen, held_back]).mean(0), math.sqrt(after / before)
@@ -150,7 +143,8 @@ def _missing_output(
 ) -> Tensor:
     """The dense op's output less what the weight as it is now makes of the inputs that stayed:
     [tokens, outputs]."""
-    x, wanted = (_as_rows(dense.node_value(sample, node.name)) for node in (site.x, site.node))
+    x = _as_rows(dense.node_value(sample, site.x.name))
+    wanted = _as_rows(dense.node_value(sample, site.node.name))
     weight_KN = (weight if site.turned else weight.T).double()
     output = x.index_select(-1, site.keep_in.to(x.device)) @ weight_KN + bias.double()
     return wanted.index_select(-1, site.keep_out.to(x.device)) - output

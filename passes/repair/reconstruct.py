@@ -1,4 +1,4 @@
-"""Rebuild each sub-block of a pruned model so that it gives what the dense one gave."""
+"""Reconstruction: each sub-block of a pruned model is fitted to the dense one's outputs."""
 
 from __future__ import annotations
 
@@ -95,17 +95,18 @@ class Reconstruct(Pass):
         """Reasons why the pass cannot run: no dense model, no weights, or a target without
         meaning.
         """
-        reasons = {
-            f"{MISSING['cut']}, or name a teacher folder": program.cut is None
-            and self.teacher is None,
-            "the weights are on the meta device: open the model with weights": on_meta(program),
-            "units or blocks were pruned, so that no sub-block can take the dense model's values: "
-            "target=stream or own "
-            "can": self.target == "dense"
-            and program.cut is not None
-            and bool(program.cut.kept or program.cut.dropped),
-        }
-        return super().requires(program) + [reason for reason, holds in reasons.items() if holds]
+        reasons = super().requires(program)
+        if program.cut is None and self.teacher is None:
+            reasons.append(f"{MISSING['cut']}, or name a teacher folder")
+        if on_meta(program):
+            reasons.append("the weights are on the meta device: open the model with weights")
+        pruned = program.cut is not None and bool(program.cut.kept or program.cut.dropped)
+        if self.target == "dense" and pruned:
+            reasons.append(
+                "units or blocks were pruned, so that no sub-block can take the dense model's "
+                "values: target=stream or own can"
+            )
+        return reasons
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Fit each sub-block in turn.
@@ -137,15 +138,12 @@ class Reconstruct(Pass):
                 if entry is None:
                     entry = self._fit_part(fitted, task, walk.free_layers(part), context)
                     journal.write(part.name, entry.tensors, entry.facts)
-                fitted.masters |= {
-                    name: value.to(fitted.masters[name]) for name, value in entry.tensors.items()
-                }
+                for name, value in entry.tensors.items():
+                    fitted.masters[name] = value.to(fitted.masters[name])
                 walk.finish_part(part, fitted)
                 if entry.tensors:
-                    values |= {
-                        name: offload_tensor(value, folder)
-                        for name, value in fitted.parameter_values().items()
-                    }
+                    for name, value in fitted.parameter_values().items():
+                        values[name] = offload_tensor(value, folder)
                 figures[part.name] = entry.facts
         if values:
             rebuilt = with_parameters(program, values).replace(scores={})
@@ -195,9 +193,8 @@ def _open_dense(program: Program, teacher: str) -> Program:
         PipelineError: it has others.
     """
     dense = capture(open_teacher(teacher))
-    mine, theirs = (
-        {name: tuple(p.shape) for name, p in model.named_parameters()} for model in (program, dense)
-    )
+    mine = {name: tuple(p.shape) for name, p in program.named_parameters()}
+    theirs = {name: tuple(p.shape) for name, p in dense.named_parameters()}
     odd = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
     if odd:
         shapes = " and ".join(

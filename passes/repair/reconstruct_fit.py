@@ -1,4 +1,4 @@
-"""How a part is fitted: least squares layer by layer, then Adam on all of its parameters at once.
+"""Fitting of a part: least squares layer by layer, then Adam on all of its parameters.
 
 Dims: T tokens of one sequence, N outputs, K inputs, H channels of the stream.
 """
@@ -50,8 +50,9 @@ def stream_error(fitted: FittedPart, task: Task, which: Sequence[int]) -> float:
     with torch.no_grad():
         for index in which:
             loss = _stream_loss(fitted.run_to_stream(task.inputs[index]), task.wanted[index])
-            total = total + float(loss) * _count_tokens(task.wanted[index])
-            count = count + _count_tokens(task.wanted[index])
+            tokens = _count_tokens(task.wanted[index])
+            total += float(loss) * tokens
+            count += tokens
     return total / max(count, 1)
 
 
@@ -80,17 +81,13 @@ def fit_layers(fitted: FittedPart, task: Task, layers: Sequence[Layer]) -> None:
     """
     for sharing in sharing_input(layers):
         names = [layer.parameter for layer in sharing]
-        seen, held_back = (
-            _sum_products(fitted, task, sharing, which)
-            for which in (task.fitting_sequences, sorted(task.back))
-        )
+        seen = _sum_products(fitted, task, sharing, task.fitting_sequences)
+        held_back = _sum_products(fitted, task, sharing, sorted(task.back))
         mask = torch.cat([_mask_of(fitted, name) for name in names])
         delta_NK = fit_masked(seen, held_back, mask).delta_NK
-        for name, part in (
-            zip(names, _split_delta(delta_NK, fitted, names), strict=True)
-            if delta_NK is not None
-            else ()
-        ):
+        if delta_NK is None:
+            continue
+        for name, part in zip(names, _split_delta(delta_NK, fitted, names), strict=True):
             fitted.masters[name] = fitted.masters[name] + part
 
 
@@ -120,11 +117,9 @@ def _sum_products(
         x, *now = fitted.peek_values(task.inputs[index], [sharing[0].x.name, *nodes])
         if last:
             wanted = [task.wanted[index]]
-        else:
-            wanted = task.dense.peek_values(task.dense_inputs[index], nodes)
-        if last:
             by = token_weights(task.wanted[index])
         else:
+            wanted = task.dense.peek_values(task.dense_inputs[index], nodes)
             by = torch.ones(1, device=x.device)
         lacks = torch.cat(
             [_as_rows(target) - _as_rows(other) for target, other in zip(wanted, now, strict=True)],
@@ -200,10 +195,10 @@ def _open_entries(master: Tensor) -> Tensor:
 
 
 def _copy_masters(fitted: FittedPart) -> dict[str, Tensor]:
-    result: dict[str, Tensor] = {}
+    masters: dict[str, Tensor] = {}
     for name, master in fitted.masters.items():
-        result[name] = master.detach().clone()
-    return result
+        masters[name] = master.detach().clone()
+    return masters
 
 
 def _rms_of_entries(master: Tensor, mask: Tensor | None) -> float:

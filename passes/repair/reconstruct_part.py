@@ -1,5 +1,4 @@
-"""One sub-block of a sparse model as something to be fitted: what changes, what it starts from,
-what it is to give."""
+"""A sub-block to be fitted: its free parameters, its inputs, and its target."""
 
 from __future__ import annotations
 
@@ -29,14 +28,13 @@ class FittedPart:
         """free: masks by name of the parameters that may change.
         names: of Parameters of the Program, by id.
         """
-        self.part, self.masks = part, dict(free)
+        self.part = part
+        self.masks = dict(free)
         self.module, copies = stage_module(part.stage)
         self._copies = {node.name: copy for node, copy in copies.items()}
-        self.masters, self._dtypes, self._targets = (
-            dict[str, Tensor](),
-            dict[str, torch.dtype](),
-            dict[str, str](),
-        )
+        self.masters = dict[str, Tensor]()
+        self._dtypes = dict[str, torch.dtype]()
+        self._targets = dict[str, str]()
         for target, parameter in self.module.named_parameters(remove_duplicate=False):
             name = names.get(id(parameter), "")
             if name in free:
@@ -67,10 +65,10 @@ class FittedPart:
 
     def parameter_values(self) -> dict[str, Tensor]:
         """The parameters in their own dtypes, by name."""
-        result: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         for name in self.masters:
-            result[name] = self._full_parameter(name)
-        return result
+            values[name] = self._full_parameter(name)
+        return values
 
     def make_module(self) -> fx.GraphModule:
         """The stage's module with what was found in it."""
@@ -137,11 +135,11 @@ class Task:
     @property
     def fitting_sequences(self) -> list[int]:
         """Numbers of the sequences to fit on."""
-        result: list[int] = []
+        indices: list[int] = []
         for index in range(len(self.inputs)):
             if index not in self.back:
-                result.append(index)
-        return result
+                indices.append(index)
+        return indices
 
 
 class _Peek(fx.Interpreter):

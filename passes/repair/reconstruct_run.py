@@ -1,5 +1,4 @@
-"""All calibration sequences walk through a pruned model and its dense one together, sub-block by
-sub-block."""
+"""A walk of all calibration sequences through a pruned model and its dense one, part by part."""
 
 from __future__ import annotations
 
@@ -41,9 +40,8 @@ class Walk:
         assert program.cut is not None
         self._program = program
         self._dense_program = program.cut.dense
-        self._now, self._dense = (
-            _Runner(parts(p).chain, data, folder) for p in (program, program.cut.dense)
-        )
+        self._now = _Runner(parts(program).chain, data, folder)
+        self._dense = _Runner(parts(program.cut.dense).chain, data, folder)
         self._dense_after: list[Values] = []
         self._channels: dict[str, Tensor | None] = {}
         self._back = frozenset(held_back_sequences(len(data)))
@@ -114,15 +112,12 @@ class Walk:
         """
         dense = dict(self._dense_program.named_parameters())
         nodes = set(part.stage.nodes)
-        mine = []
+        layers: list[Layer] = []
         for layer in self._layers:
-            if layer.node in nodes and layer.parameter in self._free[part]:
-                mine.append(layer)
-        result: list[Layer] = []
-        for layer in mine:
-            if dense[layer.parameter].shape[0] == layer.shape[0]:
-                result.append(layer)
-        return result
+            is_free = layer.node in nodes and layer.parameter in self._free[part]
+            if is_free and dense[layer.parameter].shape[0] == layer.shape[0]:
+                layers.append(layer)
+        return layers
 
     def _free_masks(self, part: Part, vectors: bool) -> dict[str, Tensor | None]:
         """The parameters of a part that may change, each with the mask of its free entries or
@@ -139,15 +134,14 @@ class Walk:
         return masks
 
     def _incompatibility(self, part: Part) -> str | None:
-        reasons = {
-            "no weight of it may change": not any(
-                mask is not None for mask in self._free[part].values()
-            )
-            and bool(self._program.sparse),
-            "the dense model's stream has no such place": part.end not in self._ends,
-            "nothing reads the stream after it": part.end not in part.stage.outputs,
-        }
-        return next((reason for reason, holds in reasons.items() if holds), None)
+        masked = any(mask is not None for mask in self._free[part].values())
+        if self._program.sparse and not masked:
+            return "no weight of it may change"
+        if part.end not in self._ends:
+            return "the dense model's stream has no such place"
+        if part.end not in part.stage.outputs:
+            return "nothing reads the stream after it"
+        return None
 
     def _select_remaining(self, value: Tensor, node: str) -> Tensor:
         """The channels of a value of the dense model that the pruned one still has."""
@@ -217,7 +211,7 @@ class _Runner:
             values: after the stage, one map a sequence.
         """
         self.values = values
-        self.at = self.at + 1
+        self.at += 1
 
     def _offload_new(self, values: Values, before: Values) -> Values:
         """The values, new large ones on the disk where that is asked for."""

@@ -1,4 +1,4 @@
-"""Refit what consumes pruned groups, so that the smaller model gives what the dense one gave."""
+"""Repair: a least-squares refit of the layers that consume pruned groups."""
 
 from __future__ import annotations
 
@@ -73,11 +73,10 @@ class Repair(Pass):
 
     def requires(self, program: Program) -> list[str]:
         """Reasons why the pass cannot run; a refit needs weights."""
-        on_meta = any(p.is_meta for _, p in program.named_parameters())
-        return (
-            super().requires(program)
-            + ["the weights are on the meta device: open the model with weights"] * on_meta
-        )
+        reasons = super().requires(program)
+        if any(p.is_meta for _, p in program.named_parameters()):
+            reasons.append("the weights are on the meta device: open the model with weights")
+        return reasons
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Refit each site in graph order.
@@ -102,9 +101,8 @@ class Repair(Pass):
             folder = None
             if self.offload:
                 folder = Path(stack.enter_context(TemporaryDirectory(dir=journal.ensure_folder)))
-            dense, pruned = (
-                Lockstep(model, data, folder) for model in (program.cut.dense, program)
-            )
+            dense = Lockstep(program.cut.dense, data, folder)
+            pruned = Lockstep(program, data, folder)
             for site in context.progress(sites, "repair", len(sites)):
                 entry = journal.read(site.parameter)
                 if entry is None:

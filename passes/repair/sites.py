@@ -1,4 +1,4 @@
-"""Where repair works: the linear ops that consume pruned groups, and what each should give.
+"""Sites of repair: the linear ops that consume pruned groups, and the target of each.
 
 A site is one op ``y = x W^T (+ b)`` of the pruned graph.  Edits keep the names of nodes, so that
 the same op of the dense graph is found by its name.
@@ -85,9 +85,9 @@ def find_sites(program: Program, target: Target, bias: bool) -> tuple[list[Site]
     sites = list[Site]()
     refused = dict[str, str]()
     parameters = {name for name, _ in program.named_parameters()}
-    for name in (
-        name for name in consumed_parameters(program.cut) if name in parameters
-    ):  # the others went with their blocks
+    for name in consumed_parameters(program.cut):
+        if name not in parameters:  # it was dropped with its block
+            continue
         new_site = _make_site(program, name, uses, remaining, bias)
         if isinstance(new_site, Site):
             sites.append(new_site)
@@ -113,15 +113,13 @@ def consumed_parameters(cut: Cut) -> list[str]:
     Returns:
         names, each once.
     """
-    groups = []
+    names = dict[str, None]()
     for group in coupled_groups(cut.dense):
         if group.name in cut.kept:
-            groups.append(group)
-    return list(
-        dict.fromkeys(
-            m.parameter for group in groups for m in group.members if m.role == "consumes"
-        )
-    )
+            for member in group.members:
+                if member.role == "consumes":
+                    names[member.parameter] = None
+    return list(names)
 
 
 def remaining_positions(cut: Cut) -> dict[tuple[str, int], Tensor]:
@@ -138,7 +136,9 @@ def remaining_positions(cut: Cut) -> dict[tuple[str, int], Tensor]:
     for name, p in cut.dense.named_parameters():
         shapes[name] = p.shape
     masks: dict[tuple[str, int], Tensor] = {}
-    for group in (group for group in coupled_groups(cut.dense) if group.name in cut.kept):
+    for group in coupled_groups(cut.dense):
+        if group.name not in cut.kept:
+            continue
         for member in group.members:
             key = (member.parameter, member.dim)
             mask = masks.setdefault(
@@ -275,11 +275,12 @@ def open_rows(x: fx.Node) -> bool:
     Args:
         x: an activation.
     """
-    sizes = []
-    for s in x.meta["val"].shape:
-        if isinstance(s, torch.SymInt):
-            sizes.append(s.node.expr)
-    return any(str(symbol).startswith("u") for size in sizes for symbol in size.free_symbols)
+    for size in x.meta["val"].shape:
+        if isinstance(size, torch.SymInt):
+            symbols = size.node.expr.free_symbols
+            if any(str(symbol).startswith("u") for symbol in symbols):
+                return True
+    return False
 
 
 # From the op to the residual stream

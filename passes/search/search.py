@@ -1,5 +1,4 @@
-"""Architecture search: every uniform shape within a budget, the most promising ones pruned,
-repaired and compared."""
+"""Architecture search over uniform shapes within a budget: candidates are repaired and compared."""
 
 from __future__ import annotations
 
@@ -127,11 +126,10 @@ class Search(Pass):
 
     def requires(self, program: Program) -> list[str]:
         """Reasons why the pass cannot run; comparing shapes needs weights."""
-        on_meta = any(p.is_meta for _, p in program.named_parameters())
-        return (
-            super().requires(program)
-            + ["the weights are on the meta device: open the model with weights"] * on_meta
-        )
+        reasons = super().requires(program)
+        if any(p.is_meta for _, p in program.named_parameters()):
+            reasons.append("the weights are on the meta device: open the model with weights")
+        return reasons
 
     def list_candidates(
         self, program: Program, table: LatencyTable | None = None
@@ -297,12 +295,11 @@ class _Run:
         refused = 0
         for index, shape in enumerate(self.context.progress(chosen, "shapes", len(chosen))):
             entry = self.journal.read(f"candidate {index}")
-            if entry:
-                row = entry.facts
-            else:
-                row = self._candidate_row(shape)
             if entry is None:
+                row = self._candidate_row(shape)
                 self.journal.write(f"candidate {index}", facts=row)
+            else:
+                row = entry.facts
             if "refused" in row:
                 refused += 1
                 self.context.log.info("search passes over %s: %s", row["shape"], row["refused"])
@@ -312,8 +309,7 @@ class _Run:
                 best = row["kl"]
                 since = 0
             else:
-                best = best
-                since = since + 1
+                since += 1
             if self.options.patience and since >= self.options.patience:
                 return
         if refused == len(chosen):
@@ -385,11 +381,10 @@ class _Run:
             folder = self.context.resume / "depth"
         asked = PruneDepth(drop=most, method=options.depth)
         shallow = asked(self.program, replace(self.context, data=self.seen, resume=folder))
-        result: list[str] = []
+        names: list[str] = []
         for round_metrics in shallow.history[-1].figures["rounds"]:
-            for name in round_metrics["dropped"]:
-                result.append(name)
-        return result
+            names += round_metrics["dropped"]
+        return names
 
 
 def _cut_program(

@@ -1,5 +1,4 @@
-"""How large a Program is at every uniform shape, from its own coupled groups and blocks: exact, and
-all shapes at once.
+"""Exact costs of all uniform shapes of a Program, from its coupled groups and blocks.
 
 A shape gives every group of a family one number of units, and the model a number of layers.  A
 parameter's size is the product of its dims, a dim's size follows from the structure of its axis, so
@@ -52,24 +51,25 @@ class ShapeCosts:
     def __init__(
         self, program: Program, varied: Sequence[str], table: LatencyTable | None = None
     ) -> None:
-        self.program, self.table = program, table or LatencyTable()
+        self.program = program
+        self.table = table or LatencyTable()
         groups = {}
         for family in varied:
             if family != LAYERS:
                 groups[family] = groups_to_search(program, family)
-        self.leaves = {
-            group.leaf: family
-            for family, groups_of_family in groups.items()
-            for group in groups_of_family
-        }
-        self.full = {
-            family: groups_of_family[0].units for family, groups_of_family in groups.items()
-        } | {LAYERS: len(blocks(program))}
+        self.leaves = dict[Atom, str]()
+        self.full = dict[str, int]()
+        for family, groups_of_family in groups.items():
+            self.full[family] = groups_of_family[0].units
+            for group in groups_of_family:
+                self.leaves[group.leaf] = family
+        self.full[LAYERS] = len(blocks(program))
         self.dims = {name: self._dim_polynomials(name) for name, _ in program.named_parameters()}
         if LAYERS in varied:
             self._inside, self._outside = self._split_parameters()
         else:
-            self._inside, self._outside = ([], list(self.dims))
+            self._inside = []
+            self._outside = list(self.dims)
 
     def cost(self, shapes: Mapping[str, Sequence[int]], budget: Budget) -> Array:
         """[shapes]: what each costs.  shapes: by family (and "layers"), the units of every
@@ -90,9 +90,8 @@ class ShapeCosts:
             total = _sum_seconds
         else:
             total = _count_numbers
-        inside, outside = (
-            total(self, names, columns, budget) for names in (self._inside, self._outside)
-        )
+        inside = total(self, self._inside, columns, budget)
+        outside = total(self, self._outside, columns, budget)
         count = len(next(iter(shapes.values())))
         return np.broadcast_to(np.asarray(outside + columns[LAYERS] * inside), (count,))
 
@@ -160,7 +159,9 @@ def _sum_seconds(
     """Time of the matrices among some parameters."""
     total = np.asarray(0.0)
     uses = matrix_uses(costs.program)
-    for name in (name for name in names if name in uses):
+    for name in names:
+        if name not in uses:
+            continue
         sizes = []
         for dim in costs.dims[name]:
             sizes.append(_evaluate_polynomial(dim, columns))

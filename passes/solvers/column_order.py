@@ -1,4 +1,4 @@
-"""Which columns should be neighbours, so that an n:m pattern keeps as much of a score as it can.
+"""Column orders for which an n:m pattern keeps much of a score.
 
 Dims: R rows (of all weights that read the columns), C columns, G groups of m neighbours.
 """
@@ -53,13 +53,8 @@ def arrange_columns(score_RC: Tensor, kept: int, of: int, seed: int, turns: int 
     total = max(float(score_RC.sum(dtype=torch.float64)), 1e-30)
     plain = torch.arange(score_RC.shape[1]).view(-1, of)
     start = score_of_groups(score_RC, plain, kept)
-    tried = [
-        (start, plain),
-        (
-            score_of_groups(score_RC, snake_draft_groups(score_RC, of), kept),
-            snake_draft_groups(score_RC, of),
-        ),
-    ]
+    drafted = snake_draft_groups(score_RC, of)
+    tried = [(start, plain), (score_of_groups(score_RC, drafted, kept), drafted)]
     best, groups = max(tried, key=lambda pair: pair[0])
     generator = torch.Generator().manual_seed(seed)
     for _ in range(turns):

@@ -1,5 +1,4 @@
-"""The GPTQ update: round one input's weights after the other, and let those to come make up for the
-error.
+"""The GPTQ update: inputs are rounded in order, and later weights make up for the error.
 
 Dims: N outputs, K inputs, T rows (tokens).
 Source: Frantar et al. 2022 (GPTQ), arXiv:2210.17323, algorithm 1; zeros as in Frantar & Alistarh
@@ -46,11 +45,9 @@ def quantize_gptq(weight_NK: Tensor, gram_KK: Tensor, bits: int, damping: float)
         stop = min(start + BLOCK, work.shape[1])
         block = work[:, start:stop].clone()
         errors = torch.zeros_like(work[:, start:stop])
-        if (
-            bits == 4
-            # GROUP is BLOCK: a group's scale is chosen when its weights are final but for its own
-            # updates
-        ):
+        # GROUP is BLOCK: a group's scale is chosen when its weights are final but for its own
+        # updates.
+        if bits == 4:
             scale_NG[:, start // GROUP] = group_scale(
                 block * mask_NK[:, start:stop], bits, seen[start:stop]
             )

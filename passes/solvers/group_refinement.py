@@ -1,5 +1,4 @@
-"""Better masks and values for a sparse weight, by its inputs' Gram matrix: every group in turn is
-made the best it can be while the others stay.
+"""Refinement of a sparse weight by its inputs' Gram matrix, one group at a time.
 
 Dims: N outputs, K inputs, m inputs of a group, n kept ones, S supports (choices of n out of m).
 """
@@ -86,8 +85,11 @@ class _Group:
         self.inverse_Snn = torch.linalg.inv(inner).float()
 
     def __call__(self, pull_mN: Tensor, old_mN: Tensor) -> Tensor:
-        """New values [m, N].  Args:  pull_mN: the group's rows of G (dense - w).
-        old_mN: its values in w.
+        """New values [m, N].
+
+        Args:
+            pull_mN: the group's rows of G (dense - w).
+            old_mN: its values in w.
         """
         wanted_mN = torch.addmm(pull_mN, self.gram_mm, old_mN)
         wanted_SnN = wanted_mN[self.places_Sn]

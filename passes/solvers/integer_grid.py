@@ -1,4 +1,4 @@
-"""Integer grids: what a quantized weight's numbers may be.
+"""Integer grids: the numbers that a quantised weight may have.
 
 Dims: N outputs, K inputs, G groups of inputs that share a scale.  A number is ``code * scale``,
 without zero point, so that zero is zero.  Scales are bfloat16 numbers: then ``code * scale`` is
@@ -100,15 +100,13 @@ def grid_of(weight_NK: Tensor, bits: int, importance_K: Tensor | None = None) ->
     count = groups_per_row(columns, bits)
     if count == 1:
         return Grid(bits, group_scale(weight_NK, bits, importance_K)[:, None])
-    parts = []
-    for first in range(0, columns, GROUP):
-        parts.append(slice(first, min(first + GROUP, columns)))
-    seen = []
-    for part in parts:
-        seen.append(importance_K[part] if importance_K is not None else None)
     scales = []
-    for part, peak in zip(parts, seen, strict=True):
-        scales.append(group_scale(weight_NK[:, part], bits, peak))
+    for first in range(0, columns, GROUP):
+        part = slice(first, min(first + GROUP, columns))
+        importance = None
+        if importance_K is not None:
+            importance = importance_K[part]
+        scales.append(group_scale(weight_NK[:, part], bits, importance))
     return Grid(bits, torch.stack(scales, 1))
 
 

@@ -1,5 +1,4 @@
-"""The choice of one size for each group that damages the least within a budget: exact, by merging
-Pareto fronts."""
+"""Exact multiple-choice knapsack: one size for each group, by merging Pareto fronts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Least squares over the entries that a mask leaves: conjugate gradients for all rows at once,
-stopped in time.
+"""Masked least squares: conjugate gradients for all rows at once, with early stopping.
 
 Dims: N outputs, K inputs.
 """

@@ -1,4 +1,4 @@
-"""SparseGPT: prune one input after the other, and let the weights of those to come make up for it.
+"""SparseGPT: inputs are pruned in order, and later weights make up for the error.
 
 Dims: N outputs, K inputs.  All outputs share the inputs' Gram matrix, so the weights of several
 layers that read one input are pruned as one matrix of stacked rows.

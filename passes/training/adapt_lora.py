@@ -1,4 +1,4 @@
-"""Recover a pruned model by low-rank adapters that are merged into its weights."""
+"""Recovery of a pruned model by low-rank adapters that are merged into its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train the pruned model on what the dense one says."""
+"""Distillation: training of the pruned model on the dense one's predictions."""
 
 from __future__ import annotations
 

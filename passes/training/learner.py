@@ -1,4 +1,4 @@
-"""What is trained: a network and the losses that compare it with a teacher.
+"""The learner: a network and the losses that compare it with a teacher.
 
 b sequences, t positions, X width of the hidden states.
 """
@@ -23,8 +23,7 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class TeacherTargets:
-    """What the teacher says about a batch: distributions of its tokens, and hidden states where
-    they are compared."""
+    """The teacher's output for a batch: token distributions, and hidden states if compared."""
 
     rows: Rows | None
     states: tuple[Tensor, ...] = ()
@@ -60,7 +59,9 @@ class Learner(nn.Module):
         widths: Pair | None = None,
     ) -> None:
         super().__init__()
-        self.network, self.weights, self.pairs = network, weights, tuple(pairs)
+        self.network = network
+        self.weights = weights
+        self.pairs = tuple(pairs)
         self.projection = (
             nn.Linear(*widths, bias=False) if pairs and widths and widths[0] != widths[1] else None
         )

@@ -1,5 +1,4 @@
-"""All that a training run is at one step, as tensors and JSON: what a killed run needs to go on bit
-for bit."""
+"""The state of a training run as tensors and JSON, from which it continues bit for bit."""
 
 from __future__ import annotations
 
@@ -76,10 +75,10 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
             named[name] = p
     persistent = model.state_dict().keys()
     named |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    result: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, tensor in named.items():
-        result[name] = full_tensor(tensor.detach())
-    return result
+        weights[name] = full_tensor(tensor.detach())
+    return weights
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -180,21 +179,21 @@ def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prefix: without the slash.
         tensors: by name.
     """
-    result: dict[str, Tensor] = {}
+    prefixed: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        result[f"{prefix}/{name}"] = value
-    return result
+        prefixed[f"{prefix}/{name}"] = value
+    return prefixed
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``prefixed``: those of one set.
+    """The inverse of ``add_prefix``: those of one set.
 
     Args:
         prefix: without the slash.
         tensors: by prefixed name.
     """
-    prefixed: dict[str, Tensor] = {}
-    for name, v in tensors.items():
+    chosen: dict[str, Tensor] = {}
+    for name, value in tensors.items():
         if name.startswith(f"{prefix}/"):
-            prefixed[name.removeprefix(f"{prefix}/")] = v
-    return prefixed
+            chosen[name.removeprefix(f"{prefix}/")] = value
+    return chosen

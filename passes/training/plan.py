@@ -82,11 +82,10 @@ class TrainingPass(Pass):
 
     def requires(self, program: Program) -> list[str]:
         """Reasons why the pass cannot run; training needs weights."""
-        on_meta = any(p.is_meta for _, p in program.named_parameters())
-        return (
-            super().requires(program)
-            + ["the weights are on the meta device: open the model with weights"] * on_meta
-        )
+        reasons = super().requires(program)
+        if any(p.is_meta for _, p in program.named_parameters()):
+            reasons.append("the weights are on the meta device: open the model with weights")
+        return reasons
 
     def load_text(self, program: Program, context: Context) -> TrainingText:
         """The windows to train on and those held back.

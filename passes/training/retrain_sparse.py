@@ -1,4 +1,4 @@
-"""Train a sparse model whose masks may move, and leave it exactly as sparse as it came."""
+"""Retraining of a sparse model whose masks may move; its sparsity stays exactly the same."""
 
 from __future__ import annotations
 

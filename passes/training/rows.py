@@ -1,5 +1,4 @@
-"""Next-token distributions, row by row: made of what a model gave when a chunk of rows asks, never
-all at once.
+"""Next-token distributions computed chunk by chunk of rows, never all at once.
 
 T rows (tokens of a batch), V vocabulary, X width of the last hidden state, k tokens kept of a
 distribution, c rows of a chunk.

@@ -1,4 +1,4 @@
-"""One training run: a module is made ready, trained, and left as it was but for its weights."""
+"""One training run: preparation of a module, training, and restoration of all but its weights."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TrainingGoal:
 @dataclass(frozen=True)
 class TrainingResult:
     """What a run did.
-    curve, held_out: see Tutor.
+    curve, held_out: see DistillationTrainer.
     seconds: of this call; a run that went on counts from there.
     """
 
@@ -132,8 +132,8 @@ def train_module(
 
     Args:
         model: a stock model, or a graph module.
-        teacher: answers for every batch.
-        text: see Text.
+        teacher: gives the targets of every batch.
+        text: sequences to train on and to measure by.
         goal: weights of the losses, tokens and learning rate.
         options: of the pass.
         context: with seed, progress and resume folder.

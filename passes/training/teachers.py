@@ -1,5 +1,4 @@
-"""Where a teacher's word comes from: a model that runs along, or top-k rows that it wrote down
-before."""
+"""Teachers: a model that runs along, or top-k rows that it stored before."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from secateur.passes.training.text import Item, collate_batch
 
 
 class Teacher(Protocol):
-    """Answers for a batch; ``move`` is told once where the student trains."""
+    """A source of targets for batches; ``move_to`` is called once with the student's device."""
 
     def __call__(self, batch: Batch) -> TeacherTargets: ...
 
@@ -123,7 +122,7 @@ def store_answers(
     about: JSON,
     progress: Progress,
 ) -> StoredTeacher:
-    """Write down what a teacher says about each sequence; those that stand there already are left.
+    """Store the teacher's top-k rows of each sequence; sequences stored before are skipped.
 
     Args:
         teacher: with top_k.

@@ -1,5 +1,4 @@
-"""Text to train on: windows of tokens, some held back to measure by, and the order in which they
-are seen."""
+"""Training text: windows of tokens, some held back for evaluation, and their order."""
 
 from __future__ import annotations
 
@@ -169,11 +168,11 @@ def _read_documents(file: Path) -> list[str]:
             wanted = "UTF-8 text"
         raise TextError(f"{file} cannot be read, expected {wanted}: {error}") from error
     parts = parts or text.replace("\r\n", "\n").split(BREAK)
-    result: list[str] = []
+    documents: list[str] = []
     for part in parts:
         if part.strip():
-            result.append(part.strip())
-    return result
+            documents.append(part.strip())
+    return documents
 
 
 class TrainingOrder(torch.utils.data.Dataset[Item]):

@@ -1,4 +1,4 @@
-"""transformers' Trainer with our losses, our order of the text, and checkpoints without pickle.
+"""The distillation trainer: transformers' Trainer with own losses and pickle-free checkpoints.
 
 Trainer does the loop, gradient accumulation, clipping, schedules and, through accelerate, FSDP2.
 Its own checkpoints are pickles, so what it would write and read is written and read here, as
@@ -50,7 +50,7 @@ class TrainingError(SecateurError):
 
 
 class DistillationTrainer(Trainer):
-    """Trains a Learner on what a Teacher says.
+    """Trains a Learner on the targets of a Teacher.
 
     curve: one record a step: step, tokens, loss, kl, ce, states, lr, grad_norm; losses are means
         over the step's tokens, before the step.
@@ -316,7 +316,8 @@ class _HeldOutText(torch.utils.data.Dataset[Item]):
     """The sequences held back, in order; numbered on from the last training sequence."""
 
     def __init__(self, text: TrainingText) -> None:
-        self.samples, self.first = text.held_out, len(text.train)
+        self.samples = text.held_out
+        self.first = len(text.train)
 
     def __len__(self) -> int:
         return len(self.samples)

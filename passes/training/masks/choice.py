@@ -1,4 +1,4 @@
-"""Which entries of a sparse weight a mask keeps, what comes back, and what is left.
+"""Mask choice: the kept entries of a sparse weight, and the revival of removed ones.
 
 N outputs, K inputs of a weight.
 """

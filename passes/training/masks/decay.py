@@ -40,7 +40,7 @@ class DecayPull:
 
 
 class Masks(Protocol):
-    """Who knows the masks; asked once before and told once after each update."""
+    """The owner of the masks; called once before and once after each update."""
 
     def before_update(self) -> Mapping[int, DecayPull]:
         """The pulls by ``id`` of the Parameter.  Gradients are there."""

@@ -1,4 +1,4 @@
-"""Weights that are trained under a mask: the product sees m W, the Parameter keeps all of W.
+"""Masked weights in training: the product takes m W, the Parameter keeps all of W.
 
 N outputs, K inputs of a weight.
 """

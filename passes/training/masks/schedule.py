@@ -1,5 +1,4 @@
-"""When masks change, by what score, and how strongly removed weights are pulled: all that a run's
-masks are at a step.
+"""The mask schedule of a run: refreshes, scores, and the pull on removed weights.
 
 L masked weights.
 """
@@ -57,8 +56,7 @@ class MaskPlan:
 
 
 class MaskSchedule:
-    """The masks of one training run.  Its optimizer asks it before, and tells it after, each
-    update.
+    """The masks of one training run; its optimizer calls it before and after each update.
 
     sites: weights under masks, in the model that is trained.
     record: see RECORDS.
@@ -66,7 +64,9 @@ class MaskSchedule:
     """
 
     def __init__(self, sites: Sequence[MaskedWeight], plan: MaskPlan) -> None:
-        self.sites, self.plan, self.score = list(sites), plan, MaskScore(plan.score)
+        self.sites = list(sites)
+        self.plan = plan
+        self.score = MaskScore(plan.score)
         self.step = 0
         self.record = dict.fromkeys(RECORDS, 0.0)
         self._removed: dict[str, Tensor] = {}
@@ -109,10 +109,10 @@ class MaskSchedule:
             ratio = (squares[1] / sizes).sqrt()
             share = self.step / self.plan.steps
         strengths = (full * ratio).unbind()
-        masks: dict[int, DecayPull] = {}
+        pulls: dict[int, DecayPull] = {}
         for site, strength in zip(taking, strengths, strict=True):
-            masks[id(site.weight)] = DecayPull(self._removed_locally(site), strength, share)
-        return masks
+            pulls[id(site.weight)] = DecayPull(self._removed_locally(site), strength, share)
+        return pulls
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -194,7 +194,8 @@ class MaskSchedule:
         Args:
             facts: as returned by ``facts``.
         """
-        self.step, self.record = int(facts["step"]), dict(facts["record"])
+        self.step = int(facts["step"])
+        self.record = dict(facts["record"])
         self._removed.clear()
 
 
