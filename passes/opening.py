@@ -77,6 +77,11 @@ def open_tokenizer(name: str | Path, kind: type[SecateurError] = SourceError) ->
 
 
 def _check_named_files(data: dict[str, Any], file: Path, kind: type[SecateurError]) -> None:
+    """Refuse tokenizer fields that name files outside of the folder.
+
+    Raises:
+        SecateurError: of the given kind.
+    """
     for field, value in data.items():
         if field.endswith("_file") and isinstance(value, str) and Path(value).name != value:
             raise kind(f"{file}: {field} names a file elsewhere ({shown(value)}): drop the field")

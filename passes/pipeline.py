@@ -132,7 +132,11 @@ class Pipeline(Pass):
         )
 
     def requires(self, program: Program) -> list[str]:
-        """Reasons why the passes cannot run in this order, known before any work."""
+        """Reasons why the passes cannot run in this order, known before any work.
+
+        Args:
+            program: that the first pass takes.
+        """
         known = program_facts(program)
         reasons = []
         for step in self.passes:
@@ -146,7 +150,11 @@ class Pipeline(Pass):
         return reasons
 
     def plan(self, program: Program) -> list[PlannedEdit]:
-        """The edits of all passes, each planned on the preview of those before it."""
+        """The edits of all passes, each planned on the preview of those before it.
+
+        Args:
+            program: that the first pass takes.
+        """
         edits = []
         for step in self.passes:
             edits += step.plan(program)
@@ -154,7 +162,11 @@ class Pipeline(Pass):
         return edits
 
     def preview(self, program: Program) -> Program:
-        """A Program of the shapes that all passes leave."""
+        """A Program of the shapes that all passes leave.
+
+        Args:
+            program: that the first pass takes.
+        """
         for step in self.passes:
             program = step.preview(program)
         return program
@@ -209,6 +221,10 @@ class Pipeline(Pass):
     def call(self, program: Program, context: Context) -> PassResult:
         """Run the passes, from the first that no checkpoint holds.
 
+        Args:
+            program: that the first pass takes.
+            context: of the run; each pass gets a folder of its own.
+
         Raises:
             SecateurError: what a pass raises, with a note that names the pass and those already
                 run.
@@ -247,6 +263,7 @@ class Pipeline(Pass):
         return result.program
 
     def _report_pass(self, one: Pass, program: Program, seconds: float) -> None:
+        """Log the time of a pass, and write what the hooks ask for."""
         log.info("%s: %.2f s", one.name, seconds)
         if self.hooks.time_passes:
             self.hooks.write(f"{one.name}: {seconds:.2f} s")

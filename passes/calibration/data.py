@@ -93,6 +93,11 @@ def main_input(program: Program) -> str:
 
 
 def _list_batches(data: Iterable[Batch]) -> list[Batch]:
+    """The batches of the data; a single tensor or map is one batch.
+
+    Raises:
+        CalibrationError: a batch is text.
+    """
     if isinstance(data, Tensor | Mapping):
         batches: list[Any] = [data]
     else:
@@ -103,6 +108,11 @@ def _list_batches(data: Iterable[Batch]) -> list[Batch]:
 
 
 def _as_inputs(batch: Batch, program: Program) -> Inputs:
+    """The model inputs of a batch by name.
+
+    Raises:
+        CalibrationError: neither a tensor of token ids nor a map.
+    """
     if isinstance(batch, Mapping):
         return dict(batch)
     if not isinstance(batch, Tensor):
@@ -130,6 +140,11 @@ def _move_inputs(device: torch.device, inputs: Inputs) -> Inputs:
 
 
 def _split_rows(inputs: Inputs, program: Program) -> list[Sample]:
+    """One Sample for each sequence of a batch.
+
+    Raises:
+        CalibrationError: the tensors differ in their first dim, or the batch size is fixed.
+    """
     sizes = {}
     for name, v in inputs.items():
         if isinstance(v, Tensor) and v.dim() > 0:
@@ -189,6 +204,11 @@ def static_size(size: int | torch.SymInt) -> int | None:
 
 
 def _make_sample(row: Inputs, program: Program) -> Sample:
+    """A Sample without padding, checked against the inputs of the model.
+
+    Raises:
+        CalibrationError: the mask has holes, or an input is unknown.
+    """
     accepted = set(program.source.example_inputs)
     row = _trim_padding(row, bool(getattr(program.source.config, "is_encoder_decoder", False)))
     if "labels" in row and "labels" not in accepted:
@@ -229,6 +249,11 @@ def _trim_padding(row: Inputs, encoder_decoder: bool) -> Inputs:
 
 
 def _trim_side(side: Inputs) -> Inputs:
+    """The inputs of one side without padding at both ends.
+
+    Raises:
+        CalibrationError: the sequence is padding alone.
+    """
     mask = next(
         (side[name] for name in ("attention_mask", "decoder_attention_mask") if name in side), None
     )

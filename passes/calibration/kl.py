@@ -138,6 +138,7 @@ def token_kl(reference_TV: Tensor, logits_TV: Tensor, chunk: int = CHUNK) -> Ten
 
 
 def _token_divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL of every position of one chunk: [T] float32."""
     p = F.log_softmax(reference.float(), -1)
     q = F.log_softmax(logits.float(), -1)
     terms = p.exp() * (p - q)
@@ -145,6 +146,7 @@ def _token_divergence(reference: Tensor, logits: Tensor) -> Tensor:
 
 
 def _join_parts(parts: Sequence[Tensor]) -> Tensor:
+    """One tensor of all chunks; empty for none."""
     if parts:
         return torch.cat(list(parts))
     return torch.empty(0)
@@ -184,6 +186,7 @@ class CachedLogProbs:
 
 
 def _kl_of_top(log_p: Tensor, indices: Tensor, rest: Tensor, logits: Tensor) -> Tensor:
+    """KL of every position of one chunk, all tokens beyond the top ones as one outcome: [T]."""
     entries = indices.long().to(logits.device)
     q = F.log_softmax(logits.float(), -1)
     q_top = q.gather(-1, entries)

@@ -139,6 +139,7 @@ class Lockstep(fx.Interpreter):
         return super().get_attr(target, args, kwargs)
 
     def _enter_sample(self, sample: int) -> None:
+        """Make the state of one sample the environment of the interpreter."""
         self.env = self._environments[sample]
 
     def _share_or_offload(self, sample: int) -> None:
@@ -162,6 +163,7 @@ class Lockstep(fx.Interpreter):
             known.add(node)
 
     def _run_node(self, sample: int, node: fx.Node) -> None:
+        """Run one node for a sample and free what nothing reads any more."""
         if node.op == "placeholder":
             self.env[node] = self._inputs[sample].get(str(node.target))
             return
@@ -200,14 +202,17 @@ def map_copy(value: Tensor, folder: Path) -> Tensor:
 
 
 def _is_large(value: object) -> bool:
+    """Whether a value is a CPU tensor large enough to share or offload."""
     return isinstance(value, Tensor) and value.device.type == "cpu" and value.nbytes >= LARGE
 
 
 def _is_equal(value: object, other: Tensor) -> bool:
+    """Whether a value is a tensor of equal dtype and content."""
     return isinstance(value, Tensor) and value.dtype == other.dtype and torch.equal(value, other)
 
 
 def _copy_tensor(value: Any) -> Any:
+    """A clone of a tensor; everything else as it is."""
     if isinstance(value, Tensor):
         return value.clone()
     return value

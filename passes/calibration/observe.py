@@ -270,6 +270,7 @@ class _Observer(fx.Interpreter):
         self.run(*(feed.get(node.target) for node in placeholders), enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:
+        """Run a node and show its value to ``see`` for every reader."""
         value = super().run_node(n)
         for reader in self.wanted.get(n, ()):
             self.see(reader, value, self.batch)
@@ -303,17 +304,20 @@ def positional_arguments(node: fx.Node) -> list[Any]:
 
 
 def _get_attribute(gm: fx.GraphModule, target: object) -> object:
+    """The attribute of the module that a get_attr names, or None."""
     owner, _, name = str(target).rpartition(".")
     return getattr(gm.get_submodule(owner), name, None)
 
 
 def _swap_dims(dims: Dims, a: int, b: int) -> Dims:
+    """The dims with two of them exchanged."""
     dims = list(dims)
     dims[a], dims[b] = dims[b], dims[a]
     return dims
 
 
 def _remove_dim(dims: Dims, dim: int) -> Dims:
+    """The dims without one of them."""
     remaining = []
     for d, v in enumerate(dims):
         if d != dim % len(dims):
@@ -322,15 +326,18 @@ def _remove_dim(dims: Dims, dim: int) -> Dims:
 
 
 def _insert_dim(dims: Dims, dim: int) -> Dims:
+    """The dims with a new one at a place."""
     place = dim % (len(dims) + 1)
     return [*dims[:place], None, *dims[place:]]
 
 
 def _as_list(values: object) -> list[Any]:
+    """A list of one or several values."""
     if isinstance(values, tuple | list):
         return list(values)
     return [values]
 
 
 def _as_integers(values: object) -> list[int]:
+    """A list of one or several integers."""
     return [int(v) for v in _as_list(values)]

@@ -138,6 +138,7 @@ class _Meter:
         self.seen = dict[int, Tensor]()
 
     def take_value(self, at: int, value: Tensor) -> None:
+        """Keep one value; with both present, add the cosines of their rows."""
         self.seen[at] = value
         if len(self.seen) == 2:
             before = self.seen[0].reshape(-1, self.seen[0].shape[-1]).float()
@@ -167,6 +168,7 @@ class _Judge:
 
     @property
     def count_tokens(self) -> int:
+        """Number of tokens over which the damage of the sequence is summed."""
         if self.expected is not None:
             return len(self.expected)
         return int((loss_targets(self.sample, self.program, self.loss) != IGNORED).sum())
@@ -179,6 +181,7 @@ class _Judge:
 
 
 def _is_encoder_decoder(program: Program) -> bool:
+    """Whether the configuration says that the model has an encoder and a decoder."""
     return bool(getattr(program.source.config, "is_encoder_decoder", False))
 
 
@@ -200,6 +203,7 @@ class _Plan:
                 self.runs[stage] = self._make_rest(stage, subs)
 
     def _make_rest(self, stage: Stage, subs: list[str]) -> Run:
+        """The run of a stage without some of its sub-blocks."""
         module = module_without(stage, subs)
         return lambda at, values: self.chain.run_stage(at, values, module)
 

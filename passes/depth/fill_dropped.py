@@ -53,11 +53,18 @@ class FillDropped(Pass):
     def preview(self, program: Program) -> Program:
         """A Program of the shapes after filling; its values are not checked against the
         outputs before.
+
+        Args:
+            program: with dropped sub-blocks.
         """
         return _fill_parts(program, list(_find_dropped_parts(program)))
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Put the dropped sub-blocks back.
+
+        Args:
+            program: with dropped sub-blocks.
+            context: not used.
 
         Raises:
             EditError: the outputs change although the sub-blocks write zeros.
@@ -87,6 +94,7 @@ def _find_dropped_parts(program: Program) -> Iterable[SubBlock]:
 
 
 def _fill_parts(program: Program, subs: list[SubBlock]) -> Program:
+    """The Program with the sub-blocks back, their output parameters zero."""
     if not subs or program.cut is None:
         return program
     dense = program.cut.dense

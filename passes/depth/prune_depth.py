@@ -91,6 +91,9 @@ class PruneDepth(Pass):
     def requires(self, program: Program) -> list[str]:
         """Reasons why the pass cannot run; measuring needs weights, naming the layers does
         not.
+
+        Args:
+            program: to be pruned.
         """
         reasons = super().requires(program)
         on_meta = any(p.is_meta for _, p in program.named_parameters())
@@ -117,7 +120,11 @@ class PruneDepth(Pass):
         return [PlannedEdit("layers", "blocks", total, total - count, exact=self.level == "block")]
 
     def preview(self, program: Program) -> Program:
-        """Without the last blocks that may go."""
+        """Without the last blocks that may go.
+
+        Args:
+            program: to be pruned.
+        """
         if self.layers:
             return drop(program, self._resolve_names(program))
         self._check_options(program)
@@ -133,6 +140,10 @@ class PruneDepth(Pass):
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Drop the named blocks, or measure and drop round after round.
+
+        Args:
+            program: to be pruned.
+            context: with calibration data, unless ``layers`` names the blocks.
 
         Raises:
             EditError: fewer blocks may go than are asked for, or a number names no layer.
@@ -156,6 +167,7 @@ class PruneDepth(Pass):
         )
 
     def _make_choice(self, program: Program) -> DepthChoice:
+        """The choice of blocks that the options describe."""
         return DepthChoice(self.drop, self.method, self.by, self.level, self._end_blocks(program))
 
     def _end_blocks(self, program: Program) -> frozenset[str]:
@@ -170,6 +182,11 @@ class PruneDepth(Pass):
         return frozenset(ends)
 
     def _check_options(self, program: Program) -> None:
+        """Check that enough blocks may go.
+
+        Raises:
+            EditError: fewer may go than are asked for.
+        """
         free = may_go(program, self._end_blocks(program))
         total = len(blocks(program))
         if self.drop > min(len(free), total - 1):
@@ -183,6 +200,11 @@ class PruneDepth(Pass):
             )
 
     def _resolve_names(self, program: Program) -> list[str]:
+        """The names of the blocks that ``layers`` numbers.
+
+        Raises:
+            EditError: a number is out of range.
+        """
         names = [block.name for block in blocks(program)]
         for index in self.layers:
             if not -len(names) <= index < len(names):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from secateur.graph import Block, Program, blocks, drop
 from secateur.graph.errors import EditError
@@ -57,7 +57,7 @@ class Rounds:
         choice: DepthChoice,
         program: Program,
         context: Context | None = None,
-        told: list[Any] | None = None,
+        told: list[JSON] | None = None,
     ) -> None:
         self.choice = choice
         self.program = program
@@ -208,6 +208,7 @@ class Rounds:
         return fitting
 
     def _measure_damages(self, cuts: Sequence[frozenset[str]]) -> list[float]:
+        """Damage of each cut of the current Program, nats a token."""
         what = f"depth, round {len(self.told) + 1}"
         return measure_damages(
             self.program, self.reference, cuts, self.choice.by, self.context, what

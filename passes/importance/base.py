@@ -78,6 +78,7 @@ NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def _replace_zeros(x: Tensor) -> Tensor:
+    """The tensor with ones in place of zeros, safe to divide by."""
     return torch.where(x == 0, torch.ones_like(x), x)
 
 

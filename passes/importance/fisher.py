@@ -138,12 +138,14 @@ class _Gradients(fx.Interpreter):
     def get_attr(
         self, target: fx.node.Target, args: tuple[fx.node.Argument, ...], kwargs: dict[str, object]
     ) -> Any:
+        """The parameter as a constant."""
         value = super().get_attr(target, args, kwargs)
         if isinstance(value, Tensor):
             return value.detach()
         return value
 
     def run_node(self, n: fx.Node) -> Any:
+        """Run a node; a value that consumers read becomes a variable with a hook."""
         value = super().run_node(n)
         if n not in self._wanted:
             return value
@@ -158,6 +160,7 @@ class _Gradients(fx.Interpreter):
 def _add_squares(
     sums: Mapping[Reader, Tensor], wanted: Collection[Reader], x: Tensor, gradient: Tensor
 ) -> None:
+    """Add z^2 over the tokens of one sequence to the sums of each reader."""
     product = x.float() * gradient.float()
     for reader in wanted:
         channels = product.movedim(reader.dim, -1).flatten(0, -2)

@@ -68,6 +68,8 @@ class Sums:
         return mean, squares
 
     def _move_into(self, mean: Tensor, squares: Tensor | None) -> Callable[[Tensor], None]:
+        """A hook that adds a leaf's gradient to the sums and frees it."""
+
         def add_gradient(leaf: Tensor) -> None:
             if leaf.grad is not None:
                 mean.add_(leaf.grad)
@@ -150,6 +152,7 @@ def _count_targets(
 
 
 def _as_gradients(held: Mapping[str, tuple[Tensor, Tensor | None]]) -> Gradients:
+    """The finished sums as Gradients."""
     squares = {}
     for name, (_, square) in held.items():
         if square is not None:
@@ -349,10 +352,12 @@ class _Blockwise:
 
     @property
     def _device(self) -> torch.device:
+        """The device of the parameters."""
         return next((p.device for _, p in self.program.named_parameters()), torch.device("cpu"))
 
 
 def _park_value(value: object) -> object:
+    """A value on the CPU, unless it is a Parameter."""
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         return value.cpu()
     return value

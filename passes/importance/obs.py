@@ -106,6 +106,7 @@ class Obs(Importance):
         }
 
     def _score_units(self, weight_RK: Tensor, inverse_KK: Tensor, positions_Uk: Tensor) -> Tensor:
+        """The scores of one weight's units, progressive or one-shot: [U] float32."""
         weight_RK = weight_RK.to(inverse_KK)
         positions_Uk = positions_Uk.to(inverse_KK.device)
         if not self.progressive:

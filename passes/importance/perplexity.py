@@ -107,6 +107,7 @@ class Perplexity(Importance):
 
 
 def _mask_unit(program: Program, group: CoupledGroup, unit: int) -> Program:
+    """The Program without one unit of a group."""
     return keep(program, {group: [u for u in range(group.units) if u != unit]})
 
 
@@ -144,6 +145,7 @@ class _Judge:
         return float(values.mean())
 
     def _token_losses(self, at: int, predicted: Tensor) -> Tensor:
+        """Loss or KL of every counted token of a sequence, in nats."""
         if self.measure == "kl":
             return self.reference[at].kl(predicted)
         sample = self.data[at]
@@ -159,6 +161,7 @@ class _Judge:
 
 
 def _flatten_logits(predictions: Tensor) -> Tensor:
+    """Logits as [T, V]."""
     return predictions.reshape(-1, predictions.shape[-1])
 
 
@@ -188,6 +191,7 @@ def find_affected_nodes(before: Program, after: Program) -> set[str]:
 
 
 def _is_same_value(before: Program, old: fx.Node, after: Program, new: fx.Node) -> bool:
+    """Whether a node computes the same op of the same arguments in both Programs."""
     if old.op != new.op or _describe_arguments(old) != _describe_arguments(new):
         return False
     if new.op == "get_attr":

@@ -44,5 +44,6 @@ class Random(Importance):
 
 
 def _make_generator(name: str, context: Context) -> torch.Generator:
+    """The generator of one group's scores."""
     digest = hashlib.sha256(f"{context.seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -64,7 +64,11 @@ class Score(Pass):
         return self.metric.cost
 
     def requires(self, program: Program) -> list[str]:
-        """Reasons why the pass cannot run; scores need weights."""
+        """Reasons why the pass cannot run; scores need weights.
+
+        Args:
+            program: to be scored.
+        """
         reasons = super().requires(program)
         if any(p.is_meta for _, p in program.named_parameters()):
             reasons.append("the weights are on the meta device: open the model with weights")
@@ -72,6 +76,10 @@ class Score(Pass):
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Score every unlocked group.
+
+        Args:
+            program: to be scored.
+            context: with calibration data, where the metric reads it.
 
         Raises:
             PipelineError: scores are not finite, or cannot be aggregated as asked.

@@ -85,6 +85,7 @@ class Taylor(Importance):
     def _entry_saliences(
         self, program: Program, pieces: Iterator[Gradients]
     ) -> Iterator[tuple[str, Tensor]]:
+        """(Parameter name, salience of every entry), each freed before the next."""
         named = dict(program.named_parameters())
         for gradients in pieces:
             while gradients.mean:  # each piece is let go before the next is asked for
@@ -101,4 +102,5 @@ class Taylor(Importance):
 def _all_at_once(
     program: Program, wanted: set[str], context: Context, loss: LossKind, squared: bool
 ) -> Iterator[Gradients]:
+    """All gradients as one piece."""
     yield loss_gradients(program, wanted, context, loss, squared)

@@ -21,7 +21,7 @@ TOKEN = re.compile(
     re.VERBOSE,
 )
 LINE_CHARACTERS = 160
-WORDS: dict[str, Any] = {"true": True, "false": False, "null": None}
+WORDS: dict[str, bool | None] = {"true": True, "false": False, "null": None}
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,11 @@ class _Reader:
 
     @property
     def next_token(self) -> Token:
+        """The token that is read next."""
         return self.tokens[self.place]
 
     def make_error(self, expected: str) -> PipelineError:
+        """An error that names what was expected and what stands there."""
         if self.next_token.kind == "end":
             actual = "the end of the text"
         else:
@@ -149,16 +151,23 @@ class _Reader:
         )
 
     def is_mark(self, mark: str) -> bool:
+        """Whether the next token is this mark, or ``end``."""
         if mark == "end":
             return self.next_token.kind == "end"
         return self.next_token.kind == "mark" and self.next_token.text == mark
 
     def take_mark(self, mark: str) -> bool:
+        """Read this mark if it comes next; tell whether it did."""
         matches = self.is_mark(mark)
         self.place += int(matches and mark != "end")
         return matches
 
     def take_token(self, expected: str, *kinds: str) -> Token:
+        """Read a token of one of these kinds.
+
+        Raises:
+            PipelineError: another kind comes next.
+        """
         token = self.next_token
         if token.kind not in kinds:
             raise self.make_error(expected)
@@ -183,12 +192,18 @@ class _Reader:
         return items
 
     def read_spec(self) -> Spec:
+        """A name with options, or without."""
         name = self.take_token("a name", "word")
         if self.take_mark("{"):
             return self.options_of(name)
         return Spec(name.text, at=name.at)
 
     def options_of(self, name: Token) -> Spec:
+        """The options after an opening brace.
+
+        Raises:
+            PipelineError: an option is given twice.
+        """
         spec = Spec(name.text, at=name.at)
         for key, value, position in self.read_items(self.read_option, "}", "an option"):
             if key in spec.options:
@@ -200,6 +215,7 @@ class _Reader:
         return spec
 
     def read_option(self) -> tuple[str, Any, int]:
+        """(Name, value, offset) of one option."""
         token = self.take_token("an option name", "word", "string")
         if not self.take_mark("="):
             raise self.make_error(f"'=' after {shown(token.text)[1:-1]}")
@@ -218,6 +234,7 @@ class _Reader:
             raise PipelineError(locate_message(message, self.text, token.at)) from None
 
     def read_value(self) -> Any:
+        """A list, a map, a spec, a string or a word."""
         if self.take_mark("["):
             return self.read_items(self.read_value, "]", "a value")
         if self.is_mark("{"):
@@ -232,6 +249,7 @@ class _Reader:
 
 
 def _format_value(value: object) -> str:
+    """The text of one value."""
     if isinstance(value, Spec):
         return value.name + (_format_options(value.options) if value.options else "")
     if isinstance(value, dict):
@@ -244,6 +262,7 @@ def _format_value(value: object) -> str:
 
 
 def _format_options(options: Mapping[str, object]) -> str:
+    """The text of options in braces."""
     return (
         "{"
         + ",".join(f"{_quote_word(key)}={_format_value(value)}" for key, value in options.items())
@@ -252,6 +271,7 @@ def _format_options(options: Mapping[str, object]) -> str:
 
 
 def _quote_word(word: str) -> str:
+    """The word, quoted where it would be read as something else."""
     plain = re.fullmatch(r'[^\s"{}\[\],=]+', word) is not None and isinstance(read_word(word), str)
     if plain:
         return word

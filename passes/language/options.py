@@ -159,6 +159,7 @@ def _option_error(
 
 
 def _beyond_64_bits(value: object) -> bool:
+    """Whether a value holds an integer of more than 64 bits."""
     if isinstance(value, list | tuple):
         return any(map(_beyond_64_bits, value))
     if isinstance(value, dict):
@@ -177,6 +178,7 @@ def _is_same_kind(given: object, checked: object) -> bool:
 
 
 def _describe_kind(value: object) -> str:
+    """boolean, number, string or other."""
     if isinstance(value, bool):
         return "boolean"
     if isinstance(value, int | float):
@@ -187,12 +189,14 @@ def _describe_kind(value: object) -> str:
 
 
 def _default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass field."""
     if callable(field.default_factory):
         return field.default_factory()
     return field.default
 
 
 def _to_plain_value(value: object, defaults: bool) -> Any:
+    """A value of the grammar: options as specs, tuples as lists."""
     if isinstance(value, Options):
         return value.to_spec(defaults=defaults)
     if isinstance(value, list | tuple):
@@ -336,6 +340,11 @@ class Table(Generic[O_co]):
 
     @staticmethod
     def _construct(cls: type[O_co], spec: Spec) -> O_co:
+        """An instance of the class.
+
+        Raises:
+            OptionError: an option has a wrong value; with its position.
+        """
         try:
             return cls(**spec.options)
         except OptionError as error:
@@ -370,6 +379,7 @@ def _describe_options(cls: type[Options]) -> dict[str, str]:
 
 
 def _parse_option_lines(text: str) -> dict[str, str]:
+    """Meanings by option of one docstring."""
     descriptions: dict[str, str] = {}
     names: list[str] = []
     for line in inspect.cleandoc(text).splitlines()[1:]:
@@ -385,6 +395,7 @@ def _parse_option_lines(text: str) -> dict[str, str]:
 
 
 def _default_text(field: dataclasses.Field[Any]) -> str:
+    """The default as pipeline text; empty for None."""
     value = _to_plain_value(_default_of(field), False)
     if value is None:
         return ""

@@ -67,6 +67,7 @@ def load_class(where: str, base: type[object] | tuple[type[object], ...]) -> typ
 
 
 def _describe_kind(found: object) -> str:
+    """What was found in place of a class, for messages."""
     if found is None:
         return "nothing"
     return f"a {type(found).__name__}"
@@ -117,6 +118,7 @@ def model_folder_above(path: Path) -> Path | None:
 
 
 def _holds_model(folder: Path) -> bool:
+    """Whether a folder has weights, or a configuration with a model type."""
     if any(folder.glob("*.safetensors")):
         return True
     try:

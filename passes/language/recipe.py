@@ -187,6 +187,11 @@ def dump_recipe(passes: list[object], data: DataSpec | None, seed: int) -> str:
 
 
 def _read_file(path: Path) -> str:
+    """The text of a recipe file.
+
+    Raises:
+        PipelineError: too large, or it cannot be read.
+    """
     try:
         if path.stat().st_size > MAX_BYTES:
             raise PipelineError(
@@ -203,6 +208,7 @@ def _read_file(path: Path) -> str:
 
 
 def _first_error(error: ValidationError) -> str:
+    """The first complaint of a validator, in one sentence."""
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
@@ -214,6 +220,7 @@ def _first_error(error: ValidationError) -> str:
 
 
 def _describe_mark(mark: yaml.Mark | None) -> str:
+    """The line of a YAML mark, for messages; empty where unknown."""
     if mark is not None:
         return f" (line {mark.line + 1})"
     return ""

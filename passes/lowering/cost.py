@@ -98,6 +98,7 @@ class Machine:
         ), False
 
     def _roofline_ms(self, kind: str, n: int, k: int, batch: int, dtype: torch.dtype) -> float:
+        """Milliseconds of a product by the roofline model."""
         moved = weight_bytes(kind, n, k, dtype)
         if kind != DENSE and batch > self.expands_above:
             moved += 2 * weight_bytes(DENSE, n, k, dtype)
@@ -207,6 +208,7 @@ def _product_rate(device: torch.device, width: int = 2048) -> float:
 
 
 def _measure_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, with the device synchronised."""
     started = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -273,4 +275,5 @@ def keep_timings(timings: Iterable[Timing]) -> Path:
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without ``torch.``."""
     return str(dtype).removeprefix("torch.")

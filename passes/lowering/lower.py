@@ -172,14 +172,23 @@ class Lower(Pass):
         return Cost(0.0, 1.0)
 
     def requires(self, program: Program) -> list[str]:
-        """Reasons why the pass cannot run; a plan looks at the weights."""
+        """Reasons why the pass cannot run; a plan looks at the weights.
+
+        Args:
+            program: to be planned.
+        """
         reasons = super().requires(program)
         if on_meta(program):
             reasons.append("the weights are on the meta device: open the model with weights")
         return reasons
 
     def call(self, program: Program, context: Context) -> PassResult:
-        """Plan the forms, log each with its reason, and keep the plan in the history."""
+        """Plan the forms, log each with its reason, and keep the plan in the history.
+
+        Args:
+            program: to be planned.
+            context: for progress and log.
+        """
         plan = self.make_plan(program, machine_named(self.machine), context)
         for row in plan.layers:
             context.log.info("%s: %s (%s)", row.layer, row.kind, row.reason)
@@ -286,6 +295,7 @@ def _explain_choice(
     times: Mapping[str, tuple[float, bool]],
     smallest: bool,
 ) -> str:
+    """The reason of a plan: the times of the open forms, or why none is open."""
     word = {True: "measured", False: "expected"}
     listed = ", ".join(
         f"{name} {ms:.4f} ms {word[measured]}" for name, (ms, measured) in times.items()
@@ -358,6 +368,7 @@ def plan_as_pruned(program: Program) -> Lowering:
 def _as_pruned(
     layers: Iterable[Layer], known: Mapping[str, Tensor], dtype: torch.dtype
 ) -> list[LayerPlan]:
+    """Plans of layers in the form that pruning left them in."""
     rows = []
     for layer in layers:
         weight = known[layer.parameter]

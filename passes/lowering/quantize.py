@@ -67,7 +67,11 @@ class Quantize(Pass):
         return Cost(0.0, 1.0)
 
     def requires(self, program: Program) -> list[str]:
-        """Reasons why the pass cannot run; rounding needs weights."""
+        """Reasons why the pass cannot run; rounding needs weights.
+
+        Args:
+            program: to be rounded.
+        """
         reasons = super().requires(program)
         if on_meta(program):
             reasons.append("the weights are on the meta device: open the model with weights")
@@ -75,6 +79,10 @@ class Quantize(Pass):
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Round the chosen weights.
+
+        Args:
+            program: to be rounded.
+            context: with calibration data for gptq.
 
         Raises:
             GramError: the Gram matrix of a layer's inputs cannot be factored.
@@ -152,5 +160,6 @@ class Quantize(Pass):
 
 
 def _relative_error(weight: Tensor, rounded: Tensor) -> float:
+    """Norm of the change relative to the norm of the weight."""
     change = (rounded.float() - weight.float()).norm()
     return float(change / weight.float().norm().clamp_min(1e-30))

@@ -52,7 +52,11 @@ class Compensate(Pass):
         return Cost(1.6, 0.0, holds=1)
 
     def requires(self, program: Program) -> list[str]:
-        """Reasons why the pass cannot run; biases need weights."""
+        """Reasons why the pass cannot run; biases need weights.
+
+        Args:
+            program: pruned.
+        """
         reasons = super().requires(program)
         if any(p.is_meta for _, p in program.named_parameters()):
             reasons.append("the weights are on the meta device: open the model with weights")
@@ -61,6 +65,10 @@ class Compensate(Pass):
     def call(self, program: Program, context: Context) -> PassResult:
         """Add to biases what pruned units gave on average, where held-back sequences gain by
         it.
+
+        Args:
+            program: pruned, with its cut.
+            context: with calibration data.
 
         Raises:
             CalibrationError: fewer than two calibration sequences.
@@ -151,4 +159,5 @@ def _missing_output(
 
 
 def _as_rows(value: Tensor) -> Tensor:
+    """[..., channels] as [tokens, channels] float64."""
     return value.reshape(-1, value.shape[-1]).double()

@@ -94,6 +94,9 @@ class Reconstruct(Pass):
     def requires(self, program: Program) -> list[str]:
         """Reasons why the pass cannot run: no dense model, no weights, or a target without
         meaning.
+
+        Args:
+            program: pruned.
         """
         reasons = super().requires(program)
         if program.cut is None and self.teacher is None:
@@ -110,6 +113,10 @@ class Reconstruct(Pass):
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Fit each sub-block in turn.
+
+        Args:
+            program: pruned.
+            context: with calibration data.
 
         Raises:
             CalibrationError: fewer than two calibration sequences.
@@ -210,6 +217,7 @@ def _open_dense(program: Program, teacher: str) -> Program:
 
 
 def _autocast_context(task: Task, wanted: bool) -> contextlib.AbstractContextManager[object]:
+    """The context of a forward pass: bfloat16 autocast, or nothing."""
     if not wanted:
         return contextlib.nullcontext()
     return torch.autocast(task.wanted[0].device.type, torch.bfloat16)

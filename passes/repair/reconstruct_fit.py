@@ -57,11 +57,13 @@ def stream_error(fitted: FittedPart, task: Task, which: Sequence[int]) -> float:
 
 
 def _stream_loss(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean square of the error relative to the stream, a scalar."""
     gap = (found.float() - wanted.float()).reshape(-1, wanted.shape[-1])
     return (gap * token_weights(wanted)).square().mean()
 
 
 def _count_tokens(stream: Tensor) -> int:
+    """Number of tokens of a stream."""
     return stream.numel() // stream.shape[-1]
 
 
@@ -92,10 +94,12 @@ def fit_layers(fitted: FittedPart, task: Task, layers: Sequence[Layer]) -> None:
 
 
 def _split_delta(delta_NK: Tensor, fitted: FittedPart, names: Sequence[str]) -> list[Tensor]:
+    """The change of stacked rows, by weight."""
     return list(torch.split(delta_NK, [len(fitted.masters[name]) for name in names]))
 
 
 def _mask_of(fitted: FittedPart, name: str) -> Tensor:
+    """The mask of a parameter; ones where every entry may change."""
     mask = fitted.masks[name]
     if mask is None:
         return torch.ones_like(fitted.masters[name], dtype=torch.bool)
@@ -130,10 +134,12 @@ def _sum_products(
 
 
 def _adds_to_stream(fitted: FittedPart, layer: Layer) -> bool:
+    """Whether a layer's result is what a branch adds to the stream."""
     return any(trace_to_origin(sub.branch.operand) is layer.node for sub in fitted.part.sub_blocks)
 
 
 def _as_rows(value: Tensor) -> Tensor:
+    """[..., channels] as [tokens, channels] float32."""
     return value.reshape(-1, value.shape[-1]).float()
 
 
@@ -191,10 +197,12 @@ def train_part(
 
 
 def _open_entries(master: Tensor) -> Tensor:
+    """The master as a leaf that takes gradients."""
     return master.requires_grad_(True)
 
 
 def _copy_masters(fitted: FittedPart) -> dict[str, Tensor]:
+    """Copies of all masters without gradient."""
     masters: dict[str, Tensor] = {}
     for name, master in fitted.masters.items():
         masters[name] = master.detach().clone()
@@ -221,6 +229,7 @@ def _cosine_rate(step: int, steps: int) -> float:
 
 
 def _epoch_orders(seen: Sequence[int], epochs: int, seed: int) -> Iterator[list[int]]:
+    """A seeded order of the sequences for each epoch."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         yield [seen[index] for index in torch.randperm(len(seen), generator=generator).tolist()]

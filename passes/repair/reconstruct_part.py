@@ -101,6 +101,7 @@ class FittedPart:
         return torch.where(mask, value, 0)
 
     def _stage_arguments(self, values: Values) -> list[Any]:
+        """The stage's inputs in order; those it writes to are copied."""
         changed = self.part.stage.mutated_inputs
         arguments: list[Any] = []
         for name in self.part.stage.inputs:
@@ -108,6 +109,7 @@ class FittedPart:
         return arguments
 
     def _module_tensors(self) -> dict[str, Tensor]:
+        """The masters in the dtypes of the parameters, by target."""
         tensors: dict[str, Tensor] = {}
         for target, name in self._targets.items():
             tensors[target] = self.masters[name].to(self._dtypes[name])
@@ -153,11 +155,13 @@ class _Peek(fx.Interpreter):
     def get_attr(
         self, target: fx.node.Target, args: tuple[fx.node.Argument, ...], kwargs: dict[str, object]
     ) -> Any:
+        """The tensor given for a target, or the one of the module."""
         if str(target) in self._tensors:
             return self._tensors[str(target)]
         return super().get_attr(target, args, kwargs)
 
     def run_and_collect(self, given: Sequence[Any], nodes: Sequence[fx.Node]) -> list[Tensor]:
+        """Run until the nodes are known and return their values."""
         remaining = iter(given)
         self.env = {}
         for node in self.module.graph.nodes:  # type: ignore[union-attr]

@@ -134,6 +134,7 @@ class Walk:
         return masks
 
     def _incompatibility(self, part: Part) -> str | None:
+        """Why a part is left alone, or None."""
         masked = any(mask is not None for mask in self._free[part].values())
         if self._program.sparse and not masked:
             return "no weight of it may change"

@@ -72,7 +72,11 @@ class Repair(Pass):
         return Cost(3.0, 0.0 if self.offload else 4.0, holds=0 if self.offload else 2, solves=6)
 
     def requires(self, program: Program) -> list[str]:
-        """Reasons why the pass cannot run; a refit needs weights."""
+        """Reasons why the pass cannot run; a refit needs weights.
+
+        Args:
+            program: pruned.
+        """
         reasons = super().requires(program)
         if any(p.is_meta for _, p in program.named_parameters()):
             reasons.append("the weights are on the meta device: open the model with weights")
@@ -80,6 +84,10 @@ class Repair(Pass):
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Refit each site in graph order.
+
+        Args:
+            program: pruned, with its cut.
+            context: with calibration data.
 
         Raises:
             CalibrationError: fewer than two calibration sequences.
@@ -209,6 +217,7 @@ def _refitted_parameters(
 
 
 def _add_delta(value: Tensor, delta: Tensor) -> Tensor:
+    """The value plus a change, in its own dtype."""
     return (value.double() + delta).to(value.dtype).contiguous()
 
 

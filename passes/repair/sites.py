@@ -180,6 +180,7 @@ def weight_uses(program: Program) -> dict[str, list[WeightUse]]:
 
 
 def _follow_uses(node: fx.Node, chain: tuple[fx.Node, ...], turns: int) -> Iterator[WeightUse]:
+    """The ops that read a weight below a node, through moves and transpositions."""
     for user in node.users:
         name = op_name(user)
         if name in TURNS | MOVES and user.args[0] is node and user.meta["val"].dim() == 2:
@@ -305,6 +306,7 @@ def _towards_stream(found: list[Site], order: Mapping[fx.Node, int]) -> list[Sit
 def _sum_after(
     start: fx.Node, order: Mapping[fx.Node, int], limit: int
 ) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """The last sum that an op's result goes into before ``limit``, and the other addends."""
     end = start
     others = tuple[fx.Node, ...]()
     node = start

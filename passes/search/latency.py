@@ -55,6 +55,7 @@ def matrix_uses(program: Program) -> dict[str, int]:
 
 
 def _is_multiplication(node: fx.Node, chain: Sequence[fx.Node]) -> bool:
+    """Whether a linear op reads the end of the chain as its weight."""
     op = op_name(node)
     return op in LINEAR and positional_arguments(node)[LINEAR[op][1]] is chain[-1]
 
@@ -94,6 +95,7 @@ class LatencyTable:
         return np.asarray(between, dtype=np.float64).reshape(rows.shape)
 
     def _seconds_of_one(self, rows: int, columns: int, like: Tensor) -> float:
+        """Seconds of one size, measured on first use."""
         if (rows, columns) not in self.measured:
             self.measured[rows, columns] = self.timer(rows, columns, like)
         return self.measured[rows, columns]
@@ -122,6 +124,7 @@ def measure_seconds(rows: int, columns: int, like: Tensor) -> float:
 
 
 def _time_product(x: Tensor, weight: Tensor) -> float:
+    """Seconds of one product."""
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
     start = time.perf_counter()

@@ -125,7 +125,11 @@ class Search(Pass):
         return families
 
     def requires(self, program: Program) -> list[str]:
-        """Reasons why the pass cannot run; comparing shapes needs weights."""
+        """Reasons why the pass cannot run; comparing shapes needs weights.
+
+        Args:
+            program: with scores.
+        """
         reasons = super().requires(program)
         if any(p.is_meta for _, p in program.named_parameters()):
             reasons.append("the weights are on the meta device: open the model with weights")
@@ -201,7 +205,11 @@ class Search(Pass):
         return edits
 
     def preview(self, program: Program) -> Program:
-        """The dearest shape within the budget, with the first units and blocks of each kind."""
+        """The dearest shape within the budget, with the first units and blocks of each kind.
+
+        Args:
+            program: to be pruned.
+        """
         shape = self.list_candidates(program)[0].shape
         names = []
         for block in blocks(program):
@@ -220,6 +228,10 @@ class Search(Pass):
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Compare the dearest shapes and keep the best one.
+
+        Args:
+            program: with scores.
+            context: with calibration data.
 
         Raises:
             CalibrationError: fewer than three calibration sequences.
@@ -246,6 +258,11 @@ class Search(Pass):
         return PassResult(run.finish_candidate(best), True, {**figures, "chosen": best["shape"]})
 
     def _list_sizes(self, name: str, full: int) -> list[int]:
+        """The numbers to choose among, ascending.
+
+        Raises:
+            EditError: the range holds no multiple.
+        """
         choice = getattr(self, name)
         if not isinstance(choice, dict):
             return sorted(set(choice))
@@ -338,6 +355,7 @@ class _Run:
         )
 
     def _candidate_row(self, one: Candidate) -> JSON:
+        """Shape, cost and KL of one candidate, or why no stock class holds it."""
         pruned = self._prune_to_shape(one.shape)
         try:
             if self.context.raise_model is not None:
@@ -354,6 +372,7 @@ class _Run:
         return {"shape": dict(one.shape), "cost": one.cost, **row}
 
     def _repair_program(self, pruned: Program) -> Program:
+        """The pruned Program, repaired if asked for."""
         if not self.options.repair or pruned.cut is None:
             return pruned
         return Repair()(pruned, replace(self.context, data=self.seen, resume=None)).replace(
@@ -361,6 +380,7 @@ class _Run:
         )
 
     def _prune_to_shape(self, shape: Shape) -> Program:
+        """The Program pruned to a shape by its scores."""
         edit: dict[str, torch.Tensor] = {}
         for family in self.options.varied_families:
             for group in groups_to_search(self.program, family) if family != LAYERS else ():
@@ -390,6 +410,7 @@ class _Run:
 def _cut_program(
     program: Program, edit: Mapping[str, torch.Tensor], gone: Sequence[str]
 ) -> Program:
+    """The Program with these units and without these blocks."""
     narrow = keep(program, dict(edit.items()))
     if gone:
         return drop(narrow, gone)

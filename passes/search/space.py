@@ -121,6 +121,7 @@ class ShapeCosts:
         ]
 
     def _dim_polynomials(self, name: str) -> tuple[Polynomial, ...]:
+        """The polynomial of every dim of a parameter."""
         return tuple(self._axis_polynomial(axis) for axis in analyse(self.program).tensors[name][0])
 
     def _axis_polynomial(self, axis: Atom) -> Polynomial:
@@ -172,6 +173,7 @@ def _sum_seconds(
 
 
 def _multiply_polynomials(factors: Iterable[Polynomial]) -> Polynomial:
+    """The product of polynomials."""
     product: Polynomial = {(): 1}
     for factor in factors:
         pairs = itertools.product(product.items(), factor.items())
@@ -180,6 +182,7 @@ def _multiply_polynomials(factors: Iterable[Polynomial]) -> Polynomial:
 
 
 def _add_polynomials(terms: Iterable[Polynomial]) -> Polynomial:
+    """The sum of polynomials, monomials sorted."""
     total: dict[tuple[str, ...], int] = {}
     for term in terms:
         for monomial, factor in term.items():
@@ -188,6 +191,7 @@ def _add_polynomials(terms: Iterable[Polynomial]) -> Polynomial:
 
 
 def _evaluate_polynomial(polynomial: Polynomial, columns: Mapping[str, Array]) -> Array:
+    """The value of a polynomial for every shape."""
     total = np.asarray(0.0)
     for monomial, factor in polynomial.items():
         value = np.asarray(float(factor))

@@ -185,6 +185,7 @@ def _finest_scales(weight_NK: Tensor, bits: int) -> Tensor | None:
 
 
 def _on_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The nearest numbers of a grid, in the weight's dtype."""
     low, high = LIMITS[bits]
     return ((weight.float() / scale[:, None]).round().clamp(low, high) * scale[:, None]).to(
         weight.dtype

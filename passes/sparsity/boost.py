@@ -173,6 +173,7 @@ def _remove_unread(graph: fx.Graph) -> None:
 def _make_program(
     program: Program, tensors: Mapping[str, Any], graph: fx.Graph, sparse: Mapping[str, Sparse]
 ) -> Program:
+    """The Program over another graph, its tensors, and states of sparse weights."""
     gm = fx.GraphModule(dict(tensors), graph, class_name=program.gm._get_name())
     gm.meta = dict(program.gm.meta)
     accept_calls_of(gm, program.gm)

@@ -164,6 +164,11 @@ def _sparsify_stacked(
 
 
 def _check_weight(name: str, weight_NK: Tensor) -> None:
+    """Check that a weight is finite.
+
+    Raises:
+        PatternError: names the weight and the first entry that is not.
+    """
     if not bool(weight_NK.isfinite().all()):
         row, column = (~weight_NK.isfinite()).nonzero()[0].tolist()
         raise PatternError(
@@ -187,6 +192,7 @@ def _probe_sequences(count: int) -> list[int]:
 
 
 def _output_error(weight_NK: Tensor, value_NK: Tensor, probe_TK: Tensor) -> float:
+    """Norm of the change of the outputs on the probe rows, relative to theirs."""
     energy = (probe_TK @ weight_NK.to(probe_TK).T).norm()
     change = (probe_TK @ (value_NK.to(probe_TK) - weight_NK.to(probe_TK)).T).norm()
     return float(change / energy.clamp_min(1e-30))

@@ -92,7 +92,11 @@ class PermuteChannels(Pass):
         return Cost(1.5 if self.needs_data else 0.0, 4.0, holds=int(self.metric == "sparsegpt"))
 
     def requires(self, program: Program) -> list[str]:
-        """Reasons why the pass cannot run; the search needs weights."""
+        """Reasons why the pass cannot run; the search needs weights.
+
+        Args:
+            program: with dense weights.
+        """
         reasons = super().requires(program)
         if on_meta(program):
             reasons.append("the weights are on the meta device: open the model with weights")
@@ -100,6 +104,10 @@ class PermuteChannels(Pass):
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Search an order for each group and move its units.
+
+        Args:
+            program: with dense weights.
+            context: with calibration data, where the metric reads it.
 
         Raises:
             EditError: the outputs change by more than rounding.

@@ -162,7 +162,11 @@ class Sparsify(Pass):
         return Cost(flops, bytes_per_parameter, holds=int(not self.offload), solves=solves)
 
     def requires(self, program: Program) -> list[str]:
-        """Reasons why the pass cannot run: no weights, or names and widths that do not fit."""
+        """Reasons why the pass cannot run: no weights, or names and widths that do not fit.
+
+        Args:
+            program: to be made sparse.
+        """
         reasons = super().requires(program)
         if on_meta(program):
             reasons.append("the weights are on the meta device: open the model with weights")
@@ -170,6 +174,9 @@ class Sparsify(Pass):
 
     def preview(self, program: Program) -> Program:
         """The Program that says its weights are sparse; under a budget, those that may become so.
+
+        Args:
+            program: to be made sparse.
 
         Raises:
             PipelineError: names or widths do not fit.
@@ -245,6 +252,10 @@ class Sparsify(Pass):
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Choose the layers and make them sparse, in graph order.
+
+        Args:
+            program: to be made sparse.
+            context: with calibration data, where it is needed.
 
         Raises:
             EditError: even all weights sparse take more than the budget.
@@ -328,6 +339,7 @@ class Sparsify(Pass):
     def _collect_metrics(
         self, program: Program, made: Mapping[str, SparseLayer], left: Mapping[str, str]
     ) -> JSON:
+        """Sparsity, errors and dampings for the history."""
         known = parameter_values(program)
         zeros = sum(int((solution.weight == 0).sum()) for solution in made.values())
         total = sum(solution.weight.numel() for solution in made.values())
@@ -389,10 +401,12 @@ def _warn_of_kernels(chosen: list[Layer], kind: Pattern | Share, context: Contex
 
 
 def _journal_key(sharing: list[Layer]) -> str:
+    """The name of the journal entry of layers that share an input."""
     return sharing[0].parameter
 
 
 def _store_layers(journal: Journal, sharing: list[Layer], found: Mapping[str, SparseLayer]) -> None:
+    """Keep finished layers in the journal."""
     tensors = {}
     for layer in sharing:
         tensors[f"weight {layer.parameter}"] = found[layer.parameter].weight

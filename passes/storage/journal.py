@@ -139,6 +139,7 @@ class Journal:
             self._entry_file(name).unlink(missing_ok=True)
 
     def _entry_file(self, name: str) -> Path:
+        """The file of an entry."""
         assert self.folder is not None
         return self.folder / f"{quote(name, safe=' @#')}{SUFFIX}"
 
@@ -160,6 +161,7 @@ def hash_tensor(tensor: Tensor) -> str:
 
 
 def _hash_tensors(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256 (hex) of named tensors and a text."""
     parts = []
     for key, tensor in sorted(tensors.items()):
         parts.append(f"{len(key)} {key} {hash_tensor(tensor)}")
@@ -181,6 +183,7 @@ def _unshare_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flush_to_disk(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

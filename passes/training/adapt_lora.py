@@ -71,6 +71,11 @@ class AdaptLora(Distill):
     def _prepare_model(
         self, model: nn.Module, student: Program, stays: bool, text: TrainingText, context: Context
     ) -> PreparedModel:
+        """Put adapters into the projections; finishing merges them.
+
+        Raises:
+            PipelineError: no stock model, no projection, or peft is missing.
+        """
         if stays:
             raise PipelineError(
                 "adapt-lora: adapters go into linear modules, and no stock class holds this shape: "
@@ -207,6 +212,7 @@ def _clear_masked(student: Program, masks: Mapping[str, Tensor]) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
+    """Whether adapters can be put into a module."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)
@@ -214,10 +220,16 @@ def _is_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _model_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """Logits in evaluation mode, float64."""
     return select_logits(model.eval()(**inputs)).double()
 
 
 def _import_peft() -> Any:
+    """The package peft.
+
+    Raises:
+        PipelineError: it is not installed.
+    """
     try:
         import peft
     except ImportError as error:

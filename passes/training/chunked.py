@@ -142,6 +142,7 @@ class _Job:
         return kl, ce, gradient_cV
 
     def _add_kl(self, teacher: Rows, part: slice, logits_cV: Tensor, gradient_cV: Tensor) -> Tensor:
+        """The chunk's part of the mean KL; its gradient is added in place."""
         temperature = self.weights.temperature
         share_c = self.kl_share_T[part]
         log_q_cV = torch.log_softmax(logits_cV / temperature, -1)
@@ -154,6 +155,7 @@ class _Job:
     def _add_cross_entropy(
         self, labels_c: Tensor, part: slice, logits_cV: Tensor, gradient_cV: Tensor
     ) -> Tensor:
+        """The chunk's part of the mean cross entropy; its gradient is added in place."""
         share_c1 = self.ce_share_T[part].unsqueeze(-1)
         index_c1 = labels_c.clamp_min(0).unsqueeze(-1)
         log_q_cV = torch.log_softmax(logits_cV, -1)
@@ -172,6 +174,7 @@ class _ChunkedLosses(torch.autograd.Function):
     def forward(
         ctx: Any, source: Tensor, weight_VX: Tensor | None, bias_V: Tensor | None, job: _Job
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Total loss, KL and cross entropy; gradients are kept for ``backward``."""
         wanted = []
         for needed in ctx.needs_input_grad[:3]:
             wanted.append(bool(job.differentiate and needed))
@@ -200,6 +203,7 @@ class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+        """The kept gradients, scaled by the gradient of the total."""
         gradients = ctx.gradients
         ctx.gradients = None
         if gradients is None:

@@ -112,7 +112,11 @@ class Distill(TrainingPass):
         return (*super().files, *teacher)
 
     def requires(self, program: Program) -> list[str]:
-        """Reasons why the pass cannot run: no teacher, or options that contradict each other."""
+        """Reasons why the pass cannot run: no teacher, or options that contradict each other.
+
+        Args:
+            program: pruned, or with a teacher folder.
+        """
         checks = {
             f"{MISSING['cut']}, or name a teacher folder": bool(self.kl)
             and program.cut is None
@@ -128,6 +132,10 @@ class Distill(TrainingPass):
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Train the pruned model on the teacher's predictions.
+
+        Args:
+            program: pruned, or with a teacher folder.
+            context: with text, seed and the maker of stock models.
 
         Raises:
             TrainingError: a loss is not finite, or the resume folder belongs to another run.
@@ -176,6 +184,7 @@ class Distill(TrainingPass):
 
     @property
     def _loss_weights(self) -> Weights:
+        """Weights of the two losses."""
         return Weights(self.kl, self.ce, self.temperature)
 
     # The teacher
@@ -218,6 +227,7 @@ class Distill(TrainingPass):
         return self._store_answers(live, text, context), _hidden_width(model), trained
 
     def _teacher_model(self, program: Program, context: Context) -> tuple[nn.Module, bool]:
+        """The teacher's module, and whether it is a graph module."""
         if self.teacher is None:
             assert program.cut is not None
             dense = program.cut.dense
@@ -227,6 +237,7 @@ class Distill(TrainingPass):
     def _store_answers(
         self, live: LiveTeacher, text: TrainingText, context: Context
     ) -> LiveTeacher | StoredTeacher:
+        """The live teacher, or one that reads stored rows."""
         if self.store is None:
             return live
         about = run_fingerprint(
@@ -248,6 +259,7 @@ class Distill(TrainingPass):
         return store_answers(live, (*text.train, *text.held_out), folder, answers, context.progress)
 
     def _hidden_widths(self, model: nn.Module, teacher: int | None) -> tuple[int, int] | None:
+        """(Student, teacher) width of the hidden states, where they are compared."""
         mine = _hidden_width(model)
         if self.states and mine is not None and teacher is not None:
             return (mine, teacher)

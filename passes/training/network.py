@@ -144,6 +144,7 @@ def _cut_head(model: nn.Module, probe: Mapping[str, Any]) -> tuple[nn.Linear | N
 
 
 def _is_same_output(expected: Tensor, found: Tensor) -> bool:
+    """Whether two outputs are equal up to rounding."""
     if expected.shape != found.shape:
         return False
     gap = (expected.double() - found.double()).abs().max()

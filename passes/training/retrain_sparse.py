@@ -127,6 +127,7 @@ class RetrainSparse(Distill):
         return reasons
 
     def _student_module(self, student: Program, context: Context) -> tuple[nn.Module, bool]:
+        """The stock model, or the graph where masks need it."""
         model, stays = super()._student_module(student, context)
         if not stays and (reason := linear_only(model, student)):
             context.log.warning("the graph itself is trained: %s", reason)
@@ -136,6 +137,7 @@ class RetrainSparse(Distill):
     def _prepare_model(
         self, model: nn.Module, student: Program, stays: bool, text: TrainingText, context: Context
     ) -> PreparedModel:
+        """Put the weights under masks; finishing bakes them."""
         steps = plan_steps(self, text.window, self.tokens).steps
         adaptive = self.mode != "fixed"
         cast = self.mode == "cast"

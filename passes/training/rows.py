@@ -176,6 +176,7 @@ def head_logits(
 
 
 def _vocabulary_size(rows: HeadRows | LogitRows) -> int:
+    """V of the rows."""
     if isinstance(rows, HeadRows):
         return rows.weight_VX.shape[0]
     return rows.logits_TV.shape[-1]
@@ -184,6 +185,11 @@ def _vocabulary_size(rows: HeadRows | LogitRows) -> int:
 def _full_divergence(
     logits_cV: Tensor, log_q_cV: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
+    """KL over the whole vocabulary, and the teacher's distribution.
+
+    Raises:
+        ValueError: the vocabularies differ.
+    """
     if logits_cV.shape != log_q_cV.shape:
         raise ValueError(
             f"the teacher gives {logits_cV.shape[-1]} logits a token and the student "

@@ -356,6 +356,11 @@ def make_probe(text: TrainingText, model: nn.Module) -> JSON:
 
 
 def _trainer_module() -> Any:
+    """The module with the trainer.
+
+    Raises:
+        PipelineError: accelerate is not installed.
+    """
     try:
         import accelerate  # noqa: F401
     except ImportError as error:

@@ -108,6 +108,7 @@ class StoredTeacher:
         )
 
     def _read_rows(self, window: int) -> TopRows:
+        """The stored rows of one window."""
         entry = self.journal.read(_entry_name(window))
         assert entry is not None, (
             f"window {window} was stored and is gone from {self.journal.folder}"
@@ -187,10 +188,12 @@ def place_model(
 
 
 def _entry_name(window: int) -> str:
+    """The name of a window's journal entry."""
     return f"rows-{window:08d}"
 
 
 def _move_inputs(inputs: Item, device: torch.device) -> Item:
+    """Inputs with their tensors on a device."""
     result: Item = {}
     for name, v in inputs.items():
         result[name] = v.to(device) if isinstance(v, Tensor) else v

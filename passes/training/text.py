@@ -111,6 +111,11 @@ def read_windows(
 
 
 def _read_ids(file: Path) -> Tensor:
+    """Token ids [n, window] of a safetensors file.
+
+    Raises:
+        TextError: the file has no such tensor.
+    """
     try:
         ids = load_file(file)["input_ids"]
     except (OSError, SafetensorError, KeyError) as error:
@@ -125,6 +130,11 @@ def _read_ids(file: Path) -> Tensor:
 
 
 def _tokenize_file(file: Path, program: Program, tokens: int, seed: int) -> Tensor:
+    """Token ids of a text file, as one stream.
+
+    Raises:
+        TextError: no tokenizer, or one without an end token.
+    """
     if program.source.folder is None:
         raise TextError(
             f"{file} is text, and the model came from no folder with a tokenizer: give .safetensors"
@@ -144,6 +154,7 @@ def _tokenize_file(file: Path, program: Program, tokens: int, seed: int) -> Tens
 
 
 def _document_chunks(documents: list[str], seed: int) -> Iterator[list[str]]:
+    """The documents in a seeded order, some at a time."""
     order = sorted(documents, key=lambda text: hashlib.sha256(f"{seed}/{text}".encode()).digest())
     return (
         order[start : start + DOCUMENTS_AT_ONCE]
@@ -152,6 +163,11 @@ def _document_chunks(documents: list[str], seed: int) -> Iterator[list[str]]:
 
 
 def _read_documents(file: Path) -> list[str]:
+    """The documents of a text or JSON lines file.
+
+    Raises:
+        TextError: the file cannot be read.
+    """
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".jsonl":
@@ -163,7 +179,7 @@ def _read_documents(file: Path) -> list[str]:
             parts = []
     except (OSError, ValueError, KeyError, TypeError) as error:
         if file.suffix == ".jsonl":
-            wanted = 'one Item object with "text" a line'
+            wanted = 'one JSON object with "text" a line'
         else:
             wanted = "UTF-8 text"
         raise TextError(f"{file} cannot be read, expected {wanted}: {error}") from error

@@ -161,6 +161,7 @@ class DistillationTrainer(Trainer):
         return losses.total  # type: ignore[no-any-return]
 
     def _get_train_sampler(self, train_dataset: object = None) -> SequentialSampler:
+        """The order of ``TrainingOrder``, one after the other."""
         return SequentialSampler(range(self.pace.steps * self.pace.sequences))
 
     @torch.no_grad()
@@ -242,6 +243,7 @@ class DistillationTrainer(Trainer):
             self.evaluate()
 
     def _go_on(self, facts: JSON) -> None:
+        """Continue from a kept checkpoint."""
         self.args.eval_on_start = False
         self.curve = facts["curve"]
         self.held_out = facts["held_out"]
@@ -251,6 +253,7 @@ class DistillationTrainer(Trainer):
             self.train(resume_from_checkpoint=folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: object = None) -> None:
+        """Keep weights, optimizer, schedule and generators in the journal."""
         optimizer, groups = optimizer_state(_inner_optimizer(self.optimizer))
         drawn, generators = random_state()
         tensors = {
@@ -274,11 +277,13 @@ class DistillationTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
+        """Put the kept weights and masks into the learner."""
         put_weights(self._inner_learner, with_prefix("weights", self._checkpoint_entry.tensors))
         if self.masks:
             self.masks.restore(self._checkpoint_entry.facts["masks"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Put back the kept optimizer and schedule."""
         if checkpoint is not None:
             tensors = with_prefix("optimizer", self._checkpoint_entry.tensors)
             put_optimizer_state(
@@ -287,12 +292,14 @@ class DistillationTrainer(Trainer):
             self._make_schedule.load_state_dict(self._checkpoint_entry.facts["schedule"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Put back the kept generators."""
         if checkpoint is not None:
             put_random_state(
                 with_prefix("random", self._checkpoint_entry.tensors), self._checkpoint_entry.facts
             )
 
     def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is no gradient scaler."""
         return None
 
     @property
@@ -303,11 +310,13 @@ class DistillationTrainer(Trainer):
 
     @property
     def _make_schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning rate schedule."""
         assert self.lr_scheduler is not None
         return self.lr_scheduler
 
     @property
     def _checkpoint_entry(self) -> Entry:
+        """The checkpoint of the run before."""
         assert self._kept is not None
         return self._kept
 

@@ -99,6 +99,9 @@ class Allocate(Pass):
     def plan(self, program: Program) -> list[PlannedEdit]:
         """One edit for each group, with the size that it would have if all lost the same part.
 
+        Args:
+            program: to be pruned.
+
         Raises:
             EditError: no group of a family, or every one is locked.
         """
@@ -108,11 +111,19 @@ class Allocate(Pass):
         return edits
 
     def preview(self, program: Program) -> Program:
-        """A Program in which every group has the average size."""
+        """A Program in which every group has the average size.
+
+        Args:
+            program: to be pruned.
+        """
         return keep(program, {edit.group: torch.arange(edit.kept) for edit in self.plan(program)})
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Choose the sizes within the budget and cut.
+
+        Args:
+            program: with scores.
+            context: with calibration data, where levels are measured.
 
         Raises:
             EditError: no group may be pruned, or the smallest sizes cost more than the budget.
@@ -199,6 +210,7 @@ class Allocate(Pass):
         return groups
 
     def _level_sizes(self, group: CoupledGroup) -> list[int]:
+        """The sizes to choose among for a group, descending."""
         if group.family in WHOLE:
             multiple = 1
         else:
@@ -207,6 +219,7 @@ class Allocate(Pass):
         return list(sizes_of(group.units, self.levels, multiple, least))
 
     def _average_size(self, group: CoupledGroup) -> int:
+        """The size nearest to the part that all groups would keep."""
         return min(
             self._level_sizes(group), key=lambda size: abs(size - (1 - self.ratio) * group.units)
         )
@@ -248,6 +261,7 @@ class Allocate(Pass):
 
 
 def _dropped_score(scores: torch.Tensor, kept: int) -> float:
+    """Sum of the scores of the units that would go."""
     return float(unit_values(scores).double().sort(descending=True).values[kept:].sum())
 
 

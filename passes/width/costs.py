@@ -58,11 +58,13 @@ def _distinct_members(program: Program, group: CoupledGroup) -> list[tuple[Tenso
 
 
 def _parameter_cost(program: Program, group: CoupledGroup) -> Cost:
+    """Parameters of the units kept."""
     each = sum(entries for _, _, entries in _distinct_members(program, group))
     return lambda kept: float(kept * each)
 
 
 def _byte_cost(program: Program, group: CoupledGroup) -> Cost:
+    """Bytes of the units kept."""
     each = sum(
         entries * weight.element_size() for weight, _, entries in _distinct_members(program, group)
     )
@@ -70,6 +72,7 @@ def _byte_cost(program: Program, group: CoupledGroup) -> Cost:
 
 
 def _flop_cost(program: Program, group: CoupledGroup) -> Cost:
+    """FLOPs a token of the units kept."""
     each = sum(
         2 * entries for weight, _, entries in _distinct_members(program, group) if weight.dim() > 1
     )
@@ -77,6 +80,7 @@ def _flop_cost(program: Program, group: CoupledGroup) -> Cost:
 
 
 def _latency_cost(program: Program, group: CoupledGroup) -> Cost:
+    """Measured seconds a token of the units kept."""
     matrices = []
     for weight, dim, _ in _distinct_members(program, group):
         if weight.dim() == 2:
@@ -107,6 +111,7 @@ def _measure_seconds(weight: Tensor, dim: int, size: int) -> float:
 
 
 def _time_run(run: Callable[[], Tensor], where: Tensor) -> float:
+    """Seconds of one run, with the device synchronised."""
     if where.is_cuda:
         torch.cuda.synchronize(where.device)
     start = time.perf_counter()

@@ -52,11 +52,18 @@ class FillWidths(Pass):
     def preview(self, program: Program) -> Program:
         """A Program of the shapes after filling; its values are not checked against the
         outputs before.
+
+        Args:
+            program: pruned, with its cut.
         """
         return _fill_groups(program, _find_wider(program))
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Widen the narrower groups with units of zero.
+
+        Args:
+            program: pruned, with its cut.
+            context: not used.
 
         Raises:
             EditError: the outputs change although the added units are zero.
@@ -111,6 +118,7 @@ def _add_units(kept: Tensor, units: int, wanted: int) -> Tensor:
 
 
 def _fill_groups(program: Program, wider: Mapping[str, Tensor]) -> Program:
+    """The Program with the wider groups, added units zero."""
     if not wider or program.cut is None:
         return program
     cut = program.cut
@@ -135,6 +143,7 @@ def _fill_groups(program: Program, wider: Mapping[str, Tensor]) -> Program:
 
 
 def _residual_parameters(program: Program) -> set[str]:
+    """Names of all blocks and sub-blocks."""
     program_blocks = blocks(program)
     names = set()
     for block in program_blocks:

@@ -89,6 +89,11 @@ def fold_heads(program: Program, counts: Mapping[str, int]) -> Program:
 
 
 def _check_group(group: CoupledGroup, kept: int) -> None:
+    """Check that the heads of a group can be folded.
+
+    Raises:
+        EditError: too few heads stay, or a unit is several query heads.
+    """
     if group.units > 2 * kept:
         message = f"{kept} of {group.units} heads of {group.name} would stay, at least half must"
         raise EditError(f"prune-width: fold_heads: {message}")

@@ -27,6 +27,11 @@ from secateur.passes.width.shares import (
 
 
 def _check_family(name: str) -> str:
+    """The name, if it is a family.
+
+    Raises:
+        ValueError: it is none.
+    """
     if name not in FAMILIES:
         raise ValueError(f"{name!r} is no family of groups; {did_you_mean(name, FAMILIES)}")
     return name
@@ -153,7 +158,11 @@ class PruneWidth(Pass):
         return edits
 
     def preview(self, program: Program) -> Program:
-        """The Program with the first units of each group, as many as the plan keeps."""
+        """The Program with the first units of each group, as many as the plan keeps.
+
+        Args:
+            program: to be pruned.
+        """
         edit: dict[CoupledGroup | str, Sequence[int] | Tensor] = {}
         for e in self.plan(program):
             if e.kept < e.units:
@@ -162,6 +171,10 @@ class PruneWidth(Pass):
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Keep the best-scored units.
+
+        Args:
+            program: with scores.
+            context: for its log.
 
         Raises:
             EditError: a group has no scores, or the plan cannot be carried out.
@@ -216,6 +229,11 @@ class PruneWidth(Pass):
         return dict(Counter(group.locked for group in groups if group.locked is not None))
 
     def _by_family(self, groups: list[CoupledGroup]) -> dict[str, float | int]:
+        """What is asked of each free group by its family.
+
+        Raises:
+            EditError: a family has no group, or none that is free.
+        """
         skipped = _skipped_layers(groups, self.skip)
         asked = dict[str, float | int]()
         for family, amount in self.family_amounts.items():
@@ -240,6 +258,11 @@ class PruneWidth(Pass):
         return asked
 
     def _by_name(self, groups: list[CoupledGroup]) -> dict[str, float | int]:
+        """What is asked of each group by name.
+
+        Raises:
+            EditError: a group is unknown or locked.
+        """
         by_name = {group.name: group for group in groups}
         for name in self.groups:
             if name not in by_name:
@@ -251,6 +274,11 @@ class PruneWidth(Pass):
         return dict(self.groups)
 
     def _plan_edit(self, group: CoupledGroup, amount: float | int) -> PlannedEdit:
+        """The edit of one group.
+
+        Raises:
+            EditError: too few units would stay.
+        """
         count = count_kept(group.name, group.units, amount, self.family_multiple(group.family))
         if count < group.min_units:
             message = f"prune-width: {count} of {group.units} units of {group.name} would stay"
@@ -266,6 +294,7 @@ class PruneWidth(Pass):
         return PlannedEdit(group.name, group.family, group.units, count, exact)
 
     def _choose_counts(self, edits: list[PlannedEdit], program: Program) -> dict[str, int]:
+        """Units kept by group, after the rankings."""
         counts = {edit.group: edit.kept for edit in edits}
         open_ = []
         for edit in edits:
@@ -302,6 +331,11 @@ class PruneWidth(Pass):
 
 
 def _skipped_layers(groups: Iterable[CoupledGroup], skip: tuple[int, ...]) -> set[str]:
+    """Names of the blocks that ``skip`` numbers.
+
+    Raises:
+        EditError: a number is out of range.
+    """
     blocks = list(dict.fromkeys(group.block for group in groups if group.block))
     for index in skip:
         if not -len(blocks) <= index < len(blocks):
@@ -337,12 +371,14 @@ def _check_one_shape(edits: list[PlannedEdit], groups: list[CoupledGroup]) -> No
 
 
 def _shape_text(group: CoupledGroup, count: int) -> str:
+    """Size and lock of a group, for messages."""
     return f"{count} in {group.name}" + (f", locked: {group.locked}" if group.locked else "")
 
 
 def _collect_metrics(
     before: Program, after: Program, edits: list[PlannedEdit], counts: Mapping[str, int]
 ) -> JSON:
+    """Parameters and units before and after, by family."""
     families = Counter(edit.family for edit in edits)
     units = dict[str, list[int]]()
     units_kept = dict[str, list[int]]()

@@ -195,6 +195,7 @@ class Supernet:
         return values
 
     def _make_level(self, name: str, size: int, grams: Mapping[str, Tensor]) -> Level:
+        """One level of a group: its units and refitted columns."""
         units = select_units(self.program, name, size)
         if size == len(self.program.scores[name]):
             return Level(units, {}, 0.0)
@@ -317,11 +318,13 @@ class Judge:
 
 
 def _as_rows(output: Any) -> Tensor:
+    """Logits as [T, V]."""
     logits = select_logits(output)
     return logits.reshape(-1, logits.shape[-1])
 
 
 def _pack_levels(levels: Sequence[Level]) -> tuple[dict[str, Tensor], JSON]:
+    """Levels as tensors and JSON, for the journal."""
     tensors = {}
     for index, level in enumerate(levels):
         tensors[f"{index} kept"] = level.kept
@@ -332,6 +335,7 @@ def _pack_levels(levels: Sequence[Level]) -> tuple[dict[str, Tensor], JSON]:
 def _unpack_levels(
     tensors: Mapping[str, Tensor], facts: Mapping[str, Any], sizes: Sequence[int]
 ) -> list[Level]:
+    """The levels that ``_pack_levels`` wrote."""
     levels: list[Level] = []
     for index in range(len(sizes)):
         columns = {}

@@ -160,6 +160,7 @@ class SideDecayAdamW(torch.optim.Optimizer):
                 tensor.copy_(part)
 
     def _parameter_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The optimizer state of a parameter, zero on first use."""
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)

@@ -30,14 +30,17 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, mask: Tensor) -> Tensor:
+        """m W."""
         return weight * mask.view(torch.uint8)  # three times as fast as by a bool, on a CPU
 
     @staticmethod
     def setup_context(ctx: object, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Nothing is kept for the backward pass."""
         return None
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient of all of W; none for the mask."""
         return gradient, None
 
 
@@ -317,12 +320,14 @@ def _holding_modules(model: nn.Module) -> dict[int, list[nn.Module]]:
 def _in_module(
     owner: nn.Module, name: str, parameter: nn.Parameter, one: Sparse, way: Way
 ) -> MaskedWeight:
+    """Put one weight of a linear module under its mask."""
     first = start_mask(parameter, one)
     under_mask(owner, first, way)
     return MaskedWeight(name, owner, "weight", one, first)
 
 
 def _in_graph(gm: fx.GraphModule, name: str, program: Program, way: Way) -> MaskedWeight:
+    """Put one weight of a graph module under its mask."""
     path, _, attribute = name.rpartition(".")
     owner = gm.get_submodule(path)
     first = start_mask(gm.get_parameter(name), program.sparse[name])

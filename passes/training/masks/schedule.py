@@ -122,6 +122,7 @@ class MaskSchedule:
             self._refresh_masks()
 
     def _current_strength(self) -> float:
+        """The strength of the pull at this step of the ramp."""
         if self.plan.mixed:
             ramp = 0
         else:
