@@ -51,7 +51,7 @@ def compress(
         PipelineError, CalibrationError: cannot run as asked.
         ResumeError: the kept run was begun with something else, or another process is at work
             there.
-        StockMisfit, ArtifactError: as ``save``.
+        UnsupportedConfigError, ArtifactError: as ``save``.
     """
     if isinstance(pipeline, str):
         pipeline = Pipeline.parse(pipeline)

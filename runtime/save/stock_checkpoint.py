@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from secateur.runtime.stock.to_transformers import (
     to_transformers_with_plan,
 )
 from secateur.runtime.verify import find_stored_faults, proof, reload
+from secateur.runtime.verify.picture_proof import picture_calls
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ INERT_FILES = (
     "processor_config.json",
 )
 """Tokenizer and processor files, which are data; code and pickles are never copied."""
+UNSEEN = "unseen"
+"""In the manifest: what the captured computation did not use, and what was proved of it."""
 HASHED_BYTES = 4 << 30
 SPARE_BYTES = 64 << 20
 
@@ -77,6 +80,8 @@ class SaveReport:
         empty if unchecked.
     packed: what lies beside the checkpoint: layers by form, bytes packed and dense; empty if
         nothing was lowered.
+    unseen: what the captured computation did not use (parameters, numbers), and how a picture
+        fared; else empty.
     seconds: of the whole save."""
 
     path: Path
@@ -86,6 +91,7 @@ class SaveReport:
     difference: float
     reload: Mapping[str, Any] = field(default_factory=dict)
     packed: Mapping[str, Any] = field(default_factory=dict)
+    unseen: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -118,7 +124,7 @@ def save(
         figures: JSON values to stand in the manifest beside those of the proof.
 
     Raises:
-        StockMisfit: no stock class holds the program.
+        UnsupportedConfigError: no stock class holds the program.
         ArtifactError: cannot be written, or the proof failed; nothing is left behind.
     """
     started = time.perf_counter()
@@ -137,11 +143,12 @@ def save(
         return found
     raised = to_transformers_with_plan(program)
     assert raised.difference is not None
+    calls, unseen = picture_calls(program, raised)
     needed = program.num_bytes + SPARE_BYTES
     with write_artifact(path, needed_bytes=needed, overwrite=overwrite, inputs=[source]) as draft:
         _write_model(raised.model, draft.folder, source)
         if check:
-            proved = prove_reload(program, raised, draft.folder)
+            proved = prove_reload(program, raised, draft.folder, calls)
         else:
             proved = {}
         if packed:
@@ -150,7 +157,7 @@ def save(
             side = {}
         _check_stored(from_json(make_declaration(program, raised.model)), draft.folder)
         _describe_result(draft, program, raised, proved)
-        draft.figures |= dict(figures or {})
+        draft.figures |= ({UNSEEN: unseen} if unseen else {}) | dict(figures or {})
     return SaveReport(
         path=path,
         num_bytes=read_manifest(path).num_bytes,
@@ -158,6 +165,7 @@ def save(
         changes=raised.plan.changes,
         difference=raised.difference,
         reload=proved,
+        unseen=unseen,
         packed=side,
         seconds=time.perf_counter() - started,
     )
@@ -219,9 +227,14 @@ def save_weights(program: Program, path: str | Path, *, overwrite: bool = False)
             draft.figures[FIGURE] = to_json(program.sparse)
 
 
-def prove_reload(program: Program, raised: TransformersModel, folder: Path) -> dict[str, Any]:
+def prove_reload(
+    program: Program, raised: TransformersModel, folder: Path, calls: tuple[proof.Call, ...] = ()
+) -> dict[str, Any]:
     """Open a checkpoint folder in a fresh process with plain transformers, and compare it with the
     program.
+
+    Args:
+        calls: more calls that must be answered as here.
 
     Returns:
         figures of that process.
@@ -229,7 +242,9 @@ def prove_reload(program: Program, raised: TransformersModel, folder: Path) -> d
     Raises:
         ArtifactError: says what differs.
     """
-    faults, figures = proof.prove_folder(folder, expect_in_folder(program, raised))
+    faults, figures = proof.prove_folder(
+        folder, replace(expect_in_folder(program, raised), calls=calls)
+    )
     if faults:
         raise ArtifactError(
             f"the saved model is not the program, so it was removed: {'; '.join(faults)}"

@@ -33,8 +33,8 @@ def with_biases(model: PreTrainedModel) -> PreTrainedModel:
     Open a model so before ``capture`` where ``compensate`` or ``repair`` shall have biases to fit.
 
     Raises:
-        StockMisfit: no switch of the configuration adds biases, or the class then computes
-            something else.
+        UnsupportedConfigError: no switch of the configuration adds biases, or the class then
+            computes something else.
     """
     blueprint = Blueprint(type(model), model.config)
     before = blueprint.parameter_shapes({}) or {}

@@ -16,7 +16,6 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from secateur.graph.errors import SecateurError
 from secateur.graph.program import Program
 from secateur.runtime.stock.blueprint import (
     COUNT,
@@ -32,6 +31,7 @@ from secateur.runtime.stock.blueprint import (
     sizes_by_slot,
 )
 from secateur.runtime.stock.constants import Constant, find_changes
+from secateur.runtime.stock.incompatibility import UnsupportedConfigError as UnsupportedConfigError
 from secateur.runtime.stock.incompatibility import (
     explain_incompatibility,
     pattern_misfit,
@@ -41,18 +41,15 @@ from secateur.runtime.stock.layers import (
     depth_settings,
     depth_thresholds,
     find_broken_settings,
+    is_apart,
     layer_facts,
     new_order,
     renumber_names,
 )
+from secateur.runtime.stock.unseen import check_unseen
 
 MAX_BUILDS = 2000
 MAX_DOUBTFUL = 8
-
-
-class UnsupportedConfigError(SecateurError):
-    """No configuration gives the stock class these shapes; says which parameters do not fit and
-    what would help."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def plan_config(program: Program, shapes: Mapping[str, Sequence[int]] | None = N
         shapes: parameter name -> target shape; None takes the program's own.
 
     Raises:
-        StockMisfit: no configuration fits; says what would make one fit.
+        UnsupportedConfigError: no configuration fits; says what would make one fit.
     """
     return next(iterate_plans(program, shapes))
 
@@ -96,7 +93,7 @@ def iterate_plans(
     program: Program, shapes: Mapping[str, Sequence[int]] | None = None
 ) -> Iterator[ConfigPlan]:
     """All configurations that fit, those that change no derived constant before those that do, the
-    most likely first. Raises StockMisfit if there is none."""
+    most likely first. Raises UnsupportedConfigError if there is none."""
     source = program.source
     if source.config is None or not isinstance(source.model, PreTrainedModel):
         raise UnsupportedConfigError(
@@ -104,6 +101,7 @@ def iterate_plans(
             "it: keep it with "
             "save_weights, or use the program itself"
         )
+    check_unseen(program)
     first = first_names(source.model)
     wanted = {
         first.get(name, name): tuple(shape)
@@ -154,13 +152,17 @@ class ConfigSearch:
         self.order = new_order(shapes, base)
         self.names = renumber_names([*shapes, *base, *buffers], self.order)
         self.wanted = {self.names[name]: shape for name, shape in shapes.items()}
+        # Stacks of which the computation used nothing (another modality's) stay as they are.
+        self.apart = {n: shape for n, shape in base.items() if is_apart(n, shapes, self.order)}
         start: dict[Field, Value] = dict(depth_settings(blueprint, shapes, base))
         self.depths = {field: kept for field, kept in start.items() if isinstance(kept, tuple)}
         start = self._with_thresholds(start)
         base = blueprint.parameter_shapes(start) or base
         # Parameters that the computation never used are not in the program; they keep their place.
         self.target = sizes_by_slot(
-            {name: self.wanted.get(name, shape) for name, shape in base.items()} | self.wanted
+            {name: self.wanted.get(name, shape) for name, shape in base.items()}
+            | self.apart
+            | self.wanted
         )
         self.passengers = base.keys() - self.wanted.keys()
         self.start: dict[Field, Value] = {**start, **self._explicit_values(start)}
@@ -235,7 +237,10 @@ class ConfigSearch:
     def _count_unshared(self, settings: Settings) -> int:
         """How many parameters only one of the class and the program has."""
         shapes = self.blueprint.parameter_shapes(settings)
-        return len((shapes.keys() if shapes is not None else set()) ^ self.wanted.keys())
+        return len(
+            (shapes.keys() if shapes is not None else set())
+            ^ (self.wanted.keys() | self.apart.keys())
+        )
 
     def _renamed_constants(self) -> dict[str, Constant]:
         """The constants of the source under their new names."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from secateur.graph.errors import SecateurError
 from secateur.runtime.stock.blueprint import (
     COUNT,
     Blueprint,
@@ -18,6 +19,15 @@ from secateur.runtime.stock.layers import split_name
 
 SHOWN = 3
 Pattern = tuple[str, ...]
+
+
+class UnsupportedConfigError(SecateurError):
+    """No configuration gives the stock class these shapes; says which parameters do not fit and
+    what would help."""
+
+
+class UnseenParametersError(UnsupportedConfigError):
+    """A cut would reach parameters that the captured computation never used."""
 
 
 def explain_incompatibility(

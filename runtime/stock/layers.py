@@ -6,7 +6,7 @@ A stack is everything before the first whole number in a name: ``model.layers`` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -42,6 +42,12 @@ def renumber_name(name: str, order: Order) -> str | None:
     if index in order[stack]:
         return ".".join((*stack, str(order[stack][index]), *rest))
     return None
+
+
+def is_apart(name: str, used: Container[str], order: Order) -> bool:
+    """Whether a parameter that was not used lies in a stack of which no layer was."""
+    stack, index, _ = split_name(name)
+    return index is not None and stack not in order and name not in used
 
 
 def renumber_names(names: Iterable[str], order: Order) -> dict[str, str]:

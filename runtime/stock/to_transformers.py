@@ -62,8 +62,8 @@ def to_transformers(program: Program) -> PreTrainedModel:
     more.
 
     Raises:
-        StockMisfit: no configuration fits, or the stock class computes something else from these
-            weights.
+        UnsupportedConfigError: no configuration fits, or the stock class computes something
+            else from these weights.
     """
     return to_transformers_with_plan(program).model
 

@@ -35,6 +35,17 @@ OFFLINE = {
 
 
 @dataclass(frozen=True)
+class Call:
+    """One more call, and what comes out of it.
+    what: in words, such as "a picture".
+    """
+
+    what: str
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class ExpectedFolder:
     """What the fresh process must find.
 
@@ -43,6 +54,7 @@ class ExpectedFolder:
     parameters: name -> ``reload.digest``.
     tolerance: of outputs, relative to their largest magnitude where that is above one.
     generate: greedy tokens with the cache must be those without it.
+    calls: more calls, with other modalities.
     """
 
     loader: str
@@ -51,11 +63,16 @@ class ExpectedFolder:
     parameters: Mapping[str, str]
     tolerance: float
     generate: bool
+    calls: tuple[Call, ...] = ()
 
     def write_for_process(self, folder: Path) -> None:
         """As the fresh process reads it."""
         tensors = {f"input:{k}": v for k, v in self.inputs.items() if isinstance(v, Tensor)}
         tensors |= {f"output:{k}": v for k, v in self.outputs.items()}
+        for place, call in enumerate(self.calls):
+            given = {k: v for k, v in call.inputs.items() if isinstance(v, Tensor)}
+            tensors |= {f"call {place} input:{k}": v for k, v in given.items()}
+            tensors |= {f"call {place} output:{k}": v for k, v in call.outputs.items()}
         save_file(
             {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
             folder / "probe.safetensors",
@@ -66,6 +83,13 @@ class ExpectedFolder:
             "parameters": dict(self.parameters),
             "tolerance": self.tolerance,
             "generate": self.generate,
+            "calls": [
+                {
+                    "what": call.what,
+                    "inputs": {k: v for k, v in call.inputs.items() if not isinstance(v, Tensor)},
+                }
+                for call in self.calls
+            ],
         }
         (folder / "probe.json").write_text(json.dumps(spec), "utf-8")
 

@@ -43,15 +43,25 @@ def prove_reload(folder: Path, probe: Path) -> dict[str, Any]:
         "loader": spec["loader"],
         "load_seconds": time.perf_counter() - started,
     }
-    inputs = dict(spec["inputs"]) | {
-        k.removeprefix("input:"): v for k, v in tensors.items() if k.startswith("input:")
-    }
-    expected = {k.removeprefix("output:"): v for k, v in tensors.items() if k.startswith("output:")}
+    inputs = dict(spec["inputs"]) | _under("input:", tensors)
+    expected = _under("output:", tensors)
     faults = _compare_keys(info) + _compare_parameters(model, spec["parameters"])
     faults += _compare_outputs(model, inputs, expected, spec["tolerance"], figures)
+    for place, call in enumerate(spec["calls"]):
+        given = dict(call["inputs"]) | _under(f"call {place} input:", tensors)
+        wanted = _under(f"call {place} output:", tensors)
+        found: dict[str, Any] = {}
+        wrong = _compare_outputs(model, given, wanted, spec["tolerance"], found)
+        figures[f"difference with {call['what']}"] = found["difference"]
+        faults += [f"with {call['what']}: {fault}" for fault in wrong]
     if spec["generate"] and not faults:
         faults += _compare_generation(model, inputs, figures)
     return {"faults": faults, **figures}
+
+
+def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin so, under the rest of their names."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def hash_tensor(tensor: torch.Tensor) -> str:

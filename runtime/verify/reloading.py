@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from secateur.graph.capture.export import name_inputs
 from secateur.graph.errors import CaptureError
@@ -14,6 +16,7 @@ from secateur.runtime.packed.store import FOLDER, has_packed, load_lowered, read
 from secateur.runtime.stock.to_transformers import TOLERANCE, comparable_outputs, largest_difference
 from secateur.runtime.verify import proof, reload
 from secateur.runtime.verify.findings import Finding
+from secateur.runtime.verify.modalities import NoExample, WrongWidth, picture_inputs
 from secateur.runtime.verify.subject import Subject
 
 REORDERED = 1e-3
@@ -44,6 +47,8 @@ def check_reload(subject: Subject) -> Iterator[Finding]:
         return
     with torch.no_grad():
         outputs = comparable_outputs(model(**inputs))
+    calls = list[proof.Call]()
+    yield from _picture(subject, model, calls)
     bound = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
     expected = proof.ExpectedFolder(
         loader=proof.loader_name(model.config, type(model)),
@@ -52,6 +57,7 @@ def check_reload(subject: Subject) -> Iterator[Finding]:
         parameters=_parameter_hashes(subject, model),
         tolerance=bound,
         generate=False,
+        calls=tuple(calls),
     )
     del model
     faults, figures = proof.prove_folder(subject.folder, expected)
@@ -61,8 +67,37 @@ def check_reload(subject: Subject) -> Iterator[Finding]:
             f"{len(expected.parameters):,} parameters bit-equal, outputs differ by "
             f"{figures['difference']:.3g}"
         )
+        for call in calls:
+            says += f", with {call.what} by {figures[f'difference with {call.what}']:.3g}"
         yield Finding("ok", f"a fresh process ({figures['loader']}): {says}")
     yield from _compare_packed(subject, inputs, outputs)
+
+
+def _picture(
+    subject: Subject, model: PreTrainedModel, calls: list[proof.Call]
+) -> Iterator[Finding]:
+    """Add the call with a picture, or say why there is none."""
+    try:
+        picture = picture_inputs(model)
+    except WrongWidth as error:
+        yield Finding("fault", str(error), "Do not use the folder")
+        return
+    except NoExample as error:
+        was_run = subject.manifest is not None and _ran(subject.manifest.figures)
+        yield Finding(
+            "fault" if was_run else "note",
+            f"pictures were not looked at: {error}",
+            MEND if was_run else "",
+        )
+        return
+    if picture is not None:
+        with torch.no_grad():
+            calls.append(proof.Call("a picture", picture, comparable_outputs(model(**picture))))
+
+
+def _ran(figures: Mapping[str, Any]) -> bool:
+    """Whether the manifest says that a picture ran when the model was saved."""
+    return figures.get("unseen", {}).get("picture") in ("runs", "agrees")
 
 
 def _parameter_hashes(subject: Subject, model: torch.nn.Module) -> dict[str, str]:

@@ -44,8 +44,9 @@ from secateur.tools.report.console import BadInput, CommandConsole, before_work
 from secateur.tools.report.search import search_tables
 from secateur.tools.report.units import format_bytes
 
+NOTHING_DONE = "Nothing was done"
 MISFIT_HINT = (
-    "Nothing was done. round_to={hidden=8} rounds the units kept of a family to a "
+    f"{NOTHING_DONE}. round_to={{hidden=8}} rounds the units kept of a family to a "
     "multiple, such as of the heads"
 )
 
@@ -148,7 +149,11 @@ def compress_command(
             return
         for one in plan.advice:
             voice.note(f"warning: {one.name}: {one.says} ({one.source})")
-        refuse_if([f"{plan.misfit}. {MISFIT_HINT}"] if plan.misfit else [])
+        if plan.rounding_helps:
+            hint = MISFIT_HINT
+        else:
+            hint = NOTHING_DONE
+        refuse_if([f"{plan.misfit}. {hint}"] if plan.misfit else [])
         refuse_if(_try_stock_class(program, passes, voice) if plan.doubt else [])
         assert output is not None
         check_space(output, plan)

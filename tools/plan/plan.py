@@ -16,6 +16,7 @@ from secateur.graph.capture.calls import accept_calls_of
 from secateur.passes import Pass, Pipeline, PlannedEdit
 from secateur.runtime import ConfigPlan
 from secateur.runtime.stock.constants import describe_changes
+from secateur.runtime.stock.incompatibility import UnseenParametersError
 from secateur.tools.machine import resident_bytes
 from secateur.tools.plan.advice import Advice, advise, widest_input
 from secateur.tools.plan.footprint import Footprint, measure_footprint
@@ -78,6 +79,7 @@ class Plan:
     sparse: weights with a pattern; under a budget some of them stay dense.
     misfit: why no stock class can hold the result and what would make it fit, or None.
     doubt: why one that holds it may compute something else, which only outputs can tell; or None.
+    rounding_helps: whether other unit counts could make the misfit fit.
     advice: what practice warns of.
     """
 
@@ -90,6 +92,7 @@ class Plan:
     advice: tuple[Advice, ...] = ()
     sparse: tuple[SparseShare, ...] = ()
     doubt: str | None = None
+    rounding_helps: bool = True
 
     def to_json(self) -> JSON:
         """As JSON values."""
@@ -140,9 +143,19 @@ def make_plan(
         width=widest_input(smaller, edits),
     )
     advice = advise(pipeline, stages, edits, job.tokens)
-    (misfit, doubt), sparse = _plan_stock(smaller, stock), count_sparse(smaller)
+    misfit, doubt, rounding_helps = _plan_stock(smaller, stock)
+    sparse = count_sparse(smaller)
     return Plan(
-        pipeline.to_text(), before, after, tuple(edits), job, misfit, tuple(advice), sparse, doubt
+        pipeline.to_text(),
+        before,
+        after,
+        tuple(edits),
+        job,
+        misfit,
+        tuple(advice),
+        sparse,
+        doubt,
+        rounding_helps,
     )
 
 
@@ -248,12 +261,12 @@ def on_meta(program: Program) -> Program:
     return program.replace(gm=gm)
 
 
-def _plan_stock(program: Program, stock: Stock) -> tuple[str | None, str | None]:
-    """Misfit and doubt, as in Plan."""
+def _plan_stock(program: Program, stock: Stock) -> tuple[str | None, str | None, bool]:
+    """Misfit, doubt and whether rounding helps, as in Plan."""
     if program.source.config is None:
-        return None, None
+        return None, None, True
     try:
         plan = stock(program)
     except ValueError as error:
-        return str(error), None
-    return None, (describe_changes(plan.constants).strip() or None) if plan else None
+        return str(error), None, not isinstance(error, UnseenParametersError)
+    return None, (describe_changes(plan.constants).strip() or None) if plan else None, True
