@@ -28,6 +28,7 @@ from secateur.runtime.open.classes import (
     silence_transformers,
 )
 from secateur.runtime.open.finite import check_finite
+from secateur.runtime.open.special_floats import decode_special_floats
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def stock_class(
         )
     try:
         with silence_transformers():
-            config = CONFIG_MAPPING[kind].from_dict(dict(data))
+            config = CONFIG_MAPPING[kind].from_dict(decode_special_floats(dict(data)))
         return config, model_class(config, architectures)
     except SourceError as error:
         raise SourceError(f"{file}: {error}") from None

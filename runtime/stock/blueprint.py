@@ -10,7 +10,6 @@ given to some fields."""
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,6 +24,7 @@ from secateur.runtime.open.classes import (
     innermost_reason,
     silence_transformers,
 )
+from secateur.runtime.open.special_floats import config_values
 from secateur.runtime.stock.constants import Constant, constants_of
 
 Field = tuple[str | int, ...]
@@ -85,7 +85,7 @@ class Blueprint:
     def __init__(self, cls: type[PreTrainedModel], config: PretrainedConfig) -> None:
         self.cls = cls
         self.source = config
-        self.data: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+        self.data: dict[str, Any] = config_values(config)
         self.fields = [
             path for path, value in _iterate_numbers(config, self.data) if value is not None
         ]
