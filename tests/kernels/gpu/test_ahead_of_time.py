@@ -87,7 +87,7 @@ def test_every_variant_is_what_its_configuration_says(version: str, tmp_path: Pa
 
 def test_the_warpgroup_kernel_writes_that_descriptor() -> None:
     source = (ROOT / "kernels" / "sparse24" / "gpu" / "wgmma.py").read_text()
-    assert f"{{{{p, {DESCRIPTOR >> 32:#x}}}}}; add.s64 q1, q0, 4;" in source
+    assert f"{{{{p, {DESCRIPTOR >> 32:#x}}}}}; " in source and '"add.s64 q1, q0, 4;"' in source
 
 
 def test_an_access_before_the_barrier_is_found() -> None:

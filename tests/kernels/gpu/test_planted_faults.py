@@ -25,7 +25,7 @@ EARLY: Check = partial(gemm, Case(63, 704, 19, "bfloat16"), wm=2, wn=2, early=Tr
 WGMMA: Check = partial(wgmma, Case(63, 320, 130))
 WGMMA_EARLY: Check = partial(wgmma, Case(63, 320, 130), early=True)
 
-STORE = "mask=(col < B) & (row < N))"
+STORE = "mask=(col < B) & (row < N)"
 FAULTS: dict[str, tuple[str, str, str, Check]] = {
     # off-by-one masks
     "decode: one block too many": (
