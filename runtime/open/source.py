@@ -19,7 +19,13 @@ from secateur.graph.errors import SourceError
 from secateur.graph.reading import printable, reading, shown
 from secateur.passes.opening import use_opener
 from secateur.runtime.open.allowed import allowed_config, read_generation
-from secateur.runtime.open.checkpoint import TensorRecord, read_checkpoint, read_json
+from secateur.runtime.open.checkpoint import (
+    INDEX,
+    SINGLE,
+    TensorRecord,
+    read_checkpoint,
+    read_json,
+)
 from secateur.runtime.open.classes import (
     BUILD_FAILURES,
     build_on_meta,
@@ -28,6 +34,7 @@ from secateur.runtime.open.classes import (
     silence_transformers,
 )
 from secateur.runtime.open.finite import check_finite
+from secateur.runtime.open.ignored import describe_ignored, find_ignored
 from secateur.runtime.open.special_floats import decode_special_floats
 
 log = logging.getLogger(__name__)
@@ -75,7 +82,8 @@ def open_model(
             f"{folder} holds a PEFT adapter: merge it into its model first (merge_and_unload), "
             "and save"
         )
-    check_weights(cls, config, read_checkpoint(folder), folder, allow_unexpected=allow_unexpected)
+    stored = read_checkpoint(folder)
+    check_weights(cls, config, stored, folder, allow_unexpected=allow_unexpected)
     settings = read_generation(folder)
     with (
         reading(f"{folder}: the model", SourceError, "Fetch or save the model again"),
@@ -93,9 +101,25 @@ def open_model(
     model: PreTrainedModel = loaded[0]
     _check_info(loaded[1], folder, allow_unexpected)
     check_finite(model.named_parameters(), folder)
+    _warn_of_ignored(model, stored, folder)
     _set_generation(model, settings)
     model.eval()
     return model
+
+
+def _warn_of_ignored(
+    model: PreTrainedModel, stored: Mapping[str, TensorRecord], folder: Path
+) -> None:
+    """Tell of stored tensors that the class leaves out: what is made of the model lacks them."""
+    ignored = find_ignored(model, stored)
+    if ignored:
+        log.warning(
+            "%s: %s does not build what %s belong to: results will not hold them, and their "
+            "configuration will not announce them",
+            folder,
+            type(model).__name__,
+            describe_ignored(ignored),
+        )
 
 
 def read_config(folder: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
@@ -219,7 +243,10 @@ def _check_info(info: Mapping[str, Any], where: Path, allow_unexpected: bool) ->
             log.warning("%s: left out: %s", where, _shorten_list(names))
         elif names:
             if what.startswith("stored"):
-                hint = " Pass allow_unexpected=True to leave them out"
+                hint = (
+                    " To go on without them take them out of the folder, or in Python "
+                    "call open_model(..., allow_unexpected=True)"
+                )
             else:
                 hint = ""
             raise SourceError(
@@ -272,6 +299,8 @@ def _from_config(
             config.dtype = dtype
     model = _build_model(cls, config, folder)
     _set_generation(model, read_generation(folder))
+    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        _warn_of_ignored(model, read_checkpoint(folder), folder)
     return model
 
 

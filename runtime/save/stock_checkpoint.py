@@ -19,8 +19,14 @@ from secateur.graph.errors import ArtifactError
 from secateur.graph.program import Program
 from secateur.graph.sparse import SparseWeights
 from secateur.passes.sparsity.boost import branch_parameters
+from secateur.runtime.open.checkpoint import INDEX, SINGLE, read_checkpoint
 from secateur.runtime.open.classes import silence_transformers
 from secateur.runtime.open.declared import FIGURE, from_json, make_declaration, to_json
+from secateur.runtime.open.ignored import (
+    describe_ignored,
+    find_ignored,
+    withdraw_announcement,
+)
 from secateur.runtime.open.source import open_model
 from secateur.runtime.packed.store import load_lowered, runs_packed, write_packed
 from secateur.runtime.save.artifact import (
@@ -144,6 +150,7 @@ def save(
     raised = to_transformers_with_plan(program)
     assert raised.difference is not None
     calls, unseen = picture_calls(program, raised)
+    left_out = _leave_ignored_out(raised.model, source)
     needed = program.num_bytes + SPARE_BYTES
     with write_artifact(path, needed_bytes=needed, overwrite=overwrite, inputs=[source]) as draft:
         _write_model(raised.model, draft.folder, source)
@@ -157,6 +164,7 @@ def save(
             side = {}
         _check_stored(from_json(make_declaration(program, raised.model)), draft.folder)
         _describe_result(draft, program, raised, proved)
+        draft.figures |= left_out
         draft.figures |= ({UNSEEN: unseen} if unseen else {}) | dict(figures or {})
     return SaveReport(
         path=path,
@@ -289,6 +297,22 @@ def _write_model(model: PreTrainedModel, folder: Path, source: Path | None) -> N
         (folder / "generation_config.json").write_text(generation.to_json_string(), "utf-8")
     if source is not None:
         copy_inert(source, folder)
+
+
+def _leave_ignored_out(model: PreTrainedModel, source: Path | None) -> dict[str, Any]:
+    """Withdraw from a configuration what announces stored tensors that the class ignores.
+
+    Returns:
+        For the manifest: the tensors of the source that the result lacks; empty if there are none.
+    """
+    if source is None or not any((source / name).is_file() for name in (SINGLE, INDEX)):
+        return {}
+    ignored = find_ignored(model, read_checkpoint(source))
+    if not ignored:
+        return {}
+    announced = withdraw_announcement(model.config)
+    log.warning("left out: %s; set to 0: %s", describe_ignored(ignored), ", ".join(announced))
+    return {"left_out": {"tensors": ignored, "set_to_zero": announced}}
 
 
 def _source_folder(program: Program) -> Path | None:
