@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from secateur.graph import Program, SecateurError
 from secateur.passes.calibration.data import IGNORED, Sample, main_input
+from secateur.passes.calibration.documents import read_documents
 from secateur.passes.opening import open_tokenizer
 from secateur.passes.storage.journal import hash_tensor
 
-BREAK = "\n\n\n"  # between the documents of a plain text file
 DOCUMENTS_AT_ONCE = 256
 Item = dict[str, Any]
 """A numbered sequence, or a batch of them, by field."""
@@ -145,7 +144,7 @@ def _tokenize_file(file: Path, program: Program, tokens: int, seed: int) -> Tens
             "the tokenizer has no end token (eos_token) to put between documents: set one"
         )
     stream: list[int] = []
-    for chunk in _document_chunks(_read_documents(file), seed):
+    for chunk in _document_chunks(read_documents(file, error=TextError), seed):
         for ids in tokenizer(chunk, add_special_tokens=False)["input_ids"]:
             stream += [*ids, tokenizer.eos_token_id]
         if len(stream) >= tokens:
@@ -160,35 +159,6 @@ def _document_chunks(documents: list[str], seed: int) -> Iterator[list[str]]:
         order[start : start + DOCUMENTS_AT_ONCE]
         for start in range(0, len(order), DOCUMENTS_AT_ONCE)
     )
-
-
-def _read_documents(file: Path) -> list[str]:
-    """The documents of a text or JSON lines file.
-
-    Raises:
-        TextError: the file cannot be read.
-    """
-    try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".jsonl":
-            parts = []
-            for line in text.splitlines():
-                if line.strip():
-                    parts.append(json.loads(line)["text"])
-        else:
-            parts = []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if file.suffix == ".jsonl":
-            wanted = 'one JSON object with "text" a line'
-        else:
-            wanted = "UTF-8 text"
-        raise TextError(f"{file} cannot be read, expected {wanted}: {error}") from error
-    parts = parts or text.replace("\r\n", "\n").split(BREAK)
-    documents: list[str] = []
-    for part in parts:
-        if part.strip():
-            documents.append(part.strip())
-    return documents
 
 
 class TrainingOrder(torch.utils.data.Dataset[Item]):

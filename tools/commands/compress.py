@@ -66,7 +66,11 @@ def compress_command(
         Path | None, typer.Option("--output", "-o", help="Folder of the result.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Calibration text: .jsonl with a field text, or plain text.")
+        Path | None,
+        typer.Option(
+            help="Calibration text: .jsonl, .json, .csv or .parquet with a field text, or "
+            "plain text."
+        ),
     ] = None,
     train: Annotated[
         Path | None, typer.Option(help="Text to retrain on, where a pass does not name its own.")
@@ -275,7 +279,10 @@ def check_request(
     check_target(output, overwrite=overwrite or is_at_work(output), inputs=inputs)
     check_writable(output)
     if passes.needs_data and spec.file is None:
-        raise BadInput(f"{passes.to_text()} needs calibration text: --data FILE (.txt or .jsonl)")
+        raise BadInput(
+            f"{passes.to_text()} needs calibration text: --data FILE (.jsonl, .json, .csv, "
+            ".parquet or plain text)"
+        )
     if passes.needs_data and spec.file is not None and not Path(spec.file).is_file():
         raise BadInput(f"the calibration text {spec.file} is no file")
 

@@ -36,7 +36,9 @@ def evaluate_command(
     ],
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="Held-out text: .jsonl with a field text, or plain text."),
+        typer.Option(
+            help="Held-out text: .jsonl, .json, .csv or .parquet with a field text, or plain text."
+        ),
     ] = None,
     reference: Annotated[
         str | None, typer.Option(help="The model that all are compared with: KL, agreement.")

@@ -7,7 +7,6 @@ again and again, knows what it was made of, and prints it.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any, Protocol
 import torch
 
 from secateur.graph.errors import SecateurError
+from secateur.passes.calibration.documents import read_documents as documents_of
 
-DOCUMENT_BREAK = "\n\n\n"
 CHUNK_DOCUMENTS = 256
 
 
@@ -77,60 +76,22 @@ def read_documents(paths: Sequence[Path | str], *, field: str = "text") -> list[
     """The documents of text files, in the order of the files.
 
     Args:
-        paths: ``.jsonl`` files hold one JSON object a line with the text under ``field``; any other
-            file is UTF-8 text whose documents are separated by two empty lines (a file without them
-            is one document).
-        field: the key of the text in a ``.jsonl`` line.
+        paths: see ``secateur.passes.calibration.documents``.
+        field: the key or the column of the text in a row.
 
     Raises:
         CorpusError: a file is missing, is not UTF-8, or a line is no such object; or no document is
             left.
     """
-    documents = []
+    documents: list[str] = []
     for path in paths:
-        for document in _read_documents(Path(path), field):
-            documents.append(document)
+        documents += documents_of(Path(path), field=field, error=CorpusError)
     if not documents:
         raise CorpusError(
             f"no text in {', '.join(map(str, paths)) or 'an empty list of files'}: give a "
             "file with text"
         )
     return documents
-
-
-def _read_documents(path: Path, field: str) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CorpusError(f"cannot read the text file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{path} is not UTF-8 at byte {error.start}: convert it to UTF-8 text or .jsonl"
-        ) from error
-    if path.suffix == ".jsonl":
-        parts = _json_lines(path, text, field)
-    else:
-        parts = text.replace("\r\n", "\n").split(DOCUMENT_BREAK)
-    return [part.strip() for part in parts if part.strip()]
-
-
-def _json_lines(path: Path, text: str, field: str) -> list[str]:
-    found = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)[field]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorpusError(
-                f'{path}:{number}: expected a JSON object with "{field}", got {line[:60]!r}'
-            ) from error
-        if not isinstance(value, str):
-            raise CorpusError(
-                f'{path}:{number}: "{field}" must be a string, got {type(value).__name__}'
-            )
-        found.append(value)
-    return found
 
 
 def shuffle_documents(documents: Sequence[str], seed: int = 0) -> list[str]:

@@ -82,7 +82,7 @@ def test_what_cannot_be_read_says_why(program: Program, tmp_path: Path) -> None:
             read_windows(tmp_path / name, of, tokens=10, window=8, seed=0)
 
     refused("short.txt", b"a b", "less than one window of 8")
-    refused("broken.jsonl", b'{"other": 1}', "one JSON object")
+    refused("broken.jsonl", b'{"other": 1}', "expected a JSON object")
     refused("latin.txt", b"\xff\xfe\xff", "UTF-8")
     refused("broken.safetensors", b"no", "input_ids")
     refused(
