@@ -15,8 +15,8 @@ from secateur.passes.importance.base import Importance, MemberScores, Needs, par
 
 @dataclass(frozen=True)
 class Magnitude(Importance):
-    """Sum of |w|^p over the entries of a unit, without a root.  Far worse than random on language
-    models: a baseline.
+    """Sum of |w|^p over the entries of a unit, without a root. A baseline: on language models it is
+    far worse than random.
 
     p: 1 or 2.
 

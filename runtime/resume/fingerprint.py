@@ -64,15 +64,7 @@ def run_fingerprint(
 def list_differences(then: Any, now: Any) -> list[str]:
     """What differs between two fingerprints, one line each: where it stands, what it was, what it
     is."""
-    old = dict(_flatten_json(then))
-    new = dict(_flatten_json(now))
-    places = [*old, *(place for place in new if place not in old)]
-    return [
-        f"{place}: {_show_value(old.get(place, 'nothing'))} then, "
-        f"{_show_value(new.get(place, 'nothing'))} now"
-        for place in places
-        if old.get(place, ...) != new.get(place, ...)
-    ]
+    return list(_compare_json(then, now, ""))
 
 
 def hash_parameters(program: Program) -> dict[str, str]:
@@ -146,19 +138,29 @@ def _device_name(device: torch.device) -> str:
     return device.type
 
 
-def _flatten_json(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _flatten_json(inner, f"{place}, {key}" if place else str(key))
-    else:
-        yield place, value
+def _compare_json(then: Any, now: Any, place: str) -> Iterator[str]:
+    """Two objects are compared key by key; anything else, as a whole."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for key in [*then, *(key for key in now if key not in then)]:
+            inner = f"{place}, {key}" if place else str(key)
+            yield from _compare_json(then.get(key, "nothing"), now.get(key, "nothing"), inner)
+    elif then != now:
+        yield f"{place}: {_show_value(then)} then, {_show_value(now)} now"
 
 
 def _show_value(value: Any) -> str:
     if isinstance(value, str):
         text = value
+    elif isinstance(value, Mapping):
+        text = ", ".join(_show_entry(key, inner) for key, inner in value.items())
     else:
         text = json.dumps(value)
     if len(text) <= 80:
         return text
     return f"{text[:12]}..."
+
+
+def _show_entry(key: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{key} ({_show_value(value)})"
+    return f"{key}: {_show_value(value)}"

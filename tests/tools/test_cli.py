@@ -326,7 +326,7 @@ def test_a_run_that_failed_goes_on_with_the_same_command(
     assert run_command(command("score{metric=flap},prune-width{mlp=0.5},repair")) == 2
     says = capsys.readouterr().err
     assert (
-        "1 score, metric: wanda then, flap now" in says
+        "1 score, metric: wanda then, flap (joint: false) now" in says
         and "2 prune-width, mlp: 0.25 then, 0.5 now" in says
     )
     assert run_command(command(pipeline)) == 0
