@@ -272,7 +272,7 @@ CHANGES: dict[str, tuple[Callable[[Pipeline], Pipeline], str]] = {
     ),
     "pass": (
         lambda p: replace(p, passes=p.passes[:3]),
-        "passes, 4 score, metric, activation, batch: ",
+        "passes, 4 score: metric ",
     ),
     "stop": (
         lambda p: replace(p, hooks=Hooks(stop_after="score")),
