@@ -14,6 +14,13 @@ import torch
 from torch import Tensor
 
 from secateur.graph import Program, SecateurError
+from secateur.passes.calibration.seq2seq import (
+    DECODER_INPUT,
+    decoder_start,
+    shift_right,
+    split_window,
+    takes_decoder_input,
+)
 
 IGNORED = -100
 Inputs = dict[str, Any]
@@ -38,6 +45,13 @@ class Sample:
     labels: Tensor | None = None
 
     @property
+    def has_aligned_labels(self) -> bool:
+        """Whether the label of a position is what that position predicts, as with a decoder's
+        labels; those of a causal model are its input ids, one position late."""
+        is_sequence = self.labels is not None and self.labels.dim() == 2
+        return is_sequence and DECODER_INPUT in self.inputs
+
+    @property
     def tokens(self) -> int:
         """Positions of the sequence (1 where the input is not a sequence of tokens)."""
         tensors = []
@@ -55,7 +69,9 @@ def samples(data: Iterable[Batch], program: Program) -> tuple[Sample, ...]:
             the batch dim. ``attention_mask`` (0 where padded) and ``labels`` (-100 where not
             counted) are understood even where the captured model takes neither: padding is cut off,
             as is a tail of ignored labels without a mask. A single tensor [batch, seq] will do,
-            too, and so will sequences [seq] one by one.
+            too, and so will sequences [seq] one by one. Where the model has an encoder and a
+            decoder, plain token ids are split between them (see ``seq2seq``), and a map with labels
+            alone gets the decoder's input from them.
         program: the captured model.
 
     Returns:
@@ -114,7 +130,7 @@ def _as_inputs(batch: Batch, program: Program) -> Inputs:
         CalibrationError: neither a tensor of token ids nor a map.
     """
     if isinstance(batch, Mapping):
-        return dict(batch)
+        return _add_decoder_input(dict(batch), program)
     if not isinstance(batch, Tensor):
         raise CalibrationError(
             f"expected a tensor or a map of model inputs, found {type(batch).__name__}"
@@ -126,7 +142,17 @@ def _as_inputs(batch: Batch, program: Program) -> Inputs:
         raise CalibrationError(
             f"expected input_ids [batch, seq] int64, found {list(batch.shape)} {batch.dtype}"
         )
+    if name == "input_ids" and takes_decoder_input(program):
+        return dict(split_window(batch, decoder_start(program.source.config)))
     return {name: batch}
+
+
+def _add_decoder_input(inputs: Inputs, program: Program) -> Inputs:
+    """The inputs, with those of the decoder made from the labels where they are not given."""
+    labels = inputs.get("labels")
+    if takes_decoder_input(program) and DECODER_INPUT not in inputs and isinstance(labels, Tensor):
+        inputs[DECODER_INPUT] = shift_right(labels, decoder_start(program.source.config))
+    return inputs
 
 
 def _move_inputs(device: torch.device, inputs: Inputs) -> Inputs:
@@ -227,7 +253,27 @@ def _make_sample(row: Inputs, program: Program) -> Sample:
         raise CalibrationError(
             f"the captured model takes no {unknown[0]!r}; it takes: {', '.join(sorted(accepted))}"
         )
+    _check_complete(row, program)
     return Sample(row, labels)
+
+
+def _check_complete(row: Inputs, program: Program) -> None:
+    """Refuse a sequence without an input that the graph reads: the example of the capture is no
+    data.
+
+    Raises:
+        CalibrationError: names the input.
+    """
+    if not row:
+        return
+    for node in program.gm.graph.nodes:
+        if node.op != "placeholder" or not node.users or node.target in row:
+            continue
+        if isinstance(program.source.example_inputs.get(node.target), Tensor):
+            raise CalibrationError(
+                f"the captured model also reads {node.target}, and the calibration data has none: "
+                "give it with every sequence"
+            )
 
 
 def _trim_padding(row: Inputs, encoder_decoder: bool) -> Inputs:

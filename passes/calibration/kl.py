@@ -322,11 +322,14 @@ def next_token_losses(program: Program, sample: Sample, chunk: int = CHUNK) -> T
     Raises:
         QualityError: the logits are not one a token.
     """
+    logits = sample_logits(program, sample)
+    if sample.labels is not None and sample.has_aligned_labels:
+        targets = sample.labels.reshape(-1)
+        return token_losses(logits, targets, chunk)[targets != IGNORED]
     if sample.labels is not None:
         ids = sample.labels
     else:
         ids = sample.inputs[main_input(program)]
-    logits = sample_logits(program, sample)
     wanted = ids.reshape(-1)
     if len(logits) != len(wanted):
         raise QualityError(

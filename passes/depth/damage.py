@@ -159,7 +159,7 @@ class _Judge:
         self.sample = sample
         self.expected = sample_logits(reference, sample) if by == "kl" else None
         has_labels = sample.labels is not None and (
-            sample.labels.dim() == 1 or _is_encoder_decoder(program)
+            sample.labels.dim() == 1 or sample.has_aligned_labels
         )
         if has_labels:
             self.loss: LossKind = "labels"
@@ -178,11 +178,6 @@ class _Judge:
             return float(sum_loss(output, self.program, self.sample, self.loss))
         logits = select_logits(output)
         return float(token_kl(self.expected, logits.reshape(-1, logits.shape[-1])).double().sum())
-
-
-def _is_encoder_decoder(program: Program) -> bool:
-    """Whether the configuration says that the model has an encoder and a decoder."""
-    return bool(getattr(program.source.config, "is_encoder_decoder", False))
 
 
 class _Plan:

@@ -376,7 +376,7 @@ def loss_targets(sample: Sample, program: Program, loss: LossKind) -> Tensor:
     Returns:
         int64 token or class ids, -100 where not counted.
     """
-    if loss == "labels":
+    if loss == "labels" or sample.has_aligned_labels:
         if sample.labels is None:
             raise CalibrationError("taylor{loss=labels} needs labels in the calibration data")
         return sample.labels
@@ -401,7 +401,7 @@ def sum_loss(output: Any, program: Program, sample: Sample, loss: LossKind) -> T
     """
     scores = select_logits(output)
     wanted = loss_targets(sample, program, loss).to(scores.device)
-    if loss == "next-token":
+    if loss == "next-token" and not sample.has_aligned_labels:
         scores = scores[:, :-1]
     if scores.dim() < 2 or scores.shape[:-1] != wanted.shape:
         shapes = f"logits {list(scores.shape)} and targets {list(wanted.shape)}"

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.graph import Program, SecateurError
-from secateur.passes.calibration.data import IGNORED, Sample, main_input
+from secateur.passes.calibration.data import IGNORED, Sample, samples
 from secateur.passes.calibration.documents import read_documents
+from secateur.passes.calibration.windows import beginning_token, cut_windows, text_per_window
 from secateur.passes.opening import open_tokenizer
 from secateur.passes.storage.journal import hash_tensor
 
@@ -94,19 +95,18 @@ def read_windows(
     if file.suffix == ".safetensors":
         ids = _read_ids(file)
         window = min(window, ids.shape[1])
+        rows = ids[:, :window]
     else:
-        ids = _tokenize_file(file, program, tokens, seed)
-    count = min(ids.numel() // window if ids.dim() == 1 else len(ids), -(-tokens // window))
-    if count < 1:
-        raise TextError(
-            f"{file} holds {ids.numel()} tokens, less than one window of {window}: give more text"
-        )
-    if ids.dim() == 1:
-        rows = ids[: count * window].view(count, window)
-    else:
-        rows = ids[:count, :window]
-    name = main_input(program)
-    return tuple(Sample({name: row[None].long()}) for row in rows)
+        ids, bos = _tokenize_file(file, program, tokens, seed)
+        if len(ids) < text_per_window(window, bos):
+            raise TextError(
+                f"{file} holds {len(ids)} tokens, less than one window of {window}: give more text"
+            )
+        rows = cut_windows(ids, window, bos)
+    rows = rows[: -(-tokens // window)]
+    if not len(rows):
+        raise TextError(f"{file} holds no window of {window} tokens: give more text")
+    return samples([rows.long()], program)
 
 
 def _read_ids(file: Path) -> Tensor:
@@ -128,8 +128,10 @@ def _read_ids(file: Path) -> Tensor:
     return ids
 
 
-def _tokenize_file(file: Path, program: Program, tokens: int, seed: int) -> Tensor:
-    """Token ids of a text file, as one stream.
+def _tokenize_file(
+    file: Path, program: Program, tokens: int, seed: int
+) -> tuple[Tensor, int | None]:
+    """Token ids of a text file as one stream, and the id before every window, or None.
 
     Raises:
         TextError: no tokenizer, or one without an end token.
@@ -149,7 +151,7 @@ def _tokenize_file(file: Path, program: Program, tokens: int, seed: int) -> Tens
             stream += [*ids, tokenizer.eos_token_id]
         if len(stream) >= tokens:
             break
-    return torch.tensor(stream)
+    return torch.tensor(stream), beginning_token(tokenizer)
 
 
 def _document_chunks(documents: list[str], seed: int) -> Iterator[list[str]]:
@@ -205,16 +207,27 @@ def collate_batch(items: Sequence[Item]) -> Item:
         "inputs": inputs,
         "window": torch.tensor([item["window"] for item in items]),
     }
-    ids = [_predicted_tokens(sample) for sample in samples]
-    if all(v is not None for v in ids):
-        lengths = []
-        for v in ids:
-            if v is not None:
-                lengths.append(v.shape[1])
-        batch["labels"] = _join_sequences([_next_tokens(v) for v in ids if v is not None], IGNORED)
+    targets: list[Tensor] = []
+    for sample in samples:
+        target = _predicted_targets(sample)
+        if target is not None:
+            targets.append(target)
+    if len(targets) == len(samples):
+        lengths = [target.shape[1] for target in targets]
+        batch["labels"] = _join_sequences(targets, IGNORED)
         if len(set(lengths)) > 1:
             batch["counted"] = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return batch
+
+
+def _predicted_targets(sample: Sample) -> Tensor | None:
+    """[1, t]: what each position predicts, -100 where nothing."""
+    if sample.has_aligned_labels:
+        return sample.labels
+    ids = _predicted_tokens(sample)
+    if ids is None:
+        return None
+    return _next_tokens(ids)
 
 
 def _next_tokens(ids: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from secateur.graph.errors import SecateurError
 from secateur.graph.reading import reason_of, shown
+from secateur.passes.calibration.seq2seq import decoder_start
 from secateur.runtime.packed.store import FOLDER as PACKED
 from secateur.runtime.packed.store import LayerReport, read_plan, running, runs_packed
 from secateur.runtime.packed.weights import iterate_packed_modules, rearrange_for_gpu
@@ -258,6 +259,8 @@ class StockEngine:
             "use_cache": True,
             **self._sampling_options(temperature),
         }
+        if self.model.config.is_encoder_decoder:
+            settings["decoder_start_token_id"] = decoder_start(self.model.config)
         if ignore_end:
             settings["min_new_tokens"] = max_new_tokens
         if self.compiled:
@@ -271,6 +274,8 @@ class StockEngine:
         model: Any = self.model
         out: Any = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **settings)
         ended = time.perf_counter()
+        if self.model.config.is_encoder_decoder:
+            out = torch.cat([ids_BT, out[:, 1:]], dim=1)  # the decoder's own first token is no text
         if clock.times:
             first = clock.times[0]
         else:

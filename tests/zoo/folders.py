@@ -18,10 +18,11 @@ LETTERS = "abcdefghij"
 SINGLE = "model.safetensors"
 
 
-def save_tiny_model(folder: Path) -> None:
+def save_tiny_model(folder: Path, kind: str = "llama") -> None:
     """Save a stock checkpoint: two layers, hidden 64, 96 neurons, 4 heads over 2 key/value heads, a
     token a letter."""
-    tiny_model("llama").save_pretrained(folder)
+    model = tiny_model(kind)
+    model.save_pretrained(folder)
     vocabulary = {
         "<unk>": 0,
         "<s>": 1,

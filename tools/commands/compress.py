@@ -16,6 +16,7 @@ import typer
 
 from secateur.graph import Program
 from secateur.passes import DataSpec, Hooks, Pass, Pipeline, samples
+from secateur.passes.calibration.windows import beginning_token
 from secateur.passes.opening import open_tokenizer
 from secateur.passes.training.plan import TrainingPass
 from secateur.runtime import (
@@ -333,7 +334,12 @@ def read_windows(
         raise BadInput("the model came from no folder, so there is no tokenizer for the text")
     tokenizer = open_tokenizer(program.source.folder, BadInput)
     windows = calibration_windows(
-        documents, tokenizer, tokens=spec.tokens, window=spec.window, seed=seed
+        documents,
+        tokenizer,
+        tokens=spec.tokens,
+        window=spec.window,
+        seed=seed,
+        bos=beginning_token(tokenizer),
     )
     used = shuffle_documents(documents, seed)[: windows.documents]
     return windows, {**windows.describe(), "documents": document_digests(used)}

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from secateur.passes.calibration.seq2seq import decoder_start
+from secateur.passes.calibration.windows import beginning_token
 from secateur.passes.opening import open_tokenizer
 from secateur.runtime import read_manifest
 from secateur.runtime.save.artifact import MANIFEST
@@ -108,7 +110,8 @@ def evaluate_command(
         tokenizers = {n: tokenizer_beside(names[n], model) for n, model in opened.items()}
         what = None
         if documents:
-            what = tokenize_shared(documents, tokenizers, tokens, window, stride, bos)
+            start = shared_decoder_start(opened)
+            what = tokenize_shared(documents, tokenizers, tokens, window, stride, bos, start)
         if what is not None:
             spans = what.window_spans()
         else:
@@ -215,6 +218,7 @@ def tokenize_shared(
     window: int,
     stride: int | None,
     bos: str,
+    start: int | None,
 ) -> ScoredText:
     """The text in tokens, which must be the same for all models.
 
@@ -233,17 +237,33 @@ def tokenize_shared(
             )
     tokenizer = tokenizers[first]
     return ScoredText(
-        stream, tokenizer.eos_token_id, window, stride, beginning_token(bos, tokenizer)
+        stream, tokenizer.eos_token_id, window, stride, choose_beginning(bos, tokenizer), start
     )
 
 
-def beginning_token(bos: str, tokenizer: Any) -> int | None:
+def shared_decoder_start(opened: dict[str, Any]) -> int | None:
+    """The first token of the decoders, or None where the models have no encoder.
+
+    Raises:
+        BadInput: models of both kinds.
+    """
+    starts: dict[str, int | None] = {}
+    for name, model in opened.items():
+        starts[name] = None
+        if getattr(model.config, "is_encoder_decoder", False):
+            starts[name] = decoder_start(model.config)
+    if len(set(starts.values())) > 1:
+        listed = ", ".join(f"{name}: {start}" for name, start in starts.items())
+        raise BadInput(
+            f"the decoders do not begin with the same token ({listed}): evaluate models of one kind"
+        )
+    return next(iter(starts.values()))
+
+
+def choose_beginning(bos: str, tokenizer: Any) -> int | None:
     """The id before every window, or None."""
     if bos == "auto":
-        ids = tokenizer("a")["input_ids"]
-        if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]:
-            return int(ids[0])
-        return None
+        return beginning_token(tokenizer)
     if bos == "none":
         return None
     if not bos.isdecimal():

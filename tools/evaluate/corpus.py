@@ -16,6 +16,7 @@ import torch
 
 from secateur.graph.errors import SecateurError
 from secateur.passes.calibration.documents import read_documents as documents_of
+from secateur.passes.calibration.windows import cut_windows, text_per_window
 
 CHUNK_DOCUMENTS = 256
 
@@ -40,12 +41,14 @@ class TokenWindows:
     batch: windows in each tensor that iteration yields; the last may be smaller.
     documents: how many documents were used, the last perhaps in part.
     seed: seed of the documents' order.
+    bos: id that stands first in every window, or None.
     """
 
     windows: torch.Tensor
     batch: int = 1
     documents: int = 0
     seed: int = 0
+    bos: int | None = None
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(self.windows.split(self.batch))
@@ -68,6 +71,7 @@ class TokenWindows:
             "documents": self.documents,
             "seed": self.seed,
             "joined_by": "end token",
+            "beginning_token": self.bos,
             "sha256": sha256,
         }
 
@@ -147,8 +151,18 @@ def calibration_windows(
     window: int = 512,
     batch: int = 1,
     seed: int = 0,
+    bos: int | None = None,
 ) -> TokenWindows:
-    """``tokens // window`` windows of the documents in a seeded order.
+    """Cut ``tokens // window`` windows from the documents in a seeded order.
+
+    Args:
+        documents: texts.
+        tokenizer: of the model.
+        tokens: of all windows together.
+        window: tokens of a window, beginning token included.
+        batch: windows in each tensor of an iteration.
+        seed: of the order of the documents.
+        bos: id before every window, or None; ``beginning_token`` tells what a model expects.
 
     Raises:
         CorpusError: window or tokens make no window, or there is too little text.
@@ -158,8 +172,7 @@ def calibration_windows(
             f"window={window}, tokens={tokens}, batch={batch}: need 2 <= window <= tokens "
             "and batch >= 1"
         )
-    count = tokens // window
-    stream, used = token_stream(
-        shuffle_documents(documents, seed), tokenizer, tokens=count * window
-    )
-    return TokenWindows(stream.view(count, window), batch=batch, documents=used, seed=seed)
+    needed = tokens // window * text_per_window(window, bos)
+    stream, used = token_stream(shuffle_documents(documents, seed), tokenizer, tokens=needed)
+    windows = cut_windows(stream, window, bos)
+    return TokenWindows(windows, batch=batch, documents=used, seed=seed, bos=bos)

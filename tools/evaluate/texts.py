@@ -17,6 +17,7 @@ from torch import Tensor
 
 from secateur.passes.base import Progress, no_progress
 from secateur.passes.calibration.kl import CHUNK, KL, token_kl
+from secateur.passes.calibration.seq2seq import DECODER_INPUT, split_window
 from secateur.tools.evaluate.measures import (
     EvaluationError,
     Model,
@@ -52,6 +53,8 @@ class ScoredText:
     stride: tokens from one window to the next.
     bos: id before every window, or None.
     end: id that joins documents: never scored as a target, and where a document ends.
+    decoder_start: for models with an encoder and a decoder, the first token of the decoder: the
+        first half of a window goes to the encoder, the second is scored; else None.
     """
 
     stream: Tensor
@@ -59,6 +62,7 @@ class ScoredText:
     window: int = 1024
     stride: int | None = None
     bos: int | None = None
+    decoder_start: int | None = None
 
     def window_spans(self) -> list[tuple[int, int, int]]:
         """(start, end, first scored position) of each window.
@@ -67,7 +71,14 @@ class ScoredText:
             EvaluationError: options out of range.
         """
         body, stride = text_window(self.window, self.stride, self.bos)
-        return list(window_spans(len(self.stream), body, stride, self.bos is not None))
+        spans = list(window_spans(len(self.stream), body, stride, self.bos is not None))
+        if self.decoder_start is None:
+            return spans
+        halves = []
+        for start, end, first in spans:
+            if end - start >= 2:
+                halves.append((start, end, max(first, (end - start) // 2)))
+        return halves
 
 
 @dataclass(frozen=True)
@@ -169,7 +180,7 @@ def score_text(
         clusters.append(cluster_of[resampled][first:][scored])
         against = None
         for name in order:
-            logits = _predict_last(models[name], ids, text.bos, len(ids) - first)
+            logits = _predict_last(models[name], ids, text, len(ids) - first)
             _collect_values(seen[name], logits, ids[first:], scored.nonzero()[:, 0], against)
             if name == reference:
                 against = logits
@@ -205,13 +216,22 @@ def _device_of(model: Any) -> torch.device:
     return torch.device("cpu")
 
 
-def _predict_last(model: Model, ids: Tensor, bos: int | None, count: int) -> Tensor:
+def _predict_last(model: Model, ids: Tensor, text: ScoredText, count: int) -> Tensor:
     """Logits [count, vocabulary] for the last ``count`` of ids."""
-    if bos is None:
-        fed = ids
+    device = _device_of(model)
+    predicted = None
+    if text.decoder_start is not None:
+        parts = split_window(ids[None], text.decoder_start)
+        ids = parts["input_ids"][0]
+        predicted = parts[DECODER_INPUT].to(device)
+    if text.bos is not None:
+        ids = torch.cat([ids.new_tensor([text.bos]), ids])
+    read = ids.to(device).unsqueeze(0)
+    if predicted is not None:
+        logits: Tensor = model(input_ids=read, decoder_input_ids=predicted).logits[0]
     else:
-        fed = torch.cat([ids.new_tensor([bos]), ids])
-    return model(input_ids=fed.to(_device_of(model)).unsqueeze(0)).logits[0, :-1][-count:]  # type: ignore[no-any-return]
+        logits = model(input_ids=read).logits[0, :-1]
+    return logits[-count:]
 
 
 def _collect_values(
@@ -324,6 +344,8 @@ def _describe_protocol(text: ScoredText, documents: int, cluster: Tensor, resamp
     else:
         bos = f"beginning token {text.bos} before each window"
     count = len(torch.unique_consecutive(cluster))
+    if text.decoder_start is not None:
+        bos += ", the first half of a window read by the encoder and the second scored"
     return (
         f"{len(cluster):,} scored tokens of {documents:,} documents, windows of {text.window} "
         f"({overlap}), {bos}, "
