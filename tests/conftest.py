@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 from pathlib import Path
 
@@ -14,6 +16,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+
+# torch's structured trace is formatted for whoever captures logs: a tenth of every capture.
+logging.getLogger("torch.__trace").setLevel(logging.CRITICAL)
+# Graphs hold very many objects that live as long as they do: look for cycles less often.
+gc.set_threshold(200_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)
