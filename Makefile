@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM = false
 # Threads that wait do not spin: beside another busy program, spinning makes this machine's work many times slower.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: setup assets test lint pytest slow triton-old demo demo-short dist clean
+.PHONY: setup assets test lint kernels pytest slow triton-old demo demo-short dist clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,14 +30,21 @@ $(READY): pyproject.toml constraints.txt
 assets: $(READY)
 	$(BIN)/python -m secateur.tools.demo --fetch-only
 
-test: lint pytest demo-short
+# The type check and the compiler of the CPU kernels take a core each.
+test: $(READY)
+	$(MAKE) --jobs=2 --output-sync=target lint kernels
+	$(MAKE) pytest demo-short
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-pytest: $(READY) assets triton-old
+# Compiled once and kept in the user's cache; the reference serves where there is no compiler or no AVX-512.
+kernels: $(READY)
+	$(BIN)/python -c "from secateur.kernels.sparse24 import cpu; print('kernels:', cpu.backend().name)"
+
+pytest: $(READY) assets
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu"
 
 # An older Triton beside the installed one: tests/kernels/gpu compiles the GPU kernels by both where it is there.
@@ -46,7 +53,7 @@ triton-old: .cache/triton-old/triton
 .cache/triton-old/triton: | $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --target .cache/triton-old triton==3.6.0
 
-slow: $(READY) assets
+slow: $(READY) assets triton-old
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) -m "slow and not gpu"
 
 demo: $(READY)

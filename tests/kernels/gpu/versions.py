@@ -23,9 +23,12 @@ VERSIONS = [
     "installed",
     pytest.param(
         "old",
-        marks=pytest.mark.skipif(
-            old_folder() is None, reason="no older Triton: `make triton-old` fetches one"
-        ),
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(
+                old_folder() is None, reason="no older Triton: `make triton-old` fetches one"
+            ),
+        ],
     ),
 ]
 
