@@ -4,18 +4,20 @@ and who says so."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from secateur.graph import Program, coupled_groups
+from secateur.graph.program import JSON
 from secateur.passes import Pipeline, PlannedEdit, Score
 from secateur.passes.importance import Magnitude
 
 RETRAIN = frozenset({"distill", "adapt-lora", "retrain-sparse"})
-UNTRAINED, ONE_STEP = 0.25, 0.5
+UNTRAINED = 0.25
+ONE_STEP = 0.5
 WAYS = (2, 4, 8)
-K_QUANTS, TENSOR_CORES = 256, 64
+K_QUANTS = 256
+TENSOR_CORES = 64
 HELD_BACK = 5
 DIGEST_CHARACTERS = 16
 
@@ -59,25 +61,31 @@ class AdviceRow:
 def advise(
     pipeline: Pipeline, stages: Sequence[Program], edits: Sequence[PlannedEdit], tokens: int
 ) -> list[Advice]:
-    """The warnings of all rows about a planned pipeline.
+    """Return the warnings of all rows about a planned pipeline.
 
     Args:
+        pipeline: the passes.
         stages: shapes of the Program before the first pass and after each.
-        edits, tokens: see Situation.
+        edits: units kept by each group.
+        tokens: of calibration, 0 where the pipeline needs none.
     """
     situation = Situation(
         pipeline, stages[0], stages[-1], edits, tokens, fractions_removed(pipeline, stages)
     )
-    found = ((name, row.check(situation), row.source) for name, row in ROWS.items())
-    return [Advice(name, says, source) for name, says, source in found if says is not None]
+    advice = list[Advice]()
+    for name, row in ROWS.items():
+        warning = row.check(situation)
+        if warning is not None:
+            advice.append(Advice(name, warning, row.source))
+    return advice
 
 
 def fractions_removed(pipeline: Pipeline, stages: Sequence[Program]) -> tuple[float, ...]:
     """Fractions of parameters removed before each retraining, and after the last one."""
     start = stages[0].num_parameters
     removed = list[float]()
-    for one, stage in zip(pipeline.passes, stages[1:], strict=True):
-        if one.name in RETRAIN:
+    for step, stage in zip(pipeline.passes, stages[1:], strict=True):
+        if step.name in RETRAIN:
             removed.append(1 - stage.num_parameters / start)
             start = stage.num_parameters
     return (*removed, 1 - stages[-1].num_parameters / start)
@@ -104,36 +112,53 @@ def _one_step(s: Situation) -> str | None:
 
 
 def _tensor_parallel(s: Situation) -> str | None:
-    lost = _first_loss(
-        s, ("kv_heads",), lambda n: {ways for ways in WAYS if n % ways == 0 or ways % n == 0}
-    )
-    if lost is None:
+    loss = _first_loss(s, ("kv_heads",), _servable_devices)
+    if loss is None:
         return None
-    several = ", ".join(map(str, sorted(lost[1])))
+    edit, devices = loss
+    several = ", ".join(map(str, sorted(devices)))
     return (
-        f"{lost[0].kept} key/value heads cannot be served on {several} devices, and "
-        f"{lost[0].units} could"
+        f"{edit.kept} key/value heads cannot be served on {several} devices, and {edit.units} could"
     )
+
+
+def _servable_devices(heads: int) -> set[int]:
+    """The numbers of devices among which so many heads can be divided."""
+    return {ways for ways in WAYS if heads % ways == 0 or ways % heads == 0}
 
 
 def _k_quants(s: Situation) -> str | None:
-    lost = _first_loss(s, ("mlp", "hidden"), lambda n: {K_QUANTS} if n % K_QUANTS == 0 else set())
+    edit = _first_uneven(s, K_QUANTS)
+    if edit is None:
+        return None
     return (
-        lost
-        and f"{lost[0].kept} is no multiple of 256, as llama.cpp's k-quants want: "
-        f"{_rounding_advice(lost[0], 256)}"
+        f"{edit.kept} is no multiple of 256, as llama.cpp's k-quants want: "
+        f"{_rounding_advice(edit, 256)}"
     )
 
 
 def _tensor_cores(s: Situation) -> str | None:
-    lost = _first_loss(
-        s, ("mlp", "hidden"), lambda n: {TENSOR_CORES} if n % TENSOR_CORES == 0 else set()
-    )
+    edit = _first_uneven(s, TENSOR_CORES)
+    if edit is None:
+        return None
     return (
-        lost
-        and f"{lost[0].kept} is no multiple of 64, which is slow on tensor cores: "
-        f"{_rounding_advice(lost[0], 128)}"
+        f"{edit.kept} is no multiple of 64, which is slow on tensor cores: "
+        f"{_rounding_advice(edit, 128)}"
     )
+
+
+def _first_uneven(s: Situation, multiple: int) -> PlannedEdit | None:
+    """The first edit of a width that was a multiple of a number and is none any more."""
+
+    def divisors(width: int) -> set[int]:
+        if width % multiple == 0:
+            return {multiple}
+        return set()
+
+    loss = _first_loss(s, ("mlp", "hidden"), divisors)
+    if loss is None:
+        return None
+    return loss[0]
 
 
 def _rounding_advice(edit: PlannedEdit, multiple: int) -> str:
@@ -141,19 +166,17 @@ def _rounding_advice(edit: PlannedEdit, multiple: int) -> str:
 
 
 def _warn_magnitude(s: Situation) -> str | None:
-    used = any(
-        isinstance(one, Score) and isinstance(one.metric, Magnitude) for one in s.pipeline.passes
-    )
-    if used:
-        return (
-            "magnitude ranks units of language models worse than chance: "
-            "score{metric=wanda} or taylor"
-        )
+    for step in s.pipeline.passes:
+        if isinstance(step, Score) and isinstance(step.metric, Magnitude):
+            return (
+                "magnitude ranks units of language models worse than chance: "
+                "score{metric=wanda} or taylor"
+            )
     return None
 
 
 def _solve_rounding(s: Situation) -> str | None:
-    if not any(one.name == "repair" for one in s.pipeline.passes):
+    if not any(step.name == "repair" for step in s.pipeline.passes):
         return None
     width = widest_input(s.after, s.edits)
     fitted = s.tokens * (HELD_BACK - 1) // HELD_BACK
@@ -204,14 +227,14 @@ def widest_input(smaller: Program, edits: Iterable[PlannedEdit]) -> int:
         if edit.kept < edit.units:
             edited.add(edit.group)
     shapes = {name: p.shape for name, p in smaller.named_parameters()}
-    reading = (
-        m
-        for g in coupled_groups(smaller)
-        if g.name in edited
-        for m in g.members
-        if m.role == "consumes"
-    )
-    return max((shapes[m.parameter][m.dim] for m in reading), default=0)
+    widest = 0
+    for group in coupled_groups(smaller):
+        if group.name not in edited:
+            continue
+        for member in group.members:
+            if member.role == "consumes":
+                widest = max(widest, shapes[member.parameter][member.dim])
+    return widest
 
 
 def _first_loss(
@@ -219,21 +242,22 @@ def _first_loss(
 ) -> tuple[PlannedEdit, set[int]] | None:
     """The first edit of a group of the families that loses something good about its number, and
     what it loses."""
-    exact = (edit for edit in s.edits if edit.family in families and edit.exact)
-    return next(
-        ((edit, lost) for edit in exact if (lost := good(edit.units) - good(edit.kept))), None
-    )
+    for edit in s.edits:
+        if edit.family not in families or not edit.exact:
+            continue
+        lost = good(edit.units) - good(edit.kept)
+        if lost:
+            return edit, lost
+    return None
 
 
 # Calibrating and evaluating on the same text
 def document_digests(documents: Iterable[str]) -> list[str]:
     """What a manifest remembers of the documents that a model was calibrated on."""
-    return sorted(
-        {hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARACTERS] for text in documents}
-    )
+    return sorted({_digest(text) for text in documents})
 
 
-def warn_same_text(figures: Mapping[str, Any], documents: Sequence[str]) -> Advice | None:
+def warn_same_text(figures: JSON, documents: Sequence[str]) -> Advice | None:
     """The warning that a model is evaluated on documents it was calibrated on.
 
     Args:
@@ -241,7 +265,7 @@ def warn_same_text(figures: Mapping[str, Any], documents: Sequence[str]) -> Advi
         documents: what it is evaluated on.
     """
     calibrated = set((figures.get("calibration") or {}).get("documents", ()))
-    shared = sum(digest in calibrated for digest in _iterate_documents(documents))
+    shared = sum(_digest(text) in calibrated for text in documents)
     if not shared:
         return None
     says = (
@@ -255,5 +279,5 @@ def warn_same_text(figures: Mapping[str, Any], documents: Sequence[str]) -> Advi
     )
 
 
-def _iterate_documents(documents: Iterable[str]) -> Iterator[str]:
-    return (document_digests([text])[0] for text in documents)
+def _digest(document: str) -> str:
+    return hashlib.sha256(document.encode()).hexdigest()[:DIGEST_CHARACTERS]

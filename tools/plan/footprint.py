@@ -14,39 +14,43 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from secateur.graph import Program
+from secateur.graph.program import JSON
 from secateur.passes.calibration.data import static_size
 from secateur.passes.calibration.observe import op_name
 
-JSON = dict[str, Any]
-BATCH, SEQUENCE = 1, 1024
+BATCH = 1
+SEQUENCE = 1024
+
+
+Arguments = tuple[Any, ...]
 
 
 def _product_flops(out: Tensor, operand: Tensor) -> int:
     return 2 * out.numel() * int(operand.shape[-1])
 
 
-def _rows_times_depth(out: Tensor, args: tuple[Any, ...]) -> int:
+def _rows_times_depth(out: Tensor, args: Arguments) -> int:
     return _product_flops(out, args[0])
 
 
-def _added_product_flops(out: Tensor, args: tuple[Any, ...]) -> int:
+def _added_product_flops(out: Tensor, args: Arguments) -> int:
     return _product_flops(out, args[1])
 
 
-def _attention_flops(out: Tensor, args: tuple[Any, ...]) -> int:
+def _attention_flops(out: Tensor, args: Arguments) -> int:
     query, key, value = args[:3]
     pairs: int = math.prod(query.shape[:-1]) * key.shape[-2]
     return 2 * pairs * (int(query.shape[-1]) + int(value.shape[-1]))
 
 
-def _convolution_flops(out: Tensor, args: tuple[Any, ...]) -> int:
+def _convolution_flops(out: Tensor, args: Arguments) -> int:
     depth: int = math.prod(args[1].shape[1:])
     return 2 * out.numel() * depth
 
 
 # FLOPs (multiply-adds times two) of an op, from its result and its arguments.  Attention counts all
 # pairs of positions.
-FLOPS: Mapping[str, Callable[[Tensor, tuple[Any, ...]], int]] = {
+FLOPS: Mapping[str, Callable[[Tensor, Arguments], int]] = {
     "aten.linear": _rows_times_depth,
     "aten.mm": _rows_times_depth,
     "aten.bmm": _rows_times_depth,
@@ -72,24 +76,21 @@ UNCOUNTED = {
 }
 # Ops between what a cache would hold and what attention reads.
 MOVES = {
-    *(
-        "aten.expand",
-        "aten.reshape",
-        "aten.view",
-        "aten._unsafe_view",
-        "aten.unsqueeze",
-        "aten.squeeze",
-    ),
-    *(
-        "aten.transpose",
-        "aten.permute",
-        "aten.slice",
-        "aten.clone",
-        "aten.contiguous",
-        "aten.alias",
-        "aten.to",
-    ),
-    *("aten.repeat_interleave", "aten.detach"),
+    "aten.expand",
+    "aten.reshape",
+    "aten.view",
+    "aten._unsafe_view",
+    "aten.unsqueeze",
+    "aten.squeeze",
+    "aten.transpose",
+    "aten.permute",
+    "aten.slice",
+    "aten.clone",
+    "aten.contiguous",
+    "aten.alias",
+    "aten.to",
+    "aten.repeat_interleave",
+    "aten.detach",
 }
 # Ops whose result mostly shares its operand's memory.
 VIEWS = (MOVES - {"aten.clone", "aten.repeat_interleave"}) | {
@@ -145,8 +146,10 @@ def measure_footprint(
     """Count a Program, on real weights or on the meta device.
 
     Args:
-        batch, sequence: sizes of the input where the graph leaves them open; never beyond the
-            model's own maximum.
+        program: to be counted.
+        batch: sequences of the input where the graph leaves their number open.
+        sequence: tokens of one where the graph leaves them open; never beyond the model's own
+            maximum.
     """
     counter = _Counter(program)
     sequence = min(
@@ -155,13 +158,14 @@ def measure_footprint(
     tokens, shape = counter.run_on(batch, sequence)
     decoder = not getattr(program.source.config, "is_encoder_decoder", False)
     generates = decoder and bool(getattr(program.source.model, "can_generate", lambda: False)())
+    cache_bytes = None
+    if generates and counter.cache_bytes:
+        cache_bytes = round(counter.cache_bytes / tokens)
     return Footprint(
         parameters=program.num_parameters,
         bytes=program.num_bytes,
         flops_per_token=counter.flops / tokens,
-        kv_bytes_per_token=round(counter.cache_bytes / tokens)
-        if generates and counter.cache_bytes
-        else None,
+        kv_bytes_per_token=cache_bytes,
         batch=shape[0],
         sequence=shape[1],
         activation_bytes_per_token=counter.activation_bytes / tokens,
@@ -171,45 +175,65 @@ def measure_footprint(
     )
 
 
+def _input_device(graph: fx.Graph) -> torch.device:
+    """The device of the first input that is a tensor; the CPU where there is none."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, Tensor):
+            return value.device
+    return torch.device("cpu")
+
+
 class _Counter(fx.Interpreter):
     """Runs the graph on fake tensors (shapes alone) and adds up what its products cost."""
 
     def __init__(self, program: Program) -> None:
         super().__init__(program.gm, garbage_collect_values=True)
-        self.program, self.mode = program, FakeTensorMode(allow_non_fake_inputs=True)
-        self.flops, self.cache_bytes, self.uncounted = 0, 0, Counter[str]()
-        self.activation_bytes, self.largest_bytes = 0, 0
+        self.program = program
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.flops = 0
+        self.cache_bytes = 0
+        self.uncounted = Counter[str]()
+        self.activation_bytes = 0
+        self.largest_bytes = 0
         self.sizes: dict[fx.Node, tuple[int, int]] = {}
-        inputs = [n for n in program.gm.graph.nodes if n.op == "placeholder"]
-        devices = [n.meta["val"].device for n in inputs if isinstance(n.meta.get("val"), Tensor)]
-        if devices:
-            self.device = devices[0]
-        else:
-            self.device = torch.device("cpu")
+        self.device = _input_device(program.gm.graph)
         self._fakes: dict[int, Tensor] = {}
 
     def run_on(self, batch: int, sequence: int) -> tuple[int, tuple[int, int]]:
-        """Returns:
-        number of tokens, (batch, sequence) as they were.
+        """Run the graph on an input of these sizes where it leaves them open.
+
+        Args:
+            batch: sequences.
+            sequence: tokens of one.
+
+        Returns:
+            The number of tokens, and (batch, sequence) as they were.
         """
-        values, shapes = [], []
+        values = list[object]()
         with self.mode, torch.no_grad():
             for node in self.program.gm.graph.nodes:
                 if node.op == "placeholder":
                     values.append(self._fake_input(node, batch, sequence))
             shapes = [tuple(v.shape) for v in values if isinstance(v, Tensor) and v.dim()]
             self.run(*values, enable_io_processing=False)
-        shape = next((s for s in shapes if len(s) == 2), (shapes[0][0], 1) if shapes else (1, 1))
-        return math.prod(shape), (int(shape[0]), int(shape[1]))
+        shape = _batch_and_sequence(shapes)
+        return math.prod(shape), shape
 
-    def _fake_input(self, node: fx.Node, batch: int, sequence: int) -> Any:
+    def _fake_input(self, node: fx.Node, batch: int, sequence: int) -> object:
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return self.program.source.example_inputs.get(str(node.target))
         wanted = (batch, sequence)
-        shape = []
-        for d, size in enumerate(map(static_size, value.shape)):
-            shape.append(size if size is not None else wanted[d] if d < 2 else int(value.shape[d]))
+        shape = list[int]()
+        for dim, size in enumerate(value.shape):
+            known = static_size(size)
+            if known is not None:
+                shape.append(known)
+            elif dim < 2:
+                shape.append(wanted[dim])
+            else:
+                shape.append(int(size))
         return torch.zeros(shape, dtype=value.dtype, device=value.device)
 
     def fetch_attr(self, target: str) -> Any:
@@ -228,14 +252,16 @@ class _Counter(fx.Interpreter):
         if isinstance(value, Tensor):
             self.sizes[n] = (value.numel(), value.element_size())
             if n.op == "call_function" and name not in VIEWS:
-                self.activation_bytes += value.numel() * value.element_size()
-                self.largest_bytes = max(self.largest_bytes, value.numel() * value.element_size())
+                size = value.numel() * value.element_size()
+                self.activation_bytes += size
+                self.largest_bytes = max(self.largest_bytes, size)
         if name in FLOPS:
             self.flops += int(FLOPS[name](value, self.fetch_args_kwargs_from_env(n)[0]))
         elif name in UNCOUNTED:
             self.uncounted[name] += 1
         if name == "aten.scaled_dot_product_attention":
-            self.cache_bytes += sum(math.prod(self._smallest_ancestor(arg)) for arg in n.args[1:3])
+            for cached in n.args[1:3]:
+                self.cache_bytes += math.prod(self._smallest_ancestor(cached))
         return value
 
     def live_bytes(self) -> int:
@@ -244,22 +270,25 @@ class _Counter(fx.Interpreter):
         nodes = list(self.program.gm.graph.nodes)
         base: dict[fx.Node, fx.Node] = {}
         ends: dict[fx.Node, int] = {}
-        for at, node in enumerate(nodes):
+        last_product = 0
+        for place, node in enumerate(nodes):
             shared = op_name(node) in VIEWS and node.all_input_nodes
             if shared:
                 base[node] = base[node.all_input_nodes[0]]
             else:
                 base[node] = node
-            ends |= {base[read]: at for read in node.all_input_nodes}
-        products = [at for at, node in enumerate(nodes) if op_name(node) in FLOPS]
+            for operand in node.all_input_nodes:
+                ends[base[operand]] = place
+            if op_name(node) in FLOPS:
+                last_product = place
         peak = live = 0
         dying = Counter[int]()
-        for at, node in enumerate(nodes[: products[-1]] if products else ()):
+        for place, node in enumerate(nodes[:last_product]):
             if node.op == "call_function" and base[node] is node and node in self.sizes:
                 live += math.prod(self.sizes[node])
-                dying[ends.get(node, at)] += math.prod(self.sizes[node])
+                dying[ends.get(node, place)] += math.prod(self.sizes[node])
             peak = max(peak, live)
-            live -= dying.pop(at, 0)
+            live -= dying.pop(place, 0)
         return peak
 
     def _smallest_ancestor(self, node: Any) -> tuple[int, int]:
@@ -272,3 +301,13 @@ class _Counter(fx.Interpreter):
                 break
             smallest = min(smallest, self.sizes[node])
         return smallest
+
+
+def _batch_and_sequence(shapes: list[tuple[int, ...]]) -> tuple[int, int]:
+    """The first shape of two dims; else the first size and one token."""
+    for shape in shapes:
+        if len(shape) == 2:
+            return int(shape[0]), int(shape[1])
+    if shapes:
+        return int(shapes[0][0]), 1
+    return 1, 1

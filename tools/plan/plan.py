@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from secateur.graph import Program
 from secateur.graph.capture.calls import accept_calls_of
+from secateur.graph.program import JSON
 from secateur.passes import Pass, Pipeline, PlannedEdit
 from secateur.runtime import ConfigPlan
 from secateur.runtime.stock.constants import describe_changes
@@ -21,7 +21,6 @@ from secateur.tools.machine import resident_bytes
 from secateur.tools.plan.advice import Advice, advise, widest_input
 from secateur.tools.plan.footprint import Footprint, measure_footprint
 
-JSON = dict[str, Any]
 PROBE = 768
 DISK_BYTES_PER_SECOND = 300e6
 Stock = Callable[[Program], ConfigPlan | None]
@@ -121,9 +120,9 @@ def make_plan(
     """
     stages = [on_meta(program)]
     edits = list[PlannedEdit]()
-    for one in pipeline.passes:
-        edits += one.plan(stages[-1])
-        stages.append(one.preview(stages[-1]))
+    for step in pipeline.passes:
+        edits += step.plan(stages[-1])
+        stages.append(step.preview(stages[-1]))
     light = stages[0]
     smaller = stages[-1]
     before = measure_footprint(light)
@@ -161,16 +160,21 @@ def make_plan(
 
 def count_sparse(program: Program) -> tuple[SparseShare, ...]:
     """The sparse weights of a Program, by pattern."""
-    known = dict(program.named_parameters())
-    found = dict[str, SparseShare]()
-    for name, one in program.sparse.items():
-        entries, (rows, columns) = known[name].numel(), known[name].shape
-        width = one.pattern.group_size(columns)
-        zeros = rows * (columns // width) * (width - one.pattern.kept_per_group(columns))
-        before = found.get(str(one.pattern), SparseShare(str(one.pattern), 0, 0, 0))
-        total = before.weights + 1, before.entries + entries, before.zeros + zeros
-        found[str(one.pattern)] = SparseShare(str(one.pattern), *total)
-    return tuple(found.values())
+    parameters = dict(program.named_parameters())
+    shares = dict[str, SparseShare]()
+    for name, weight in program.sparse.items():
+        pattern = str(weight.pattern)
+        rows, columns = parameters[name].shape
+        width = weight.pattern.group_size(columns)
+        zeros = rows * (columns // width) * (width - weight.pattern.kept_per_group(columns))
+        share = shares.get(pattern, SparseShare(pattern, 0, 0, 0))
+        shares[pattern] = replace(
+            share,
+            weights=share.weights + 1,
+            entries=share.entries + parameters[name].numel(),
+            zeros=share.zeros + zeros,
+        )
+    return tuple(shares.values())
 
 
 def estimate_job(
@@ -191,45 +195,43 @@ def estimate_job(
         width: inputs of the widest op that is refitted.
     """
     speed = probe_gflops()
-    if pipeline.needs_data:
-        tokens = tokens
-    else:
+    if not pipeline.needs_data:
         tokens = 0
-    shares = [_estimate_pass(one, before, tokens, window, width, speed) for one in pipeline.passes]
-    held = max((share.bytes for share in shares), default=0)
+    shares = list[PassShare]()
+    for step in pipeline.passes:
+        shares.append(_estimate_pass(step, before, tokens, window, width, speed))
+    hungriest = max((share.bytes for share in shares), default=0)
     if after.parameters < before.parameters:
         smaller = after.bytes
     else:
         smaller = 0
-    peak = process_bytes + before.bytes + max(smaller + held, after.bytes)
+    peak = process_bytes + before.bytes + max(smaller + hungriest, after.bytes)
     disk = (before.bytes + 3 * after.bytes) / DISK_BYTES_PER_SECOND
     seconds = sum(share.seconds for share in shares) + disk + capture_seconds
     return Job(tokens, round(peak), round(seconds, 1), round(speed, 1), tuple(shares))
 
 
 def _estimate_pass(
-    one: Pass, before: Footprint, tokens: int, window: int, width: int, speed: float
+    step: Pass, before: Footprint, tokens: int, window: int, width: int, speed: float
 ) -> PassShare:
     """What one pass takes; speed: 1e9 FLOPs a second, half of which it is taken to reach."""
-    cost = one.cost
+    cost = step.cost
     if cost.tokens is not None:
-        run = cost.tokens
-    elif one.needs_data:
-        run = tokens
+        run_tokens = cost.tokens
+    elif step.needs_data:
+        run_tokens = tokens
     else:
-        run = 0
-    held = cost.bytes_per_parameter * before.parameters + cost.solves * 8 * width**2
+        run_tokens = 0
+    extra_bytes = cost.bytes_per_parameter * before.parameters + cost.solves * 8 * width**2
     if cost.holds:
-        held += cost.holds * tokens * before.live_bytes_per_token
-    elif run:
+        extra_bytes += cost.holds * tokens * before.live_bytes_per_token
+    elif run_tokens:
+        token_bytes = 3 * before.largest_bytes_per_token
         if cost.bytes_per_parameter:
-            kept = before.activation_bytes_per_token
-        else:
-            kept = 0
-        held += window * (kept + 3 * before.largest_bytes_per_token)
-    return PassShare(
-        one.name, round(cost.flops * before.flops_per_token * run / (0.5e9 * speed), 1), round(held)
-    )
+            token_bytes += before.activation_bytes_per_token
+        extra_bytes += window * token_bytes
+    seconds = cost.flops * before.flops_per_token * run_tokens / (0.5e9 * speed)
+    return PassShare(step.name, round(seconds, 1), round(extra_bytes))
 
 
 def probe_gflops(seconds: float = 0.2) -> float:
@@ -252,7 +254,7 @@ def on_meta(program: Program) -> Program:
     output = graph.output(graph.graph_copy(old.graph, copies))
     output.meta = dict(next(iter(reversed(old.graph.nodes))).meta)
     graph.set_codegen(old.graph._codegen)
-    light: dict[str, Any] = dict(old.named_buffers(remove_duplicate=False))
+    light: dict[str, Tensor] = dict(old.named_buffers(remove_duplicate=False))
     for name, parameter in old.named_parameters(remove_duplicate=False):
         light[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
     gm = fx.GraphModule(light, graph, class_name=old._get_name())
@@ -269,4 +271,6 @@ def _plan_stock(program: Program, stock: Stock) -> tuple[str | None, str | None,
         plan = stock(program)
     except ValueError as error:
         return str(error), None, not isinstance(error, UnseenParametersError)
-    return None, (describe_changes(plan.constants).strip() or None) if plan else None, True
+    if plan is None:
+        return None, None, True
+    return None, describe_changes(plan.constants).strip() or None, True
