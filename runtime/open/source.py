@@ -110,12 +110,12 @@ def open_model(
 def _warn_of_ignored(
     model: PreTrainedModel, stored: Mapping[str, TensorRecord], folder: Path
 ) -> None:
-    """Tell of stored tensors that the class leaves out: what is made of the model lacks them."""
+    """Tell of stored tensors that the class leaves out: no pass sees them."""
     ignored = find_ignored(model, stored)
     if ignored:
         log.warning(
-            "%s: %s does not build what %s belong to: results will not hold them, and their "
-            "configuration will not announce them",
+            "%s: %s does not build what %s belong to: no pass sees them. A result carries them over "
+            "where no size of the model changed; else it lacks them and does not announce them",
             folder,
             type(model).__name__,
             describe_ignored(ignored),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -22,11 +21,7 @@ from secateur.passes.sparsity.boost import branch_parameters
 from secateur.runtime.open.checkpoint import INDEX, SINGLE, read_checkpoint
 from secateur.runtime.open.classes import silence_transformers
 from secateur.runtime.open.declared import FIGURE, from_json, make_declaration, to_json
-from secateur.runtime.open.ignored import (
-    describe_ignored,
-    find_ignored,
-    withdraw_announcement,
-)
+from secateur.runtime.open.ignored import describe_ignored, withdraw_announcement
 from secateur.runtime.open.source import open_model
 from secateur.runtime.packed.store import load_lowered, runs_packed, write_packed
 from secateur.runtime.save.artifact import (
@@ -37,6 +32,9 @@ from secateur.runtime.save.artifact import (
     write_artifact,
 )
 from secateur.runtime.save.branches import is_branched, load_branched, save_branched
+from secateur.runtime.save.carried import IgnoredTensors, plan_ignored, write_carried
+from secateur.runtime.save.configuration import finish_configuration
+from secateur.runtime.save.side_files import copy_side_files
 from secateur.runtime.stock.to_transformers import (
     TransformersModel,
     accepted_difference,
@@ -51,24 +49,6 @@ from secateur.runtime.verify.picture_proof import picture_calls
 
 log = logging.getLogger(__name__)
 
-INERT_FILES = (
-    "tokenizer*.json",
-    "tokenizer*.model",
-    "sentencepiece*.model",
-    "spiece.model",
-    "*.tiktoken",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
-"""Tokenizer and processor files, which are data; code and pickles are never copied."""
 UNSEEN = "unseen"
 """In the manifest: what the captured computation did not use, and what was proved of it."""
 HASHED_BYTES = 4 << 30
@@ -150,10 +130,12 @@ def save(
     raised = to_transformers_with_plan(program)
     assert raised.difference is not None
     calls, unseen = picture_calls(program, raised)
-    left_out = _leave_ignored_out(raised.model, source)
+    ignored, ignored_figures = _settle_ignored(program, raised.model, source)
     needed = program.num_bytes + SPARE_BYTES
     with write_artifact(path, needed_bytes=needed, overwrite=overwrite, inputs=[source]) as draft:
-        _write_model(raised.model, draft.folder, source)
+        beside = _write_model(program, raised.model, draft.folder, source)
+        if source is not None:
+            write_carried(ignored, source, draft.folder)
         if check:
             proved = prove_reload(program, raised, draft.folder, calls)
         else:
@@ -164,7 +146,7 @@ def save(
             side = {}
         _check_stored(from_json(make_declaration(program, raised.model)), draft.folder)
         _describe_result(draft, program, raised, proved)
-        draft.figures |= left_out
+        draft.figures |= ignored_figures | beside
         draft.figures |= ({UNSEEN: unseen} if unseen else {}) | dict(figures or {})
     return SaveReport(
         path=path,
@@ -284,7 +266,14 @@ def _check_stored(sparse: SparseWeights, folder: Path) -> None:
         )
 
 
-def _write_model(model: PreTrainedModel, folder: Path, source: Path | None) -> None:
+def _write_model(
+    program: Program, model: PreTrainedModel, folder: Path, source: Path | None
+) -> dict[str, Any]:
+    """Write weights, configuration and side files.
+
+    Returns:
+        For the manifest: what differs from the source beside the weights.
+    """
     generation: Any = getattr(model, "generation_config", None)
     with silence_transformers():
         if generation is not None and not _is_valid(generation):
@@ -295,24 +284,83 @@ def _write_model(model: PreTrainedModel, folder: Path, source: Path | None) -> N
     model.generation_config = generation
     if generation is not None and not _is_valid(generation):
         (folder / "generation_config.json").write_text(generation.to_json_string(), "utf-8")
+    figures: dict[str, Any] = {}
+    if differences := finish_configuration(folder, source, model).to_json():
+        figures["configuration"] = differences
     if source is not None:
-        copy_inert(source, folder)
+        widths = _changed_widths(program, model)
+        beside = copy_side_files(source, folder, widths).to_json()
+        if beside:
+            figures["side_files"] = beside
+        if dtypes := _changed_dtypes(folder, source):
+            figures["dtypes"] = dtypes
+    for line in _describe_beside(figures):
+        log.warning("%s", line)
+    return figures
 
 
-def _leave_ignored_out(model: PreTrainedModel, source: Path | None) -> dict[str, Any]:
-    """Withdraw from a configuration what announces stored tensors that the class ignores.
+def _changed_widths(program: Program, model: PreTrainedModel) -> dict[int, int]:
+    """Return the new width of the embeddings by the old one; empty where it stayed."""
+    old = getattr(program.source.model.get_input_embeddings(), "embedding_dim", None)  # type: ignore[operator]
+    new = getattr(model.get_input_embeddings(), "embedding_dim", None)
+    if not isinstance(old, int) or not isinstance(new, int) or old == new:
+        return {}
+    return {old: new}
+
+
+def _changed_dtypes(folder: Path, source: Path) -> dict[str, int]:
+    """Count the tensors whose dtype in the result is not that in the source: a stock class opens
+    all of them in one dtype."""
+    if not any((source / name).is_file() for name in (SINGLE, INDEX)):
+        return {}
+    written = read_checkpoint(folder)
+    counts: dict[str, int] = {}
+    for name, record in read_checkpoint(source).items():
+        if name in written and written[name].dtype != record.dtype:
+            before = str(record.dtype).removeprefix("torch.")
+            after = str(written[name].dtype).removeprefix("torch.")
+            change = f"{before} -> {after}"
+            counts[change] = counts.get(change, 0) + 1
+    return counts
+
+
+def _describe_beside(figures: Mapping[str, Any]) -> list[str]:
+    """Say in sentences what differs from the source beside the weights."""
+    lines: list[str] = []
+    configuration = figures.get("configuration", {})
+    if left_out := configuration.get("left_out"):
+        lines.append(f"config.json is without {', '.join(left_out)} of the source")
+    side_files = figures.get("side_files", {})
+    lines += side_files.get("changed", [])
+    for name, reason in side_files.get("left_behind", {}).items():
+        lines.append(f"{name} stays behind: {reason}")
+    for change, count in figures.get("dtypes", {}).items():
+        lines.append(f"{count} tensors were stored in another dtype: {change}")
+    return lines
+
+
+def _settle_ignored(
+    program: Program, model: PreTrainedModel, source: Path | None
+) -> tuple[IgnoredTensors, dict[str, Any]]:
+    """Decide on the tensors that the class ignores, and withdraw from the configuration what
+    announces those that are left out.
 
     Returns:
-        For the manifest: the tensors of the source that the result lacks; empty if there are none.
+        The plan, and its entry for the manifest.
     """
-    if source is None or not any((source / name).is_file() for name in (SINGLE, INDEX)):
-        return {}
-    ignored = find_ignored(model, read_checkpoint(source))
-    if not ignored:
-        return {}
-    announced = withdraw_announcement(model.config)
-    log.warning("left out: %s; set to 0: %s", describe_ignored(ignored), ", ".join(announced))
-    return {"left_out": {"tensors": ignored, "set_to_zero": announced}}
+    config: Any = getattr(program.source.config, "get_text_config", lambda: None)()
+    plan = plan_ignored(model, source, int(getattr(config, "num_hidden_layers", 0)))
+    if plan.carried:
+        names = describe_ignored(list(plan.carried))
+        log.warning("carried over as they are, no pass saw them: %s", names)
+        return plan, {"carried": {"tensors": list(plan.carried)}}
+    if plan.left_out:
+        announced = withdraw_announcement(model.config)
+        names = describe_ignored(list(plan.left_out))
+        log.warning("left out (%s): %s; set to 0: %s", plan.reason, names, ", ".join(announced))
+        entry = {"tensors": list(plan.left_out), "reason": plan.reason, "set_to_zero": announced}
+        return plan, {"left_out": entry}
+    return plan, {}
 
 
 def _source_folder(program: Program) -> Path | None:
@@ -331,15 +379,6 @@ def _is_valid(generation: GenerationConfig) -> bool:
     except ValueError:
         return False
     return True
-
-
-def copy_inert(source: Path, folder: Path) -> None:
-    for file in sorted(
-        {file for pattern in INERT_FILES for file in source.glob(pattern) if file.is_file()}
-    ):
-        target = folder / file.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
 
 
 def _describe_result(

@@ -49,6 +49,7 @@ from secateur.runtime.save.artifact import (
     verify_artifact,
     write_artifact,
 )
+from secateur.runtime.save.side_files import copy_side_files
 from secateur.runtime.serving.step import DecodeStep, cache_shapes, make_empty_cache
 from secateur.runtime.serving.trust import is_signed, sign
 from secateur.runtime.stock.to_transformers import TOLERANCE
@@ -133,8 +134,6 @@ def write_package(
         PackageError: the model keeps another cache than plain keys and values, does not export, or
             the compiled steps give something else; nothing is left behind.
     """
-    from secateur.runtime.save.stock_checkpoint import copy_inert
-
     inputs = [source, getattr(model, "name_or_path", None)]
     check_target(path, overwrite=overwrite, inputs=inputs)
     model.eval()
@@ -156,7 +155,7 @@ def write_package(
         }
         tell(f"compiled steps and model differ by {draft.figures['difference']:.2g}")
         if source is not None:
-            copy_inert(source, draft.folder)
+            copy_side_files(source, draft.folder)
     return facts
 
 

@@ -70,7 +70,7 @@ def test_opening_tells_what_results_will_lack(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         open_model(with_block, weights=weights)
-    assert "model.layers.46." in caplog.text and "results will not hold them" in caplog.text
+    assert "model.layers.46." in caplog.text and "no pass sees them" in caplog.text
 
 
 def test_a_result_does_not_announce_what_it_lacks(with_block: Path, tmp_path: Path) -> None:
