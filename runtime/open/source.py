@@ -114,8 +114,9 @@ def _warn_of_ignored(
     ignored = find_ignored(model, stored)
     if ignored:
         log.warning(
-            "%s: %s does not build what %s belong to: no pass sees them. A result carries them over "
-            "where no size of the model changed; else it lacks them and does not announce them",
+            "%s: %s does not build what %s belong to: no pass sees them. A result carries them "
+            "over where no size of the model changed; else it lacks them and does not announce "
+            "them",
             folder,
             type(model).__name__,
             describe_ignored(ignored),

@@ -36,7 +36,9 @@ class IgnoredTensors:
     reason: str = ""
 
 
-def plan_ignored(model: PreTrainedModel, source: Path | None, num_layers: int) -> IgnoredTensors:
+def plan_ignored(
+    model: PreTrainedModel, source_model: PreTrainedModel, source: Path | None
+) -> IgnoredTensors:
     """Decide which ignored tensors of a source go along.
 
     They belong to no group of the graph, so that no cut reaches them: they go along where no tensor
@@ -45,8 +47,8 @@ def plan_ignored(model: PreTrainedModel, source: Path | None, num_layers: int) -
 
     Args:
         model: that is about to be written.
-        source: folder of the source model, or None.
-        num_layers: of the source.
+        source_model: what it was made from.
+        source: folder of that, or None.
 
     Returns:
         The plan; empty where the class ignores nothing.
@@ -54,13 +56,14 @@ def plan_ignored(model: PreTrainedModel, source: Path | None, num_layers: int) -
     if source is None or not any((source / name).is_file() for name in (SINGLE, INDEX)):
         return IgnoredTensors()
     records = read_checkpoint(source)
-    ignored = find_ignored(model, records)
+    ignored = find_ignored(source_model, records)
     if not ignored:
         return IgnoredTensors()
     if not _has_only_shapes_of(model, records):
         reason = "sizes of the model changed, and no cut reaches these tensors"
         return IgnoredTensors(left_out=tuple(ignored), reason=reason)
-    dropped = num_layers - int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
+    num_layers = _count_layers(source_model)
+    dropped = num_layers - _count_layers(model)
     carried: dict[str, str] = {}
     for name in ignored:
         carried[_renumber(name, num_layers, dropped)] = name
@@ -117,6 +120,10 @@ def _has_only_shapes_of(model: PreTrainedModel, records: Mapping[str, TensorReco
         if known is not None and tuple(tensor.shape) not in known:
             return False
     return True
+
+
+def _count_layers(model: PreTrainedModel) -> int:
+    return int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
 
 
 def _renumber(name: str, num_layers: int, dropped: int) -> str:

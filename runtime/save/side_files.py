@@ -17,9 +17,8 @@ from secateur.graph.errors import ArtifactError
 from secateur.graph.reading import parse_json, read_json_object
 
 CODE_MAP = "auto_map"
-DATA_ENDINGS = frozenset(
-    ".json .jinja .txt .md .model .tiktoken .vocab .bpe .spm .yaml .yml".split()
-)
+DATA_ENDINGS = frozenset(".json .jinja .model .tiktoken .vocab .bpe .spm".split())
+DATA_NAMES = frozenset({"vocab.txt", "merges.txt", "README.md"})
 LEGAL = ("license", "licence", "notice", "copying", "use_policy")
 CARD = "README.md"
 SOURCE_CARD = "SOURCE_README.md"
@@ -106,7 +105,8 @@ def _reason_to_leave(file: Path, source: Path) -> str | None:
         return "a link that leads out of the folder"
     if name in OF_OTHERS:
         return "speaks of weights that the result has not"
-    if name.lower().startswith(LEGAL) or file.suffix.lower() in DATA_ENDINGS:
+    is_known = name in DATA_NAMES or name.lower().startswith(LEGAL)
+    if is_known or file.suffix.lower() in DATA_ENDINGS:
         return None
     if file.suffix == ".py":
         return "code never travels"

@@ -133,7 +133,8 @@ def save(
     ignored, ignored_figures = _settle_ignored(program, raised.model, source)
     needed = program.num_bytes + SPARE_BYTES
     with write_artifact(path, needed_bytes=needed, overwrite=overwrite, inputs=[source]) as draft:
-        beside = _write_model(program, raised.model, draft.folder, source)
+        _write_model(raised.model, draft.folder)
+        beside = _write_beside(program, raised.model, draft.folder, source)
         if source is not None:
             write_carried(ignored, source, draft.folder)
         if check:
@@ -266,14 +267,7 @@ def _check_stored(sparse: SparseWeights, folder: Path) -> None:
         )
 
 
-def _write_model(
-    program: Program, model: PreTrainedModel, folder: Path, source: Path | None
-) -> dict[str, Any]:
-    """Write weights, configuration and side files.
-
-    Returns:
-        For the manifest: what differs from the source beside the weights.
-    """
+def _write_model(model: PreTrainedModel, folder: Path) -> None:
     generation: Any = getattr(model, "generation_config", None)
     with silence_transformers():
         if generation is not None and not _is_valid(generation):
@@ -284,6 +278,16 @@ def _write_model(
     model.generation_config = generation
     if generation is not None and not _is_valid(generation):
         (folder / "generation_config.json").write_text(generation.to_json_string(), "utf-8")
+
+
+def _write_beside(
+    program: Program, model: PreTrainedModel, folder: Path, source: Path | None
+) -> dict[str, Any]:
+    """Finish the configuration, and copy what lies beside the weights of the source.
+
+    Returns:
+        For the manifest: what differs from the source beside the weights.
+    """
     figures: dict[str, Any] = {}
     if differences := finish_configuration(folder, source, model).to_json():
         figures["configuration"] = differences
@@ -348,8 +352,9 @@ def _settle_ignored(
     Returns:
         The plan, and its entry for the manifest.
     """
-    config: Any = getattr(program.source.config, "get_text_config", lambda: None)()
-    plan = plan_ignored(model, source, int(getattr(config, "num_hidden_layers", 0)))
+    source_model = program.source.model
+    assert isinstance(source_model, PreTrainedModel)
+    plan = plan_ignored(model, source_model, source)
     if plan.carried:
         names = describe_ignored(list(plan.carried))
         log.warning("carried over as they are, no pass saw them: %s", names)

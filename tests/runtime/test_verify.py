@@ -524,8 +524,8 @@ def test_a_wrong_file_is_not_kept(
 ) -> None:
     write = huggingface._write_model
 
-    def write_and_plant(model: Any, folder: Path, source: Path | None) -> None:
-        write(model, folder, source)
+    def write_and_plant(model: Any, folder: Path) -> None:
+        write(model, folder)
         plant(folder)
 
     monkeypatch.setattr(huggingface, "_write_model", write_and_plant)

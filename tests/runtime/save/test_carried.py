@@ -10,6 +10,7 @@ import torch
 from runtime_models import tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from secateur.graph import capture
 from secateur.runtime import open_model, save, verify_folder
@@ -37,12 +38,19 @@ GLM: dict[str, Any] = {
     "bos_token_id": None,
     "pad_token_id": 0,
 }
+LLAMA: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 BLOCK = {"mtp.fc.weight": torch.arange(64.0).view(8, 8), "mtp.norm.weight": torch.ones(32)}
 
 
 def with_block(folder: Path, names: dict[str, torch.Tensor]) -> Path:
     """A tiny model whose folder holds tensors that its class is told to ignore."""
-    model = tiny("LlamaConfig")
+    model = tiny("LlamaConfig", **LLAMA)
     model.save_pretrained(folder)
     save_file(load_file(folder / SINGLE) | names, folder / SINGLE, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
@@ -50,19 +58,20 @@ def with_block(folder: Path, names: dict[str, torch.Tensor]) -> Path:
     return folder
 
 
-def ignoring(folder: Path) -> tuple[object, int]:
-    model = tiny("LlamaConfig")
-    model._keys_to_ignore_on_load_unexpected = [r"^mtp\.", r"layers\.2\."]
-    return model, model.config.num_hidden_layers
+def ignoring(*patterns: str, **sizes: int) -> PreTrainedModel:
+    """A tiny model whose class ignores these names."""
+    model = tiny("LlamaConfig", **{**LLAMA, **sizes})
+    model._keys_to_ignore_on_load_unexpected = list(patterns)
+    return model
 
 
 def test_they_are_written_as_they_were(tmp_path: Path) -> None:
     source = with_block(tmp_path / "source", BLOCK)
-    model, layers = ignoring(source)
-    plan = plan_ignored(model, source, layers)  # type: ignore[arg-type]
+    model = ignoring(r"^mtp\.")
+    plan = plan_ignored(model, model, source)
     assert set(plan.carried) == set(BLOCK)
     result = tmp_path / "result"
-    model.save_pretrained(result)  # type: ignore[attr-defined]
+    model.save_pretrained(result)
     before = load_file(result / SINGLE)
     write_carried(plan, source, result)
     records = read_checkpoint(result)
@@ -75,20 +84,18 @@ def test_they_are_written_as_they_were(tmp_path: Path) -> None:
 
 def test_a_changed_size_leaves_them_out(tmp_path: Path) -> None:
     source = with_block(tmp_path / "source", BLOCK)
-    narrow = tiny("LlamaConfig", intermediate_size=32)
-    narrow._keys_to_ignore_on_load_unexpected = [r"^mtp\."]
-    plan = plan_ignored(narrow, source, narrow.config.num_hidden_layers)
+    patterns = [r"^mtp\."]
+    plan = plan_ignored(ignoring(*patterns, intermediate_size=32), ignoring(*patterns), source)
     assert set(plan.left_out) == set(BLOCK) and "sizes" in plan.reason
 
 
 def test_numbers_follow_the_layers_that_are_left(tmp_path: Path) -> None:
     source = with_block(tmp_path / "source", {"model.layers.2.eh_proj.weight": torch.ones(4, 8)})
-    shorter = tiny("LlamaConfig", num_hidden_layers=1)
-    shorter._keys_to_ignore_on_load_unexpected = [r"layers\.[12]\."]
-    plan = plan_ignored(shorter, source, 2)
+    both = r"layers\.[12]\."
+    plan = plan_ignored(ignoring(both, num_hidden_layers=1), ignoring(both), source)
     assert plan.carried == {"model.layers.1.eh_proj.weight": "model.layers.2.eh_proj.weight"}
-    shorter._keys_to_ignore_on_load_unexpected = [r"layers\.2\."]
-    plan = plan_ignored(shorter, source, 2)
+    old = r"layers\.2\."
+    plan = plan_ignored(ignoring(old, num_hidden_layers=1), ignoring(old), source)
     assert plan.left_out and "numbers" in plan.reason
 
 

@@ -62,11 +62,11 @@ def test_a_link_out_of_the_folder_is_not_followed(folders: tuple[Path, Path]) ->
     secret = source.parent / "secret.txt"
     secret.write_text("mine")
     (source / "LICENSE").symlink_to(secret)
-    write(source, {"kept.txt": "text"})
-    (source / "inside.txt").symlink_to(source / "kept.txt")
+    write(source, {"kept.json": {}})
+    (source / "inside.json").symlink_to(source / "kept.json")
     report = copy_side_files(source, result)
-    assert names_below(result) == {"kept.txt", "inside.txt"}
-    assert not (result / "inside.txt").is_symlink()
+    assert names_below(result) == {"kept.json", "inside.json"}
+    assert not (result / "inside.json").is_symlink()
     assert "leads out" in report.left_behind["LICENSE"]
 
 

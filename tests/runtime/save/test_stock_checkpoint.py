@@ -176,8 +176,8 @@ def test_fault_seen_by_the_fresh_process_leaves_nothing(
 ) -> None:
     write = huggingface._write_model
 
-    def write_and_plant(model: PreTrainedModel, folder: Path, source: Path | None) -> None:
-        write(model, folder, source)
+    def write_and_plant(model: PreTrainedModel, folder: Path) -> None:
+        write(model, folder)
         lie_about_rotation(folder)
 
     monkeypatch.setattr(huggingface, "_write_model", write_and_plant)
@@ -208,7 +208,7 @@ def test_proof_sees_a_planted_fault(
     program: Program, tmp_path: Path, plant: Callable[[Path], None], words: str
 ) -> None:
     """A lost tensor is re-initialised by transformers without an error."""
-    huggingface._write_model(to_transformers_with_plan(program).model, tmp_path / "out", None)
+    huggingface._write_model(to_transformers_with_plan(program).model, tmp_path / "out")
     assert proved(program, tmp_path / "out", tmp_path)["faults"] == []
     plant(tmp_path / "out")
     assert words in proved(program, tmp_path / "out", tmp_path)["faults"]
@@ -217,7 +217,7 @@ def test_proof_sees_a_planted_fault(
 def test_disk_full_while_saving(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(model: PreTrainedModel, folder: Path, source: Path | None) -> None:
+    def full(model: PreTrainedModel, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
