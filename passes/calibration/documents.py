@@ -10,7 +10,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from secateur.graph.errors import SecateurError
@@ -21,8 +21,16 @@ KNOWN = ".jsonl, .json (an array), .csv, .parquet, .txt, and .gz of these but Pa
 SHOWN = 60
 
 
+Render = Callable[[list[object]], str]
+"""Writes the messages of a conversation as one text, as a chat template does."""
+
+
 def read_documents(
-    path: Path, *, field: str = "text", error: type[SecateurError] = SecateurError
+    path: Path,
+    *,
+    field: str = "text",
+    render: Render | None = None,
+    error: type[SecateurError] = SecateurError,
 ) -> list[str]:
     """Read the documents of one file.
 
@@ -31,6 +39,8 @@ def read_documents(
             ``.parquet`` each row is a document; any other file is UTF-8 text whose documents are
             separated by two empty lines (a file without them is one document).
         field: the key or the column of the text in a row.
+        render: writes conversations (rows with ``messages`` and without the field) as text; None
+            refuses them.
         error: the class of the errors raised.
 
     Returns:
@@ -43,7 +53,7 @@ def read_documents(
     if path.is_dir():
         raise error(f"{path} is a folder: give the text files in it, one by one")
     try:
-        rows = list(_iterate_rows(path, field, error))
+        rows = list(_iterate_rows(path, field, render, error))
     except OSError as failure:
         reason = failure.strerror or str(failure)
         raise error(f"cannot read the text file {path}: {reason}") from failure
@@ -59,7 +69,7 @@ def read_documents(
 
 
 def _iterate_rows(
-    path: Path, field: str, error: type[SecateurError]
+    path: Path, field: str, render: Render | None, error: type[SecateurError]
 ) -> Iterator[tuple[str, object]]:
     """Yield where a text stands, and the text."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -82,9 +92,9 @@ def _iterate_rows(
             f"{path} is not UTF-8 at byte {failure.start}: convert it to UTF-8 text or .jsonl"
         ) from failure
     if kind == ".jsonl":
-        return _json_lines(path, text, field, error)
+        return _json_lines(path, text, field, render, error)
     if kind == ".json":
-        return _json_array(path, text, field, error)
+        return _json_array(path, text, field, render, error)
     if kind == ".csv":
         return _csv_rows(path, text, field, error)
     if kind not in PLAIN and ("\0" in text or is_compressed):
@@ -94,7 +104,7 @@ def _iterate_rows(
 
 
 def _json_lines(
-    path: Path, text: str, field: str, error: type[SecateurError]
+    path: Path, text: str, field: str, render: Render | None, error: type[SecateurError]
 ) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -106,11 +116,11 @@ def _json_lines(
             raise error(
                 f'{place}: expected a JSON object with "{field}", got {line[:SHOWN]!r}'
             ) from failure
-        yield place, _text_of(value, field, place, error)
+        yield place, _text_of(value, field, render, place, error)
 
 
 def _json_array(
-    path: Path, text: str, field: str, error: type[SecateurError]
+    path: Path, text: str, field: str, render: Render | None, error: type[SecateurError]
 ) -> Iterator[tuple[str, object]]:
     try:
         rows = json.loads(text)
@@ -125,20 +135,37 @@ def _json_array(
         if isinstance(value, str):
             yield place, value
         else:
-            yield place, _text_of(value, field, place, error)
+            yield place, _text_of(value, field, render, place, error)
 
 
-def _text_of(value: object, field: str, place: str, error: type[SecateurError]) -> object:
+def _text_of(
+    value: object, field: str, render: Render | None, place: str, error: type[SecateurError]
+) -> object:
     if not isinstance(value, dict) or field not in value:
         if isinstance(value, dict) and "messages" in value:
-            raise error(
-                f'{place}: a row of chat messages and no "{field}": write each conversation as '
-                f"text first, by the tokenizer's apply_chat_template(..., tokenize=False)"
-            )
+            return _render_messages(value["messages"], field, render, place, error)
         raise error(
             f'{place}: expected a JSON object with "{field}", got {json.dumps(value)[:SHOWN]!r}'
         )
     return value[field]
+
+
+def _render_messages(
+    messages: object, field: str, render: Render | None, place: str, error: type[SecateurError]
+) -> str:
+    if render is None:
+        raise error(
+            f'{place}: a row of chat messages and no "{field}": write each conversation as '
+            f"text first, by the tokenizer's apply_chat_template(..., tokenize=False)"
+        )
+    if not isinstance(messages, list):
+        raise error(f'{place}: "messages" must be a list, got {type(messages).__name__}')
+    try:
+        return render(messages)
+    except Exception as failure:  # a template is a program in a sandbox, and raises what it likes
+        raise error(
+            f"{place}: the chat template does not take these messages ({str(failure)[:SHOWN]})"
+        ) from failure
 
 
 def _csv_rows(

@@ -31,10 +31,15 @@ NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 class DataSpec(BaseModel):
     """Where calibration text is read from and how much of it: tokens in all, in windows of
-    ``window`` tokens."""
+    ``window`` tokens.
+
+    file: one text file, or several; each may end in ``:SHARE``, its part of the tokens by weight.
+    field: key or column of the text in rows of .jsonl, .json, .csv and .parquet.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    file: str | None = None
+    file: str | tuple[str, ...] | None = None
+    field: str = "text"
     tokens: int = Field(default=10_240, ge=1)
     window: int = Field(default=256, ge=2)
 

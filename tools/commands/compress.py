@@ -16,8 +16,6 @@ import typer
 
 from secateur.graph import Program
 from secateur.passes import DataSpec, Hooks, Pass, Pipeline, samples
-from secateur.passes.calibration.windows import beginning_token
-from secateur.passes.opening import open_tokenizer
 from secateur.passes.training.plan import TrainingPass
 from secateur.runtime import (
     UnsupportedConfigError,
@@ -30,14 +28,11 @@ from secateur.runtime import (
 from secateur.runtime.resume.folder import RUN, is_at_work
 from secateur.runtime.save.target import inputs_of
 from secateur.tools.commands import common as opening
+from secateur.tools.commands.calibration_text import choose_data, parse_sources, read_windows
 from secateur.tools.commands.common import Debug, Force, Json, ModelArgument, Overwrite, Verbose
 from secateur.tools.evaluate.corpus import (
     TokenWindows,
-    calibration_windows,
-    read_documents,
-    shuffle_documents,
 )
-from secateur.tools.plan.advice import document_digests
 from secateur.tools.plan.footprint import measure_footprint
 from secateur.tools.plan.plan import Plan, make_plan
 from secateur.tools.report import plan_tables, run_tables
@@ -67,11 +62,17 @@ def compress_command(
         Path | None, typer.Option("--output", "-o", help="Folder of the result.")
     ] = None,
     data: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option(
-            help="Calibration text: .jsonl, .json, .csv or .parquet with a field text, or "
-            "plain text."
+            metavar="FILE[:SHARE]",
+            help="Calibration text: .jsonl, .json, .csv or .parquet with a document a row (chat "
+            "rows go through the chat template), or plain text, documents apart by two empty "
+            "lines. Several files share the tokens by weight: --data a.jsonl:2 --data b.jsonl:1.",
         ),
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(help="Key or column of the text in rows of --data (default: text)."),
     ] = None,
     train: Annotated[
         Path | None, typer.Option(help="Text to retrain on, where a pass does not name its own.")
@@ -125,11 +126,12 @@ def compress_command(
     with before_work():
         opening.refuse_force(force)
         passes = set_training_text(read_pipeline(pipeline, recipe), train)
-        spec = data_spec(passes.data, recipe, data, tokens, window)
-        inputs = [model, spec.file, recipe, *passes.files, *inputs_of(passes)]
+        spec = choose_data(passes.data, recipe, data, field, tokens, window)
+        texts = [source.path for source in parse_sources(spec)]
+        inputs = [model, *texts, recipe, *passes.files, *inputs_of(passes)]
         check_request(passes, spec, output, inputs, dry_run=dry_run, overwrite=overwrite)
-    if data is not None and not passes.needs_data:
-        voice.note(f"{data} is not used: no pass of this pipeline needs data")
+    if data and not passes.needs_data:
+        voice.note(f"{', '.join(data)} is not used: no pass of this pipeline needs data")
     began = time.perf_counter()
     if add_biases:
         biases = {"biases": True}
@@ -238,25 +240,6 @@ def _set_text_file(one: Pass, file: Path) -> Pass:
     return one
 
 
-def data_spec(
-    given: DataSpec | None,
-    recipe: str | None,
-    data: Path | None,
-    tokens: int | None,
-    window: int | None,
-) -> DataSpec:
-    """The recipe's data, where the command line does not say otherwise.  A recipe's file is
-    relative to the recipe."""
-    spec = given or DataSpec()
-    beside = None
-    if recipe is not None and spec.file is not None:
-        beside = Path(recipe).parent / spec.file
-    file = None
-    if data is not None or beside is not None:
-        file = str(data or beside)
-    return DataSpec(file=file, tokens=tokens or spec.tokens, window=window or spec.window)
-
-
 def check_request(
     passes: Pipeline,
     spec: DataSpec,
@@ -284,8 +267,6 @@ def check_request(
             f"{passes.to_text()} needs calibration text: --data FILE (.jsonl, .json, .csv, "
             ".parquet or plain text)"
         )
-    if passes.needs_data and spec.file is not None and not Path(spec.file).is_file():
-        raise BadInput(f"the calibration text {spec.file} is no file")
 
 
 def check_writable(output: Path) -> None:
@@ -323,26 +304,6 @@ def refuse_if(reasons: list[str]) -> None:
     """Stop before any work if there is a reason to."""
     if reasons:
         raise BadInput("; ".join(reasons))
-
-
-def read_windows(
-    program: Program, spec: DataSpec, seed: int
-) -> tuple[TokenWindows, dict[str, Any]]:
-    """Calibration windows in the tokens of the model, and what the manifest will say of them."""
-    documents = read_documents([spec.file or ""])
-    if program.source.folder is None:
-        raise BadInput("the model came from no folder, so there is no tokenizer for the text")
-    tokenizer = open_tokenizer(program.source.folder, BadInput)
-    windows = calibration_windows(
-        documents,
-        tokenizer,
-        tokens=spec.tokens,
-        window=spec.window,
-        seed=seed,
-        bos=beginning_token(tokenizer),
-    )
-    used = shuffle_documents(documents, seed)[: windows.documents]
-    return windows, {**windows.describe(), "documents": document_digests(used)}
 
 
 def result_json(

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from secateur.graph.errors import SecateurError
+from secateur.passes.calibration.documents import Render
 from secateur.passes.calibration.documents import read_documents as documents_of
 from secateur.passes.calibration.windows import cut_windows, text_per_window
 
@@ -76,12 +77,15 @@ class TokenWindows:
         }
 
 
-def read_documents(paths: Sequence[Path | str], *, field: str = "text") -> list[str]:
+def read_documents(
+    paths: Sequence[Path | str], *, field: str = "text", render: Render | None = None
+) -> list[str]:
     """The documents of text files, in the order of the files.
 
     Args:
         paths: see ``secateur.passes.calibration.documents``.
         field: the key or the column of the text in a row.
+        render: writes conversations as text; None refuses them.
 
     Raises:
         CorpusError: a file is missing, is not UTF-8, or a line is no such object; or no document is
@@ -89,7 +93,7 @@ def read_documents(paths: Sequence[Path | str], *, field: str = "text") -> list[
     """
     documents: list[str] = []
     for path in paths:
-        documents += documents_of(Path(path), field=field, error=CorpusError)
+        documents += documents_of(Path(path), field=field, render=render, error=CorpusError)
     if not documents:
         raise CorpusError(
             f"no text in {', '.join(map(str, paths)) or 'an empty list of files'}: give a "
@@ -176,3 +180,50 @@ def calibration_windows(
     stream, used = token_stream(shuffle_documents(documents, seed), tokenizer, tokens=needed)
     windows = cut_windows(stream, window, bos)
     return TokenWindows(windows, batch=batch, documents=used, seed=seed, bos=bos)
+
+
+def mix_windows(parts: Sequence[TokenWindows]) -> TokenWindows:
+    """Join windows of several corpora, those of the first one first.
+
+    Args:
+        parts: at least one, all of the same window, batch and beginning token.
+
+    Returns:
+        All windows.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    return TokenWindows(
+        torch.cat([part.windows for part in parts]),
+        batch=first.batch,
+        documents=sum(part.documents for part in parts),
+        seed=first.seed,
+        bos=first.bos,
+    )
+
+
+def share_windows(count: int, shares: Sequence[float]) -> list[int]:
+    """Divide windows among corpora by weight; the rest goes to the largest fractions.
+
+    Args:
+        count: windows in all.
+        shares: weights above zero.
+
+    Returns:
+        Windows of each corpus, in order; they add up to ``count``.
+
+    Raises:
+        CorpusError: a corpus would get no window.
+    """
+    exact = [count * share / sum(shares) for share in shares]
+    parts = [int(value) for value in exact]
+    by_fraction = sorted(range(len(exact)), key=lambda i: parts[i] - exact[i])
+    for i in by_fraction[: count - sum(parts)]:
+        parts[i] += 1
+    if min(parts) < 1:
+        raise CorpusError(
+            f"{count} windows cannot be shared as {':'.join(f'{share:g}' for share in shares)}: "
+            "one file would get none; ask for more --tokens"
+        )
+    return parts

@@ -6,9 +6,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from secateur.graph import Program, coupled_groups
-from secateur.graph.program import JSON
 from secateur.passes import Pipeline, PlannedEdit, Score
 from secateur.passes.importance import Magnitude
 
@@ -257,7 +257,7 @@ def document_digests(documents: Iterable[str]) -> list[str]:
     return sorted({_digest(text) for text in documents})
 
 
-def warn_same_text(figures: JSON, documents: Sequence[str]) -> Advice | None:
+def warn_same_text(figures: Mapping[str, Any], documents: Sequence[str]) -> Advice | None:
     """The warning that a model is evaluated on documents it was calibrated on.
 
     Args:
