@@ -7,18 +7,17 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.graph import Program
 from secateur.graph.errors import ArtifactError
+from secateur.graph.program import JSON
 from secateur.passes import Pipeline, Sample
 from secateur.passes.storage.journal import hash_tensor
 from secateur.runtime.save.artifact import collect_versions
 
-JSON = dict[str, Any]
 FOLDERS = ("graph", "passes", "kernels", "runtime")
 
 
@@ -33,11 +32,21 @@ def run_fingerprint(
     that passes read, seed, versions, and the machine as far as it moves bits.
 
     Args:
+        program: as it was captured.
         source: the program's ``digests``.
+        pipeline: the passes.
+        data: calibration sequences, None where there are none.
+        seed: of everything random.
 
     Raises:
         ArtifactError: a file that a pass reads is not there.
     """
+    passes: JSON = {}
+    for place, step in enumerate(pipeline.passes, 1):
+        passes[f"{place} {step.name}"] = step.to_json()
+    calibration = None
+    if data is not None:
+        calibration = _data_fingerprint(data)
     return {
         "model": {
             "class": type(program.source.model).__name__,
@@ -45,11 +54,9 @@ def run_fingerprint(
             "weights": combine_hashes(f"{name} {value}" for name, value in source.items()),
             "graph": graph_digest(program),
         },
-        "passes": {
-            f"{place} {one.name}": one.to_json() for place, one in enumerate(pipeline.passes, 1)
-        },
+        "passes": passes,
         "stop after": pipeline.hooks.stop_after,
-        "calibration data": None if data is None else _data_fingerprint(data),
+        "calibration data": calibration,
         "files": {str(file): _hash_content(file) for file in pipeline.files},
         "seed": seed,
         "versions": collect_versions(),
@@ -61,7 +68,7 @@ def run_fingerprint(
     }
 
 
-def list_differences(then: Any, now: Any) -> list[str]:
+def list_differences(then: object, now: object) -> list[str]:
     """What differs between two fingerprints, one line each: where it stands, what it was, what it
     is."""
     return list(_compare_json(then, now, ""))
@@ -81,11 +88,10 @@ def graph_digest(program: Program) -> str:
 def code_digest() -> str:
     """SHA-256 of this package's sources, which between two releases say more than the version."""
     root = Path(__file__).parents[2]
-    sources = sorted(file for folder in FOLDERS for file in (root / folder).rglob("*.py"))
-    return combine_hashes(
-        f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}"
-        for file in sources
-    )
+    sources = list[Path]()
+    for folder in FOLDERS:
+        sources += (root / folder).rglob("*.py")
+    return combine_hashes(_content_line(file, root, file.read_bytes()) for file in sorted(sources))
 
 
 def combine_hashes(lines: Iterable[str]) -> str:
@@ -94,9 +100,10 @@ def combine_hashes(lines: Iterable[str]) -> str:
 
 
 def _data_fingerprint(data: Sequence[Sample]) -> JSON:
-    lines = [
-        f"{name} {_hash_value(value)}" for sample in data for name, value in _iterate_parts(sample)
-    ]
+    lines = list[str]()
+    for sample in data:
+        for name, value in _iterate_parts(sample):
+            lines.append(f"{name} {_hash_value(value)}")
     return {
         "sequences": len(data),
         "tokens": sum(sample.tokens for sample in data),
@@ -104,12 +111,12 @@ def _data_fingerprint(data: Sequence[Sample]) -> JSON:
     }
 
 
-def _iterate_parts(sample: Sample) -> Iterator[tuple[str, Any]]:
+def _iterate_parts(sample: Sample) -> Iterator[tuple[str, object]]:
     yield from sorted(sample.inputs.items())
     yield "labels of the sample", sample.labels
 
 
-def _hash_value(value: Any) -> str:
+def _hash_value(value: object) -> str:
     if isinstance(value, Tensor):
         return hash_tensor(value)
     return repr(value)
@@ -127,9 +134,12 @@ def _hash_content(path: Path) -> str:
         raise ArtifactError(
             f"{path} cannot be read: {error.strerror}; a pass of the pipeline names it"
         ) from error
-    return combine_hashes(
-        f"{file.relative_to(path)} {hashlib.sha256(content).hexdigest()}" for file, content in read
-    )
+    return combine_hashes(_content_line(file, path, content) for file, content in read)
+
+
+def _content_line(file: Path, folder: Path, content: bytes) -> str:
+    """The name of a file below a folder, and the SHA-256 of its content."""
+    return f"{file.relative_to(folder)} {hashlib.sha256(content).hexdigest()}"
 
 
 def _device_name(device: torch.device) -> str:
@@ -138,17 +148,19 @@ def _device_name(device: torch.device) -> str:
     return device.type
 
 
-def _compare_json(then: Any, now: Any, place: str) -> Iterator[str]:
+def _compare_json(then: object, now: object, place: str) -> Iterator[str]:
     """Two objects are compared key by key; anything else, as a whole."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
-        for key in [*then, *(key for key in now if key not in then)]:
-            inner = f"{place}, {key}" if place else str(key)
+        for key in dict.fromkeys([*then, *now]):
+            inner = str(key)
+            if place:
+                inner = f"{place}, {key}"
             yield from _compare_json(then.get(key, "nothing"), now.get(key, "nothing"), inner)
     elif then != now:
         yield f"{place}: {_show_value(then)} then, {_show_value(now)} now"
 
 
-def _show_value(value: Any) -> str:
+def _show_value(value: object) -> str:
     if isinstance(value, str):
         text = value
     elif isinstance(value, Mapping):
@@ -160,7 +172,7 @@ def _show_value(value: Any) -> str:
     return f"{text[:12]}..."
 
 
-def _show_entry(key: str, value: Any) -> str:
+def _show_entry(key: str, value: object) -> str:
     if isinstance(value, Mapping):
         return f"{key} ({_show_value(value)})"
     return f"{key}: {_show_value(value)}"

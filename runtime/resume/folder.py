@@ -17,10 +17,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from secateur.graph import Program, SecateurError
 from secateur.graph.errors import ArtifactError
+from secateur.graph.program import JSON
 from secateur.graph.reading import read_json_object
 from secateur.passes import Pipeline, Sample
 from secateur.passes.storage.journal import UNFINISHED, Journal
@@ -59,11 +59,19 @@ class Work:
         tell: Callable[[str], None] = log.info,
         run: str = "",
     ) -> None:
-        """source: ``digests`` of the captured source.
-        run: digest of what the run was begun with.
+        """Open what a run keeps.
+
+        Args:
+            folder: the work folder.
+            source: ``digests`` of the captured source.
+            tell: gets a line where the run goes on from something kept.
+            run: digest of what the run was begun with.
         """
-        self.path, self.run = folder, run
-        self._journal, self._source, self._tell = Journal(folder), source, tell
+        self.path = folder
+        self.run = run
+        self._journal = Journal(folder)
+        self._source = source
+        self._tell = tell
 
     def made(self, output: str | Path) -> bool:
         """Whether a result is of this very run, which was then killed before its work folder was
@@ -74,13 +82,21 @@ class Work:
             return False
 
     def restore(self, program: Program) -> tuple[int, Program]:
+        """Build the Program again that the last finished pass left.
+
+        Args:
+            program: as it was captured.
+
+        Returns:
+            The position of that pass and its Program; 0 and the captured one where there is none.
+        """
         for entry in reversed(self._journal.names()):
             position, _, name = entry.partition("-")
-            found = self._journal.read(entry)
+            state = self._journal.read(entry)
             try:
                 restored = None
-                if found:
-                    restored = rebuild_program(program, found)
+                if state:
+                    restored = rebuild_program(program, state)
             except SecateurError as error:
                 log.warning(
                     "what %s left cannot be built again (%s): it is done once more", name, error
@@ -95,15 +111,29 @@ class Work:
         return 0, program
 
     def pass_folder(self, position: int, name: str) -> Path:
-        made = self.path / _pass_label(position, name)
-        made.mkdir(exist_ok=True)
-        for left in made.glob(
-            f"{tempfile.gettempprefix()}*"
-        ):  # temporary folders of a run that was killed
-            _remove_path(left)
-        return made
+        """Make the folder in which a pass may keep what it has finished.
+
+        Args:
+            position: of the pass, from 1.
+            name: of the pass.
+
+        Returns:
+            The folder, without the temporary folders of a run that was killed.
+        """
+        folder = self.path / _pass_label(position, name)
+        folder.mkdir(exist_ok=True)
+        for leftover in folder.glob(f"{tempfile.gettempprefix()}*"):
+            _remove_path(leftover)
+        return folder
 
     def store(self, position: int, name: str, program: Program) -> None:
+        """Keep the Program that a pass left, and remove what was needed to make it.
+
+        Args:
+            position: of the pass, from 1.
+            name: of the pass.
+            program: what it left.
+        """
         state = state_of(program, self._source)
         self._journal.write(_pass_label(position, name), state.tensors, state.facts)
         self._drop_before(position)
@@ -113,11 +143,9 @@ class Work:
         Program it left."""
         for path in self.path.iterdir():
             number, dash, _ = path.name.partition("-")
-            if (
-                dash
-                and number.isdigit()
-                and (int(number) < position or (int(number) == position and path.is_dir()))
-            ):
+            if not dash or not number.isdigit():
+                continue
+            if int(number) < position or (int(number) == position and path.is_dir()):
                 _remove_path(path)
 
 
@@ -147,7 +175,11 @@ def hold_work_folder(
     is removed; after an exception it stays, if anything is kept in it.
 
     Args:
-        data, seed: what the passes will get.
+        output: the folder that the run makes.
+        program: as it was captured.
+        pipeline: the passes.
+        data: calibration sequences that the passes will get.
+        seed: that the passes will get.
         restart: forget what an earlier run kept.
         tell: gets a line where the run goes on from something kept, and where something is kept for
             a next one.
@@ -196,9 +228,7 @@ def _lock_folder(folder: Path) -> int:
         os.close(lock)  # the process before removed the folder between the two steps
 
 
-def _begin_run(
-    folder: Path, now: dict[str, Any], restart: bool, tell: Callable[[str], None]
-) -> None:
+def _begin_run(folder: Path, now: JSON, restart: bool, tell: Callable[[str], None]) -> None:
     """Write what the run is begun with, or compare it with what is there."""
     file = folder / FINGERPRINT
     now = json.loads(json.dumps({"begun with": now, "code": code_digest()}))
@@ -223,9 +253,7 @@ def _begin_run(
         flush_tree(folder, deep=False)
 
 
-def _compare_fingerprints(
-    folder: Path, then: dict[str, Any], now: dict[str, Any], tell: Callable[[str], None]
-) -> None:
+def _compare_fingerprints(folder: Path, then: JSON, now: JSON, tell: Callable[[str], None]) -> None:
     """Refuse to go on with something else than what the run was begun with; a change of our own
     code is told."""
     if changed := list_differences(then.get("begun with"), now["begun with"]):
@@ -239,8 +267,10 @@ def _compare_fingerprints(
 
 def _has_progress(folder: Path) -> bool:
     """Whether a work folder holds something that a next run can go on from."""
-    inside = [path for path in folder.rglob("*") if path.is_file() and path.name != FINGERPRINT]
-    return any(path.suffix != UNFINISHED for path in inside)
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != FINGERPRINT and path.suffix != UNFINISHED:
+            return True
+    return False
 
 
 def _clear_folder(folder: Path) -> None:
@@ -258,7 +288,7 @@ def _remove_if_empty(folder: Path, tell: Callable[[str], None]) -> None:
         folder.rmdir()
 
 
-def _digest(begun_with: Mapping[str, Any]) -> str:
+def _digest(begun_with: JSON) -> str:
     return hashlib.sha256(json.dumps(begun_with, sort_keys=True).encode()).hexdigest()
 
 
@@ -269,7 +299,7 @@ def _remove_path(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> JSON:
     try:
         return read_json_object(file, ResumeError)
     except ResumeError as error:
@@ -279,19 +309,14 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _refuse_changed(folder: Path, changed: list[str]) -> str:
+    lines = [f"{folder} keeps a run that was begun with something else:", *changed[:SHOWN]]
     if len(changed) > SHOWN:
-        more = [f"and {len(changed) - SHOWN} more"]
-    else:
-        more = []
-    return "\n  ".join(
-        [
-            f"{folder} keeps a run that was begun with something else:",
-            *changed[:SHOWN],
-            *more,
-            "Go on with what it was begun with, give another output folder, or forget it with "
-            "restart (--restart)",
-        ]
+        lines.append(f"and {len(changed) - SHOWN} more")
+    lines.append(
+        "Go on with what it was begun with, give another output folder, or forget it with "
+        "restart (--restart)"
     )
+    return "\n  ".join(lines)
 
 
 def _pass_label(position: int, name: str) -> str:

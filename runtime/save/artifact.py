@@ -24,9 +24,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from secateur.graph.errors import ArtifactError
+from secateur.graph.program import JSON
 from secateur.runtime.save.disk import (
     exchange_folders,
     explain_error,
@@ -74,8 +74,8 @@ class Draft:
     manifest."""
 
     folder: Path
-    history: list[dict[str, Any]] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
+    history: list[JSON] = field(default_factory=list)
+    figures: JSON = field(default_factory=dict)
 
 
 @contextmanager
@@ -170,11 +170,10 @@ def _check_replaceable(place: Path, overwrite: bool) -> None:
 
 
 def _few(names: list[str]) -> str:
+    listed = ", ".join(names[:SHOWN])
     if len(names) > SHOWN:
-        more = f" and {len(names) - SHOWN} more"
-    else:
-        more = ""
-    return ", ".join(names[:SHOWN]) + more
+        listed += f" and {len(names) - SHOWN} more"
+    return listed
 
 
 def _make_parent(target: Path) -> None:
@@ -195,9 +194,8 @@ def _finish_draft(draft: Draft, target: Path, *, overwrite: bool) -> None:
     _open_to_all(draft.folder)
     (draft.folder / MARK).unlink()
     flush_tree(draft.folder, deep=False)
-    if target.is_dir() and any(
-        target.iterdir()
-    ):  # asked again: it may have changed while this one was made
+    if target.is_dir() and any(target.iterdir()):
+        # asked again: it may have changed while this one was made
         _check_replaceable(target, overwrite)
         exchange_folders(draft.folder, target)
     else:
@@ -217,11 +215,11 @@ def _appear(folder: Path, target: Path) -> None:
         ) from error
 
 
-def _manifest_json(draft: Draft) -> dict[str, Any]:
-    listed = [(name, file) for name, file in files_below(draft.folder) if name != MARK]
-    files = {
-        name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for name, file in listed
-    }
+def _manifest_json(draft: Draft) -> JSON:
+    files: JSON = {}
+    for name, file in files_below(draft.folder):
+        if name != MARK:
+            files[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -262,4 +260,7 @@ def _open_to_all(folder: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        permissions = 0o666
+        if path.is_dir():
+            permissions = 0o777
+        path.chmod(permissions & ~mask)

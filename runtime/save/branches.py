@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from secateur.graph.errors import ArtifactError
-from secateur.graph.program import Program
+from secateur.graph.program import JSON, Program
 from secateur.graph.reading import reading
 from secateur.kernels.sparse24 import PackedLinear, StackedPart
 from secateur.passes.sparsity.boost import branch_parameters, remove_branches
@@ -32,12 +32,18 @@ from secateur.runtime.open.finite import check_finite
 from secateur.runtime.open.source import open_model
 from secateur.runtime.packed.store import load_lowered, runs_packed
 
-BASE, CONFIG, WEIGHTS = "base", "adapter_config.json", "adapter_model.safetensors"
+if TYPE_CHECKING:
+    from secateur.runtime.save.stock_checkpoint import SaveReport
+
+BASE = "base"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
 class BranchedLinear(nn.Linear):
     """y = x W^T + b + (x A^T) B^T.
+
     boost_in: A [R, K].
     boost_out: B [N, R].
     """
@@ -46,13 +52,21 @@ class BranchedLinear(nn.Linear):
     boost_out: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight, self.bias) + F.linear(
-            F.linear(input, self.boost_in), self.boost_out
-        )
+        """Compute the layer with its branch.
+
+        Args:
+            input: [..., K].
+
+        Returns:
+            [..., N].
+        """
+        branch = F.linear(F.linear(input, self.boost_in), self.boost_out)
+        return F.linear(input, self.weight, self.bias) + branch
 
 
 class BranchedPacked(nn.Module):
     """The same beside a packed weight.
+
     packed: gives x W^T + b.
     boost_in: A [R, K].
     boost_out: B [N, R].
@@ -62,11 +76,21 @@ class BranchedPacked(nn.Module):
         self, packed: PackedLinear | StackedPart, a: nn.Parameter, b: nn.Parameter
     ) -> None:
         super().__init__()
-        self.packed, self.boost_in, self.boost_out = packed, a, b
+        self.packed = packed
+        self.boost_in = a
+        self.boost_out = b
 
     def forward(self, input: Tensor) -> Tensor:
-        found: Tensor = self.packed(input)
-        return found + F.linear(F.linear(input, self.boost_in), self.boost_out)
+        """Compute the packed layer with its branch.
+
+        Args:
+            input: [..., K].
+
+        Returns:
+            [..., N].
+        """
+        output: Tensor = self.packed(input)
+        return output + F.linear(F.linear(input, self.boost_in), self.boost_out)
 
 
 def attach_branches(
@@ -75,44 +99,50 @@ def attach_branches(
     """Give linear modules of a model their branches, in place.
 
     Args:
-        branches: (A, B) by the module's path.
+        model: to be changed.
+        branches: (A [R, K], B [N, R]) by the module's path.
 
     Raises:
         ArtifactError: a path leads to no plain or packed linear module, or shapes do not fit.
     """
     for path, (a, b) in branches.items():
-        module: Any = model.get_submodule(path)
-        packed = isinstance(module, PackedLinear | StackedPart)
-        fits = packed or type(module) is nn.Linear
-        if (
-            not fits
-            or (b.shape[0], a.shape[1]) != (module.out_features, module.in_features)
-            or len(a) != b.shape[1]
-        ):
+        module = model.get_submodule(path)
+        if not _has_place(module, a, b):
             raise ArtifactError(
                 f"{path} has no place for a branch of {list(a.shape)} and {list(b.shape)}"
             )
-        if packed:
+        if isinstance(module, PackedLinear | StackedPart):
             owner, _, name = path.rpartition(".")
-            frozen = [nn.Parameter(one.detach(), requires_grad=False) for one in (a, b)]
-            setattr(model.get_submodule(owner), name, BranchedPacked(module, *frozen))
+            frozen_a = nn.Parameter(a.detach(), requires_grad=False)
+            frozen_b = nn.Parameter(b.detach(), requires_grad=False)
+            branched = BranchedPacked(module, frozen_a, frozen_b)
+            setattr(model.get_submodule(owner), name, branched)
         else:
             module.__class__ = BranchedLinear
-            module.boost_in, module.boost_out = a, b
+            module.boost_in = a
+            module.boost_out = b
+
+
+def _has_place(module: nn.Module, a: Tensor, b: Tensor) -> bool:
+    """Whether a module is a plain or packed linear one of the shapes of a branch."""
+    if not isinstance(module, PackedLinear | StackedPart) and type(module) is not nn.Linear:
+        return False
+    sizes = (module.out_features, module.in_features)
+    return (b.shape[0], a.shape[1]) == sizes and len(a) == b.shape[1]
 
 
 def branches_of(program: Program, model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """The branches of a program by the paths of modules in the model that holds its other
     Parameters."""
     parameters = dict(program.named_parameters())
-    held = {}
+    paths = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            held[id(module.weight)] = path
-    return {
-        held[id(parameters[name])]: (parameters[a], parameters[b])
-        for name, (a, b) in sorted(branch_parameters(program).items())
-    }
+            paths[id(module.weight)] = path
+    branches = {}
+    for name, (a, b) in sorted(branch_parameters(program).items()):
+        branches[paths[id(parameters[name])]] = (parameters[a], parameters[b])
+    return branches
 
 
 def is_branched(folder: Path) -> bool:
@@ -137,6 +167,7 @@ def load_branched(
     """The model of a folder with its branches, in eval mode.
 
     Args:
+        folder: written by ``save_branched``.
         packed: run on packed weights; None does if ``lower`` chose so.
         dtype: of a model on stock weights; "auto" keeps the stored one.
         weights: False builds it on the meta device.
@@ -157,10 +188,10 @@ def load_branched(
             path, kind = key.removeprefix(PREFIX).removesuffix(".weight").rsplit(".", 1)
             check_finite([(key, value)], folder / WEIGHTS, ArtifactError)
             stored.setdefault(path, {})[kind] = value.to(model.device, model.dtype)
-        attach_branches(
-            model,
-            {p: (nn.Parameter(v["lora_A"]), nn.Parameter(v["lora_B"])) for p, v in stored.items()},
-        )
+        branches = {}
+        for path, pair in stored.items():
+            branches[path] = (nn.Parameter(pair["lora_A"]), nn.Parameter(pair["lora_B"]))
+        attach_branches(model, branches)
     model.eval()
     return model
 
@@ -177,15 +208,15 @@ def open_with_branches(
 
 def write_branches(branches: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> None:
     """Branches as a PEFT adapter of the model in ``base``."""
-    tensors = {f"{PREFIX}{path}.lora_A.weight": a for path, (a, _) in branches.items()}
-    tensors |= {f"{PREFIX}{path}.lora_B.weight": b for path, (_, b) in branches.items()}
-    save_file(
-        {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
-        folder / WEIGHTS,
-    )
-    ranks = {path: len(a) for path, (a, _) in branches.items()}
+    tensors = {}
+    ranks = {}
+    for path, (a, b) in branches.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = a.detach().cpu().contiguous().clone()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = b.detach().cpu().contiguous().clone()
+        ranks[path] = len(a)
+    save_file(tensors, folder / WEIGHTS)
     most = max(ranks.values())
-    config: dict[str, Any] = {
+    config: JSON = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": f"./{BASE}",
@@ -202,29 +233,35 @@ def write_branches(branches: Mapping[str, tuple[Tensor, Tensor]], folder: Path) 
 
 
 def save_branched(
-    program: Program, path: Path, *, overwrite: bool, check: bool, packed: bool, figures: Any
-) -> Any:
+    program: Program,
+    path: Path,
+    *,
+    overwrite: bool,
+    check: bool,
+    packed: bool,
+    figures: Mapping[str, object] | None,
+) -> SaveReport:
     """``save`` for a program with branches; see the head of this file.  What was written is opened
     and compared."""
-    from secateur.runtime.save import stock_checkpoint as huggingface
+    from secateur.runtime.save import stock_checkpoint
     from secateur.runtime.save.artifact import read_manifest, write_artifact
-    from secateur.runtime.stock import to_transformers as raising
+    from secateur.runtime.stock import to_transformers as stock
 
     started = time.perf_counter()
     plain = remove_branches(program)
-    needed = program.num_bytes + 2 * huggingface.SPARE_BYTES
+    needed = program.num_bytes + 2 * stock_checkpoint.SPARE_BYTES
     with write_artifact(
         path, needed_bytes=needed, overwrite=overwrite, inputs=[program.source.folder]
     ) as draft:
-        report = huggingface.save(plain, draft.folder / BASE, check=check, packed=packed)
-        raised = raising.to_transformers_with_plan(plain)
+        report = stock_checkpoint.save(plain, draft.folder / BASE, check=check, packed=packed)
+        raised = stock.to_transformers_with_plan(plain)
         write_branches(branches_of(program, raised.model), draft.folder)
         gap = gap_to(program, load_branched(draft.folder))
-        if not gap <= raising.accepted_difference(program):
+        if not gap <= stock.accepted_difference(program):
             raise ArtifactError(
                 f"the saved model with its branches is not the program: outputs differ by {gap:g}"
             )
-        draft.history = raising.as_history(program)
+        draft.history = stock.as_history(program)
         draft.figures = {
             "num_parameters": program.num_parameters,
             "difference": gap,
@@ -251,6 +288,5 @@ def gap_to(program: Program, model: nn.Module) -> float:
     )
 
     inputs = probe_inputs(program)
-    return largest_difference(
-        comparable_outputs(program(**inputs)), comparable_outputs(model(**inputs))
-    )
+    expected = comparable_outputs(program(**inputs))
+    return largest_difference(expected, comparable_outputs(model(**inputs)))

@@ -54,10 +54,9 @@ def write_synced(file: Path, text: str) -> None:
 
 def flush_tree(folder: Path, *, deep: bool = True) -> None:
     """Wait until a folder's entries, and with `deep` all files below it, are on the disk."""
+    inside = list[Path]()
     if deep:
         inside = sorted(folder.rglob("*"), reverse=True)
-    else:
-        inside = []
     for path in [*inside, folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -104,7 +103,7 @@ def exchange_folders(new: Path, old: Path) -> None:
 def _error_number(error: BaseException) -> int:
     if isinstance(error, OSError):
         return error.errno or 0
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    if found:
-        return int(found.group(1))
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number:
+        return int(number.group(1))
     return 0

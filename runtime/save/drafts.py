@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -51,10 +52,11 @@ def remove_leftovers(target: Path) -> list[Path]:
     locked and stays."""
     removed = []
     name = re.compile(re.escape(f".{target.name}{DRAFT}") + rf"[a-z0-9_]{{8}}({re.escape(ASIDE)})?")
-    for draft in sorted(path for path in target.parent.iterdir() if name.fullmatch(path.name)):
-        if (
-            draft.suffix == ASIDE and not target.exists()
-        ):  # killed between the two renames of an exchange
+    for draft in sorted(target.parent.iterdir()):
+        if not name.fullmatch(draft.name):
+            continue
+        if draft.suffix == ASIDE and not target.exists():
+            # killed between the two renames of an exchange
             draft.rename(target)
             continue
         lock = try_lock(draft)
@@ -80,7 +82,7 @@ def clear(folder: Path, target: Path) -> bool:
         return not folder.exists()
     if (folder / MANIFEST).is_file():
         _remove_listed(folder)
-    if all(path.is_dir() and not path.is_symlink() for path in folder.rglob("*")):
+    if _are_folders(folder.rglob("*")):
         shutil.rmtree(folder, ignore_errors=True)
     elif (folder / MANIFEST).is_file():
         _set_aside(folder, target)
@@ -95,17 +97,19 @@ def _remove_listed(folder: Path) -> None:
             if not file.is_symlink() and file.is_file() and file.stat().st_size == record.bytes:
                 file.unlink(missing_ok=True)
         others = [path for path in folder.rglob("*") if path != folder / MANIFEST]
-        if all(path.is_dir() and not path.is_symlink() for path in others):
+        if _are_folders(others):
             (folder / MANIFEST).unlink(missing_ok=True)
 
 
+def _are_folders(paths: Iterable[Path]) -> bool:
+    return all(path.is_dir() and not path.is_symlink() for path in paths)
+
+
 def _set_aside(folder: Path, target: Path) -> None:
-    aside = next(
-        place
-        for place in (
-            target.with_name(f"{target.name}{LEFT}-{number}") for number in range(1, 1 << 20)
-        )
-        if not place.exists()
-    )
+    number = 1
+    aside = target.with_name(f"{target.name}{LEFT}-{number}")
+    while aside.exists():
+        number += 1
+        aside = target.with_name(f"{target.name}{LEFT}-{number}")
     folder.rename(aside)
     log.warning("files that no result brought are kept in %s", aside)

@@ -7,9 +7,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from secateur.graph.errors import ArtifactError, SecateurError
+from secateur.graph.program import JSON
 from secateur.graph.reading import parse_json, reason_of, shown
 
 MANIFEST = "secateur.json"
@@ -49,8 +49,8 @@ class Manifest:
     versions."""
 
     files: Mapping[str, FileRecord]
-    history: tuple[Mapping[str, Any], ...] = ()
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[JSON, ...] = ()
+    figures: JSON = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -76,12 +76,12 @@ def read_manifest(path: str | Path) -> Manifest:
                 "open it with the version of secateur that wrote it"
             )
         files = {}
-        for name, r in data["files"].items():
-            files[_safe_name(file, name)] = FileRecord(r["bytes"], r["sha256"])
-        read = Manifest(files, tuple(data["history"]), data["figures"], data["versions"])
-        if fault := _wrong_type(read):
+        for name, record in data["files"].items():
+            files[_safe_name(file, name)] = FileRecord(record["bytes"], record["sha256"])
+        manifest = Manifest(files, tuple(data["history"]), data["figures"], data["versions"])
+        if fault := _wrong_type(manifest):
             raise ArtifactError(f"{file} is damaged ({fault}): save the artifact again")
-        return read
+        return manifest
     except (FileNotFoundError, NotADirectoryError):
         raise ArtifactError(
             f"{path} has no {MANIFEST}: it is not a finished secateur artifact; save it again"
@@ -98,15 +98,16 @@ def verify_artifact(path: str | Path, *, hashes: bool = True) -> Manifest:
     """Compare every file with the manifest.
 
     Args:
+        path: the folder of the artifact.
         hashes: re-hash each file; False compares sizes only.
 
     Raises:
         ArtifactError: a file is missing, unlisted, of another size, or of another hash; names each.
     """
     manifest = read_manifest(path)
-    if found := artifact_faults(path, manifest, hashes=hashes):
+    if faults := artifact_faults(path, manifest, hashes=hashes):
         raise ArtifactError(
-            f"{path} is not what its manifest says: {'; '.join(found[:5])}. Save or copy it again"
+            f"{path} is not what its manifest says: {'; '.join(faults[:5])}. Save or copy it again"
         )
     return manifest
 
@@ -122,17 +123,21 @@ def artifact_faults(
     another hash.
 
     Args:
+        path: the folder.
+        manifest: what it should hold.
         hashes: re-hash each file.
         known: SHA-256 (hex) of files that were hashed already, by relative name.
     """
     folder = Path(path)
-    seen = known or {}
-    faults = [
-        _fault(folder, name, record, hashes, seen.get(name))
-        for name, record in manifest.files.items()
-    ]
-    faults += [f"{name} is not in the manifest" for name in _unlisted(folder, manifest)]
-    return [fault for fault in faults if fault]
+    digests = known or {}
+    faults = list[str]()
+    for name, record in manifest.files.items():
+        if fault := _fault(folder, name, record, hashes, digests.get(name)):
+            faults.append(fault)
+    for name, file in files_below(folder):
+        if file.suffix in SUFFIXES_THAT_LOAD and name not in manifest.files:
+            faults.append(f"{name} is not in the manifest")
+    return faults
 
 
 def foreign_files(path: str | Path, manifest: Manifest) -> list[str]:
@@ -150,15 +155,11 @@ def foreign_files(path: str | Path, manifest: Manifest) -> list[str]:
 
 def files_below(folder: Path) -> list[tuple[str, Path]]:
     """Every file below a folder but the manifest, with its relative name."""
-    found = sorted(file for file in folder.rglob("*") if file.is_file() or file.is_symlink())
-    return [
-        (file.relative_to(folder).as_posix(), file) for file in found if file != folder / MANIFEST
-    ]
-
-
-def _unlisted(folder: Path, manifest: Manifest) -> list[str]:
-    names = [name for name, file in files_below(folder) if file.suffix in SUFFIXES_THAT_LOAD]
-    return [name for name in names if name not in manifest.files]
+    files = list[tuple[str, Path]]()
+    for file in sorted(folder.rglob("*")):
+        if (file.is_file() or file.is_symlink()) and file != folder / MANIFEST:
+            files.append((file.relative_to(folder).as_posix(), file))
+    return files
 
 
 def _fault(folder: Path, name: str, record: FileRecord, hashes: bool, known: str | None) -> str:
@@ -173,6 +174,7 @@ def _fault(folder: Path, name: str, record: FileRecord, hashes: bool, known: str
 
 
 def sha256_of(file: Path) -> str:
+    """SHA-256 of the content of a file, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -187,19 +189,20 @@ def _safe_name(manifest: Path, name: str) -> str:
     return name
 
 
-def _wrong_type(read: Manifest) -> str:
+def _wrong_type(manifest: Manifest) -> str:
     """What of a manifest is of another type than it should be, "" if nothing."""
-    for name, record in read.files.items():
+    for name, record in manifest.files.items():
         if type(record.bytes) is not int or not isinstance(record.sha256, str):
             return f"size or hash of {shown(name)}"
-    for step in read.history:
+    for step in manifest.history:
         figures = None
         if isinstance(step, dict):
             figures = step.get("figures", {})
         if not isinstance(figures, dict) or not isinstance(step.get("name"), str):
             return "history"
-    if not isinstance(read.figures, dict):
+    own_figures: object = manifest.figures
+    if not isinstance(own_figures, dict):
         return "figures"
-    if isinstance(read.versions, dict):
+    if isinstance(manifest.versions, dict):
         return ""
     return "versions"

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 
 from secateur.graph.errors import ArtifactError
-from secateur.graph.program import Program
+from secateur.graph.program import JSON, Program
 from secateur.graph.sparse import SparseWeights
 from secateur.passes.sparsity.boost import branch_parameters
 from secateur.runtime.open.checkpoint import INDEX, SINGLE, read_checkpoint
@@ -73,11 +73,11 @@ class SaveReport:
     path: Path
     num_bytes: int
     num_parameters: int
-    changes: Mapping[str, tuple[Any, Any]]
+    changes: Mapping[str, tuple[object, object]]
     difference: float
-    reload: Mapping[str, Any] = field(default_factory=dict)
-    packed: Mapping[str, Any] = field(default_factory=dict)
-    unseen: Mapping[str, Any] = field(default_factory=dict)
+    reload: JSON = field(default_factory=dict)
+    packed: JSON = field(default_factory=dict)
+    unseen: JSON = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -88,7 +88,7 @@ def save(
     overwrite: bool = False,
     check: bool = True,
     packed: bool = True,
-    figures: Mapping[str, Any] | None = None,
+    figures: Mapping[str, object] | None = None,
 ) -> SaveReport:
     """Save as a stock checkpoint: configuration, safetensors, tokenizer and generation files, and
     the manifest.
@@ -103,6 +103,8 @@ def save(
     runtime/save/branches.py for what is written.
 
     Args:
+        program: with weights.
+        path: the folder to make.
         overwrite: replace an earlier result; what no result brought is never removed, nor is the
             source written to.
         check: False skips the fresh process.
@@ -123,10 +125,9 @@ def save(
             "its weights"
         )
     if branch_parameters(program):
-        found: SaveReport = save_branched(
+        return save_branched(
             program, path, overwrite=overwrite, check=check, packed=packed, figures=figures
         )
-        return found
     raised = to_transformers_with_plan(program)
     assert raised.difference is not None
     calls, unseen = picture_calls(program, raised)
@@ -137,18 +138,18 @@ def save(
         beside = _write_beside(program, raised.model, draft.folder, source)
         if source is not None:
             write_carried(ignored, source, draft.folder)
+        proved: JSON = {}
         if check:
             proved = prove_reload(program, raised, draft.folder, calls)
-        else:
-            proved = {}
+        packed_figures: JSON = {}
         if packed:
-            side = write_packed(program, raised.model, draft.folder)
-        else:
-            side = {}
+            packed_figures = write_packed(program, raised.model, draft.folder)
         _check_stored(from_json(make_declaration(program, raised.model)), draft.folder)
         _describe_result(draft, program, raised, proved)
         draft.figures |= ignored_figures | beside
-        draft.figures |= ({UNSEEN: unseen} if unseen else {}) | dict(figures or {})
+        if unseen:
+            draft.figures[UNSEEN] = unseen
+        draft.figures |= figures or {}
     return SaveReport(
         path=path,
         num_bytes=read_manifest(path).num_bytes,
@@ -157,7 +158,7 @@ def save(
         difference=raised.difference,
         reload=proved,
         unseen=unseen,
-        packed=side,
+        packed=packed_figures,
         seconds=time.perf_counter() - started,
     )
 
@@ -169,6 +170,7 @@ def load(
     it was lowered.
 
     Args:
+        path: the folder.
         verify: re-hash every file; None does so below 4 GiB.  Sizes are always compared.
         packed: True runs on the packed weights beside the stock checkpoint, False does not; None
             does if ``lower`` chose so.
@@ -180,7 +182,10 @@ def load(
     """
     folder = Path(path).expanduser()
     manifest = read_manifest(folder)
-    verify_artifact(folder, hashes=manifest.num_bytes <= HASHED_BYTES if verify is None else verify)
+    hashes = verify
+    if hashes is None:
+        hashes = manifest.num_bytes <= HASHED_BYTES
+    verify_artifact(folder, hashes=hashes)
     if is_branched(folder):
         return load_branched(folder, packed=packed)
     if runs_packed(folder, packed):
@@ -191,7 +196,12 @@ def load(
 def save_weights(program: Program, path: str | Path, *, overwrite: bool = False) -> None:
     """Save any program's parameters and buffers as safetensors under their source names, with a
     table of shapes: for plain modules, which no stock class holds.  No code is stored; the module
-        is built by its own code.
+    is built by its own code.
+
+    Args:
+        program: with weights.
+        path: the folder to make.
+        overwrite: replace an earlier result.
 
     Raises:
         ArtifactError: cannot be written, or the program has no weights.
@@ -201,10 +211,9 @@ def save_weights(program: Program, path: str | Path, *, overwrite: bool = False)
             "the program is on the meta device and has no weights: capture the model with "
             "its weights"
         )
-    state = {
-        n: t.detach().contiguous()
-        for n, t in (*program.named_parameters(), *program.gm.named_buffers())
-    }
+    state = {}
+    for name, tensor in (*program.named_parameters(), *program.gm.named_buffers()):
+        state[name] = tensor.detach().contiguous()
     needed = program.num_bytes + SPARE_BYTES
     with write_artifact(
         path, needed_bytes=needed, overwrite=overwrite, inputs=[program.source.folder]
@@ -220,15 +229,18 @@ def save_weights(program: Program, path: str | Path, *, overwrite: bool = False)
 
 def prove_reload(
     program: Program, raised: TransformersModel, folder: Path, calls: tuple[proof.Call, ...] = ()
-) -> dict[str, Any]:
+) -> JSON:
     """Open a checkpoint folder in a fresh process with plain transformers, and compare it with the
     program.
 
     Args:
+        program: what was saved.
+        raised: its stock model.
+        folder: of the checkpoint.
         calls: more calls that must be answered as here.
 
     Returns:
-        figures of that process.
+        Figures of that process.
 
     Raises:
         ArtifactError: says what differs.
@@ -282,13 +294,13 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
 
 def _write_beside(
     program: Program, model: PreTrainedModel, folder: Path, source: Path | None
-) -> dict[str, Any]:
+) -> JSON:
     """Finish the configuration, and copy what lies beside the weights of the source.
 
     Returns:
         For the manifest: what differs from the source beside the weights.
     """
-    figures: dict[str, Any] = {}
+    figures: JSON = {}
     if differences := finish_configuration(folder, source, model).to_json():
         figures["configuration"] = differences
     if source is not None:
@@ -328,7 +340,7 @@ def _changed_dtypes(folder: Path, source: Path) -> dict[str, int]:
     return counts
 
 
-def _describe_beside(figures: Mapping[str, Any]) -> list[str]:
+def _describe_beside(figures: JSON) -> list[str]:
     """Say in sentences what differs from the source beside the weights."""
     lines: list[str] = []
     configuration = figures.get("configuration", {})
@@ -345,7 +357,7 @@ def _describe_beside(figures: Mapping[str, Any]) -> list[str]:
 
 def _settle_ignored(
     program: Program, model: PreTrainedModel, source: Path | None
-) -> tuple[IgnoredTensors, dict[str, Any]]:
+) -> tuple[IgnoredTensors, JSON]:
     """Decide on the tensors that the class ignores, and withdraw from the configuration what
     announces those that are left out.
 
@@ -371,8 +383,10 @@ def _settle_ignored(
 def _source_folder(program: Program) -> Path | None:
     """Where tokenizer files are: the folder of the capture, or the one that the model says it was
     read from."""
-    named = getattr(program.source.model, "name_or_path", None) or None
-    folder = program.source.folder or (Path(named) if isinstance(named, str) else None)
+    folder = program.source.folder
+    name_or_path = getattr(program.source.model, "name_or_path", None)
+    if not folder and name_or_path and isinstance(name_or_path, str):
+        folder = Path(name_or_path)
     if folder is not None and folder.is_dir():
         return folder
     return None
@@ -387,7 +401,7 @@ def _is_valid(generation: GenerationConfig) -> bool:
 
 
 def _describe_result(
-    draft: Draft, program: Program, raised: TransformersModel, figures: Mapping[str, Any]
+    draft: Draft, program: Program, raised: TransformersModel, figures: JSON
 ) -> None:
     draft.history = as_history(program)
     draft.figures = {
@@ -400,6 +414,6 @@ def _describe_result(
         draft.figures[FIGURE] = make_declaration(program, raised.model)
 
 
-def as_json(report: SaveReport) -> dict[str, Any]:
+def as_json(report: SaveReport) -> JSON:
     """A report as JSON."""
     return asdict(report) | {"path": str(report.path)}

@@ -26,15 +26,15 @@ def resolve_target(path: str | Path) -> Path:
     Raises:
         ArtifactError: a file is there, or a link that leads nowhere.
     """
-    given = Path(path).expanduser().absolute()
+    absolute = Path(path).expanduser().absolute()
     try:
-        place = given.resolve()
+        place = absolute.resolve()
         if place.is_file():
-            raise ArtifactError(f"{given} is a file: give the name of a folder to be made")
-        if given.is_symlink() and not place.is_dir():
-            raise ArtifactError(f"{given} is a link that leads nowhere: give the folder itself")
+            raise ArtifactError(f"{absolute} is a file: give the name of a folder to be made")
+        if absolute.is_symlink() and not place.is_dir():
+            raise ArtifactError(f"{absolute} is a link that leads nowhere: give the folder itself")
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise ArtifactError(f"{given} cannot be reached: {error}") from error
+        raise ArtifactError(f"{absolute} cannot be reached: {error}") from error
     return place
 
 
@@ -65,13 +65,13 @@ def refuse_inputs(place: Path, inputs: Iterable[str | Path | None]) -> None:
 
 def inputs_of(pipeline: Pipeline) -> list[str]:
     """The paths that the passes of a pipeline read: teachers, training texts."""
-    found = []
-    for one in pipeline.passes:
-        for option in dataclasses.fields(one):
-            value = getattr(one, option.name)
+    paths = []
+    for step in pipeline.passes:
+        for option in dataclasses.fields(step):
+            value = getattr(step, option.name)
             if isinstance(value, str) and (option.name in READ_OPTIONS or os.sep in value):
-                found.append(value)
-    return found
+                paths.append(value)
+    return paths
 
 
 def check_files(
@@ -142,14 +142,12 @@ def _is_there(file: Path) -> str:
 
 def _real_files(source: Path) -> list[Path]:
     """A folder or file itself, and where the links inside a folder lead."""
+    places = [source.resolve()]
     if source.is_dir():
-        links = []
         for path in source.iterdir():
             if path.is_symlink():
-                links.append(path)
-    else:
-        links = []
-    return [source.resolve(), *(link.resolve() for link in links)]
+                places.append(path.resolve())
+    return places
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

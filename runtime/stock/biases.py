@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -40,10 +39,8 @@ def with_biases(model: PreTrainedModel) -> PreTrainedModel:
     before = blueprint.parameter_shapes({}) or {}
     settings: dict[Field, int] = {}
     for field in find_switches(model.config, blueprint.data):
-        if adds_biases(
-            blueprint.parameter_shapes(settings) or before,
-            blueprint.parameter_shapes({**settings, field: True}),
-        ):
+        shapes = blueprint.parameter_shapes(settings) or before
+        if adds_biases(shapes, blueprint.parameter_shapes({**settings, field: True})):
             settings[field] = True
     if not settings:
         name = type(model).__name__
@@ -51,17 +48,22 @@ def with_biases(model: PreTrainedModel) -> PreTrainedModel:
             f"no switch in the configuration of {name} adds biases: use repair, which needs none"
         )
     log.info("biases: %s", ", ".join(f"{dotted_name(field)} = true" for field in settings))
-    larger = _with_parameters_of(
-        model, build_with_buffers(type(model), blueprint.make_config(settings))
-    )
+    empty = build_with_buffers(type(model), blueprint.make_config(settings))
+    larger = _with_parameters_of(model, empty)
     _check_larger(model, larger)
     return larger
 
 
 def find_switches(
-    config: PretrainedConfig, data: Mapping[str, Any], prefix: Field = ()
+    config: PretrainedConfig, data: Mapping[str, object], prefix: Field = ()
 ) -> Iterator[Field]:
-    """Fields that are false, of a configuration and of those nested in it."""
+    """Fields that are false, of a configuration and of those nested in it.
+
+    Args:
+        config: of the stock class.
+        data: its values.
+        prefix: of the fields, where it is nested in another.
+    """
     for key, value in data.items():
         nested = None
         if key in (config.sub_configs or {}):
@@ -73,13 +75,19 @@ def find_switches(
 
 
 def adds_biases(before: Shapes, after: Shapes | None) -> bool:
-    """Whether all that differs is new parameters of one dim named ``bias``."""
+    """Whether all that differs is new parameters of one dim named ``bias``.
+
+    Args:
+        before: shapes by parameter name.
+        after: the same with a switch on; None where the class refuses it.
+    """
     if after is None or any(after.get(name) != shape for name, shape in before.items()):
         return False
-    new = {name: shape for name, shape in after.items() if name not in before}
-    return bool(new) and all(
-        name.rpartition(".")[2] == "bias" and len(shape) == 1 for name, shape in new.items()
-    )
+    new_names = after.keys() - before.keys()
+    for name in new_names:
+        if name.rpartition(".")[2] != "bias" or len(after[name]) != 1:
+            return False
+    return bool(new_names)
 
 
 def _with_parameters_of(model: PreTrainedModel, larger: PreTrainedModel) -> PreTrainedModel:
@@ -88,16 +96,15 @@ def _with_parameters_of(model: PreTrainedModel, larger: PreTrainedModel) -> PreT
     owned = dict(model.named_parameters(remove_duplicate=False))
     first = first_names(larger)
     like = next(iter(owned.values()))
-    made: dict[str, nn.Parameter] = {}
+    biases: dict[str, nn.Parameter] = {}
     for name, empty in list(larger.named_parameters(remove_duplicate=False)):
-        zeros = owned.get(name)
-        if zeros is None and first[name] not in made:
-            made[first[name]] = nn.Parameter(
-                torch.zeros(empty.shape, dtype=like.dtype, device=like.device)
-            )
-        _put_parameter(
-            larger, name, "_parameters", zeros if zeros is not None else made[first[name]]
-        )
+        parameter = owned.get(name)
+        if parameter is None and first[name] not in biases:
+            zeros = torch.zeros(empty.shape, dtype=like.dtype, device=like.device)
+            biases[first[name]] = nn.Parameter(zeros)
+        if parameter is None:
+            parameter = biases[first[name]]
+        _put_parameter(larger, name, "_parameters", parameter)
     for name, buffer in model.named_buffers():
         _put_parameter(larger, name, "_buffers", buffer)
     larger.name_or_path = model.name_or_path
@@ -118,9 +125,8 @@ def _check_larger(model: PreTrainedModel, larger: PreTrainedModel) -> None:
         log.warning("on the meta device: that biases of zero change nothing was not checked")
         return
     inputs = {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
-    gap = largest_difference(
-        comparable_outputs(model(**inputs)), comparable_outputs(larger(**inputs))
-    )
+    expected = comparable_outputs(model(**inputs))
+    gap = largest_difference(expected, comparable_outputs(larger(**inputs)))
     if not gap <= TOLERANCE.get(model.dtype, 1e-4):
         raise UnsupportedConfigError(
             f"{type(model).__name__} with biases of zero computes something else: outputs "

@@ -10,13 +10,14 @@ given to some fields."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from secateur.graph.program import JSON
 from secateur.runtime.open.classes import (
     BUILD_FAILURES,
     build_on_meta,
@@ -62,9 +63,8 @@ class FieldLine:
         high = self.sizes[1].get(slot)
         if low is None or high is None or low == high:
             return None
-        value = self.values[0] + Fraction(
-            (want - low) * (self.values[1] - self.values[0]), high - low
-        )
+        step = self.values[1] - self.values[0]
+        value = self.values[0] + Fraction((want - low) * step, high - low)
         if value.denominator == 1 and value > 0:
             return int(value)
         return None
@@ -85,25 +85,32 @@ class Blueprint:
     def __init__(self, cls: type[PreTrainedModel], config: PretrainedConfig) -> None:
         self.cls = cls
         self.source = config
-        self.data: dict[str, Any] = config_values(config)
-        self.fields = [
-            path for path, value in _iterate_numbers(config, self.data) if value is not None
-        ]
-        self.unset = [path for path, value in _iterate_numbers(config, self.data) if value is None]
-        self.unset += [path for path in _find_read_fields(cls, config) if path not in self.unset]
+        self.data: JSON = config_values(config)
+        self.fields: list[Field] = []
+        self.unset: list[Field] = []
+        for path, value in _iterate_numbers(config, self.data):
+            if value is None:
+                self.unset.append(path)
+            else:
+                self.fields.append(path)
+        for path in _find_read_fields(cls, config):
+            if path not in self.unset:
+                self.unset.append(path)
         self._words: dict[Key, str] = {}
         self._sizes: dict[Key, Sizes | None] = {}
 
     def source_value(self, field: Field) -> int | None:
         """The value that a field has in the source configuration, or None."""
-        found: Any = self.data
+        value: Any = self.data
         for part in field:
-            if isinstance(found, dict):
-                found = found.get(part)
+            if isinstance(value, dict):
+                value = value.get(part)
+            elif part == EVERY:
+                value = value[0]
             else:
-                found = found[0 if part == EVERY else part]
-        if isinstance(found, int):
-            return found
+                value = value[part]
+        if isinstance(value, int):
+            return value
         return None
 
     def make_config(self, settings: Settings) -> PretrainedConfig:
@@ -157,12 +164,13 @@ class Blueprint:
     def field_line(self, settings: Settings, field: Field) -> FieldLine | None:
         """How a field moves the sizes around these settings; None if it moves none or the class
         accepts no change."""
-        now = settings.get(field, self.source_value(field))
-        pairs = (
-            [(now, other) for other in _other_values(now)] if isinstance(now, int) else UNSET_PROBES
-        )
+        value = settings.get(field, self.source_value(field))
+        pairs: Iterable[tuple[int, int]] = UNSET_PROBES
+        if isinstance(value, int):
+            pairs = [(value, other) for other in _other_values(value)]
         for low, high in pairs:
-            below, above = (self.slot_sizes({**settings, field: value}) for value in (low, high))
+            below = self.slot_sizes({**settings, field: low})
+            above = self.slot_sizes({**settings, field: high})
             if below is not None and above is not None:
                 if below != above:
                     return FieldLine(field, (low, high), (below, above))
@@ -172,11 +180,11 @@ class Blueprint:
 
 def sizes_by_slot(shapes: Shapes) -> Sizes:
     """Sizes by slot, with the number of parameters as one more."""
-    found = {}
+    sizes = {}
     for name, shape in shapes.items():
         for dim, size in enumerate(shape):
-            found[(name, dim)] = size
-    return {**found, COUNT: len(shapes)}
+            sizes[(name, dim)] = size
+    return {**sizes, COUNT: len(shapes)}
 
 
 def _settings_key(settings: Settings) -> Key:
@@ -188,14 +196,13 @@ def dotted_name(field: Field) -> str:
     return ".".join(str(part) for part in field if part != EVERY)
 
 
-def _other_values(now: int) -> list[int]:
-    return [
-        value for value in dict.fromkeys((2 * now, now + 1, now // 2)) if value > 0 and value != now
-    ]
+def _other_values(value: int) -> list[int]:
+    others = dict.fromkeys((2 * value, value + 1, value // 2))
+    return [other for other in others if other > 0 and other != value]
 
 
 def _iterate_numbers(
-    config: PretrainedConfig, data: Mapping[str, Any], prefix: Field = ()
+    config: PretrainedConfig, data: JSON, prefix: Field = ()
 ) -> Iterator[tuple[Field, int | None]]:
     """Integers, unset values and lists of integers of a configuration and of those nested in it."""
     for key, value in data.items():
@@ -205,15 +212,16 @@ def _iterate_numbers(
         if isinstance(nested, PretrainedConfig) and isinstance(value, dict):
             yield from _iterate_numbers(nested, value, (*prefix, key))
         elif isinstance(value, list):
-            yield from (
-                ((*prefix, key, index), value[0 if index == EVERY else index])
-                for index in _integer_items(value)
-            )
+            for index in _integer_items(value):
+                if index == EVERY:
+                    yield (*prefix, key, index), value[0]
+                else:
+                    yield (*prefix, key, index), value[index]
         elif value is None or type(value) is int:
             yield (*prefix, key), value
 
 
-def _integer_items(values: list[Any]) -> list[int]:
+def _integer_items(values: list[object]) -> list[int]:
     if not values or len(values) > LONGEST_LIST or any(type(value) is not int for value in values):
         return []
     if len(set(values)) == 1:
@@ -239,7 +247,7 @@ def _spy_on_reads(config: PretrainedConfig, prefix: Field, asked: list[Field]) -
         if isinstance(nested := getattr(config, key, None), PretrainedConfig):
             _spy_on_reads(nested, (*prefix, key), asked)
 
-    def record_missing(self: PretrainedConfig, name: str) -> Any:
+    def record_missing(self: PretrainedConfig, name: str) -> NoReturn:
         asked.append((*prefix, name))
         raise AttributeError(name)
 
@@ -247,7 +255,7 @@ def _spy_on_reads(config: PretrainedConfig, prefix: Field, asked: list[Field]) -
     object.__setattr__(config, "__class__", spy)
 
 
-def _put_field(data: dict[str, Any], field: Field, value: Value) -> None:
+def _put_field(data: JSON, field: Field, value: Value) -> None:
     *parents, last = field
     owner: Any = data
     for part in parents[:-1] if last == EVERY else parents:
@@ -260,7 +268,7 @@ def _put_field(data: dict[str, Any], field: Field, value: Value) -> None:
         owner[last] = value
 
 
-def _keep_layers(data: dict[str, Any], depth_field: str, kept: tuple[int, ...]) -> None:
+def _keep_layers(data: JSON, depth_field: str, kept: tuple[int, ...]) -> None:
     """Set a depth.  Lists that have one entry a layer keep those of the layers that stay; lists of
     layer numbers keep those numbers, counted anew."""
     depth = data[depth_field]
@@ -272,7 +280,8 @@ def _keep_layers(data: dict[str, Any], depth_field: str, kept: tuple[int, ...]) 
     data[depth_field] = len(kept)
 
 
-def _are_numbers_below(depth: int, values: list[Any]) -> bool:
-    return all(type(value) is int and 0 <= value < depth for value in values) and values == sorted(
-        set(values)
-    )
+def _are_numbers_below(depth: int, values: list[int]) -> bool:
+    for value in values:
+        if type(value) is not int or not 0 <= value < depth:
+            return False
+    return values == sorted(set(values))

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import combinations, product
-from typing import Any
+from itertools import chain, combinations, product
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,6 +21,7 @@ from secateur.runtime.stock.blueprint import (
     Blueprint,
     Field,
     FieldLine,
+    Key,
     Settings,
     Shapes,
     Sizes,
@@ -66,7 +66,7 @@ class ConfigPlan:
 
     cls: type[PreTrainedModel]
     config: PretrainedConfig
-    changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    changes: Mapping[str, tuple[object, object]] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, str] = field(default_factory=dict)
@@ -81,6 +81,7 @@ def plan_config(program: Program, shapes: Mapping[str, Sequence[int]] | None = N
     outputs.
 
     Args:
+        program: with a stock class.
         shapes: parameter name -> target shape; None takes the program's own.
 
     Raises:
@@ -103,22 +104,18 @@ def iterate_plans(
         )
     check_unseen(program)
     first = first_names(source.model)
-    wanted = {
-        first.get(name, name): tuple(shape)
-        for name, shape in (shapes or _program_shapes(program)).items()
-    }
-    search = ConfigSearch(
-        Blueprint(type(source.model), source.config),
-        wanted,
-        [n for n, _ in source.model.named_buffers()],
-    )
+    wanted = {}
+    for name, shape in (shapes or _program_shapes(program)).items():
+        wanted[first.get(name, name)] = tuple(shape)
+    blueprint = Blueprint(type(source.model), source.config)
+    search = ConfigSearch(blueprint, wanted, [name for name, _ in source.model.named_buffers()])
     if lost := search.find_lost(first.get(name, name) for name in _removed_parameters(program)):
         raise UnsupportedConfigError(sub_block_misfit(type(source.model).__name__, lost))
     doubtful: list[ConfigPlan] = []
-    found = False
+    has_solution = False
     wrong = dict[str, str]()
     for settings in search.iterate_solutions():
-        found = True
+        has_solution = True
         if wrong := search.find_broken_settings(settings):
             continue
         plan = search.make_plan(settings)
@@ -130,7 +127,7 @@ def iterate_plans(
             yield from doubtful
             doubtful.clear()
     yield from doubtful
-    if not found:
+    if not has_solution:
         raise UnsupportedConfigError(
             explain_incompatibility(search.blueprint, search.wanted, search.nearest, search.refused)
         )
@@ -153,31 +150,30 @@ class ConfigSearch:
         self.names = renumber_names([*shapes, *base, *buffers], self.order)
         self.wanted = {self.names[name]: shape for name, shape in shapes.items()}
         # Stacks of which the computation used nothing (another modality's) stay as they are.
-        self.apart = {n: shape for n, shape in base.items() if is_apart(n, shapes, self.order)}
-        start: dict[Field, Value] = dict(depth_settings(blueprint, shapes, base))
-        self.depths = {field: kept for field, kept in start.items() if isinstance(kept, tuple)}
-        start = self._with_thresholds(start)
+        self.apart: dict[str, tuple[int, ...]] = {}
+        for name, shape in base.items():
+            if is_apart(name, shapes, self.order):
+                self.apart[name] = shape
+        self.depths = depth_settings(blueprint, shapes, base)
+        start = self._with_thresholds(dict(self.depths))
         base = blueprint.parameter_shapes(start) or base
         # Parameters that the computation never used are not in the program; they keep their place.
-        self.target = sizes_by_slot(
-            {name: self.wanted.get(name, shape) for name, shape in base.items()}
-            | self.apart
-            | self.wanted
-        )
+        self.target = sizes_by_slot({**base, **self.apart, **self.wanted})
         self.passengers = base.keys() - self.wanted.keys()
         self.start: dict[Field, Value] = {**start, **self._explicit_values(start)}
-        lines = {
-            path: blueprint.field_line(self.start, path)
-            for path in self._all_fields()
-            if path not in start
-        }
-        self.lines = {path: line for path, line in lines.items() if line is not None}
+        self.lines: dict[Field, FieldLine] = {}
+        for path in self._all_fields():
+            if path in start:
+                continue
+            line = blueprint.field_line(self.start, path)
+            if line is not None:
+                self.lines[path] = line
         self.nearest: Settings = self.start
         before = self.blueprint.slot_sizes(self.start) or {}
         self.ratios = self._size_ratios(before, self.find_gaps(before))
         self.refused: dict[str, str] = {}
         self.constants = blueprint.derived_constants({})
-        self._seen: set[tuple[Any, ...]] = set()
+        self._tried: set[Key] = set()
 
     def iterate_solutions(self) -> Iterator[Settings]:
         """Proved settings, the most likely first, then those in which numbers that move no shape
@@ -185,18 +181,19 @@ class ConfigSearch:
         plain = []
         for settings in self._solve_gaps(self.start):
             settings = self._shorten_settings(settings)
-            if (key := tuple(sorted(settings.items(), key=str))) not in self._seen:
-                self._seen.add(key)
+            key = tuple(sorted(settings.items(), key=str))
+            if key not in self._tried:
+                self._tried.add(key)
                 plain.append(settings)
                 yield settings
-        yield from (more for settings in plain[:3] for more in self._silent_variants(settings))
+        for settings in plain[:3]:
+            yield from self._silent_variants(settings)
 
     def find_lost(self, removed: Iterable[str]) -> list[str]:
         """Removed parameters that the class has all the same, because the rest of their layer
         stays."""
-        return sorted(
-            self.passengers & {self.names[name] for name in removed if name in self.names}
-        )
+        renamed = {self.names[name] for name in removed if name in self.names}
+        return sorted(self.passengers & renamed)
 
     def find_broken_settings(self, settings: Settings) -> dict[str, str]:
         """Where layers were dropped: settings by which the layers that stay would be of another
@@ -208,39 +205,40 @@ class ConfigSearch:
 
     def make_plan(self, settings: Settings) -> ConfigPlan:
         """The plan that these settings make."""
-        before = self.blueprint.source_value
-        after = {path: len(v) if isinstance(v, tuple) else v for path, v in settings.items()}
-        changes = {
-            dotted_name(path): (before(path), value)
-            for path, value in after.items()
-            if before(path) != value
-        }
+        changes: dict[str, tuple[object, object]] = {}
+        for path, value in settings.items():
+            before = self.blueprint.source_value(path)
+            if isinstance(value, tuple):
+                after = len(value)
+            else:
+                after = value
+            if before != after:
+                changes[dotted_name(path)] = (before, after)
+        constants: dict[str, str] = {}
         if changes:
-            constants = find_changes(
-                self._renamed_constants(), self.blueprint.derived_constants(settings)
-            )
-        else:
-            constants = {}
+            derived = self.blueprint.derived_constants(settings)
+            constants = find_changes(self._renamed_constants(), derived)
         config = self.blueprint.make_config(settings)
         return ConfigPlan(self.blueprint.cls, config, changes, self.names, self.refused, constants)
 
-    def _with_thresholds(self, start: dict[Field, Value]) -> dict[Field, Value]:
+    def _with_thresholds(self, start: Settings) -> Settings:
         """With the numbers of first layers of another kind lowered where that gives the layers
         their kinds back."""
-        strange = self._count_unshared(start)
-        for path, value in depth_thresholds(self.blueprint, self.depths).items() if strange else ():
-            if (now := self._count_unshared({**start, path: value})) < strange:
-                start = {**start, path: value}
-                strange = now
+        unshared = self._count_unshared(start)
+        if not unshared:
+            return start
+        for path, value in depth_thresholds(self.blueprint, self.depths).items():
+            lowered = {**start, path: value}
+            still_unshared = self._count_unshared(lowered)
+            if still_unshared < unshared:
+                start = lowered
+                unshared = still_unshared
         return start
 
     def _count_unshared(self, settings: Settings) -> int:
         """How many parameters only one of the class and the program has."""
-        shapes = self.blueprint.parameter_shapes(settings)
-        return len(
-            (shapes.keys() if shapes is not None else set())
-            ^ (self.wanted.keys() | self.apart.keys())
-        )
+        shapes = self.blueprint.parameter_shapes(settings) or {}
+        return len(shapes.keys() ^ (self.wanted.keys() | self.apart.keys()))
 
     def _renamed_constants(self) -> dict[str, Constant]:
         """The constants of the source under their new names."""
@@ -249,11 +247,8 @@ class ConfigSearch:
 
     def find_gaps(self, sizes: Sizes) -> list[Slot]:
         """Slots that these sizes and the target do not share."""
-        return [
-            slot
-            for slot in self.target.keys() | sizes.keys()
-            if self.target.get(slot) != sizes.get(slot)
-        ]
+        slots = self.target.keys() | sizes.keys()
+        return [slot for slot in slots if self.target.get(slot) != sizes.get(slot)]
 
     def _solve_gaps(self, settings: Settings) -> Iterator[Settings]:
         """Depth first: close the gap that the fewest fields can close, by the field of the smallest
@@ -267,28 +262,33 @@ class ConfigSearch:
         if not gaps:
             yield settings
             return
-        movers = {
-            slot: [path for path, line in self.lines.items() if line.moves_slot(slot)]
-            for slot in sorted(gaps)
-        }
-        slot = min(movers, key=lambda s: (len(movers[s]), s == COUNT))
-        lines = [
-            line for path in movers[slot] if (line := self.blueprint.field_line(settings, path))
-        ]
-        others = list(dict.fromkeys(path for paths in movers.values() for path in paths))
-        for line in sorted(lines, key=lambda li: li.values[0]):
+        movers = self._fields_by_gap(gaps)
+        slot = min(movers, key=lambda gap: (len(movers[gap]), gap == COUNT))
+        lines = []
+        for path in movers[slot]:
+            line = self.blueprint.field_line(settings, path)
+            if line:
+                lines.append(line)
+        others = list(dict.fromkeys(chain.from_iterable(movers.values())))
+        for line in sorted(lines, key=lambda line: line.values[0]):
             for value in self._candidate_values(line, slot, sizes, gaps):
                 for change in self._iterate_changes(line, value, settings, others):
                     closer = {**settings, **change}
-                    now = self.blueprint.slot_sizes(closer)
-                    if now is None and len(change) == 1:
-                        self.refused.setdefault(
-                            f"{dotted_name(line.field)} = {value}",
-                            self.blueprint.reason_of_refusal(closer),
-                        )
-                    if now is not None and len(self.find_gaps(now)) < len(gaps):
+                    closer_sizes = self.blueprint.slot_sizes(closer)
+                    if closer_sizes is None and len(change) == 1:
+                        setting = f"{dotted_name(line.field)} = {value}"
+                        reason = self.blueprint.reason_of_refusal(closer)
+                        self.refused.setdefault(setting, reason)
+                    if closer_sizes is not None and len(self.find_gaps(closer_sizes)) < len(gaps):
                         yield from self._solve_gaps(closer)
                         break
+
+    def _fields_by_gap(self, gaps: list[Slot]) -> dict[Slot, list[Field]]:
+        """For each slot, in order, the fields that move it."""
+        movers: dict[Slot, list[Field]] = {}
+        for slot in sorted(gaps):
+            movers[slot] = [path for path, line in self.lines.items() if line.moves_slot(slot)]
+        return movers
 
     def _iterate_changes(
         self, line: FieldLine, value: int, settings: Settings, others: list[Field]
@@ -304,9 +304,9 @@ class ConfigSearch:
         if len(twins) > 1:
             yield dict.fromkeys(twins, value)
         for other in others:
-            now = settings.get(other, self.blueprint.source_value(other))
-            if isinstance(now, int):
-                scaled = Fraction(now * value, line.values[0])
+            other_value = settings.get(other, self.blueprint.source_value(other))
+            if isinstance(other_value, int):
+                scaled = Fraction(other_value * value, line.values[0])
             else:
                 scaled = Fraction(1, 2)
             if other != line.field and scaled.denominator == 1:
@@ -315,26 +315,31 @@ class ConfigSearch:
     def _candidate_values(
         self, line: FieldLine, slot: Slot, sizes: Sizes, gaps: list[Slot]
     ) -> list[int]:
-        exact = None
+        candidates: dict[int, None] = {}
         if slot in self.target:
             exact = line.solve_for(slot, self.target[slot])
-        scaled = [
-            line.values[0] * ratio for ratio in [*self._size_ratios(sizes, gaps), *self.ratios]
-        ]
-        counts = []
-        for value in scaled:
-            if value.denominator == 1 and value > 0:
-                counts.append(int(value))
-        return [v for v in dict.fromkeys([exact, *counts]) if v is not None and v != line.values[0]]
+            if exact is not None:
+                candidates[exact] = None
+        for ratio in [*self._size_ratios(sizes, gaps), *self.ratios]:
+            scaled = line.values[0] * ratio
+            if scaled.denominator == 1 and scaled > 0:
+                candidates[int(scaled)] = None
+        candidates.pop(line.values[0], None)
+        return list(candidates)
 
     def _size_ratios(self, sizes: Sizes, gaps: list[Slot]) -> list[Fraction]:
-        pairs = ((self.target.get(slot), sizes.get(slot)) for slot in sorted(gaps) if slot != COUNT)
-        return list(dict.fromkeys(Fraction(want, have) for want, have in pairs if want and have))
+        ratios: dict[Fraction, None] = {}
+        for slot in sorted(gaps):
+            want = self.target.get(slot)
+            have = sizes.get(slot)
+            if slot != COUNT and want and have:
+                ratios[Fraction(want, have)] = None
+        return list(ratios)
 
     def _explicit_values(self, start: Settings) -> dict[Field, int]:
         """Values of unset fields that change nothing: said aloud, they stay when the numbers they
         derive from move."""
-        found: dict[Field, int] = {}
+        values: dict[Field, int] = {}
         base = self.blueprint.slot_sizes(start)
         for path in self.blueprint.unset:
             line = self.blueprint.field_line(start, path)
@@ -345,14 +350,12 @@ class ConfigSearch:
             if line and slot and base and slot in base:
                 value = line.solve_for(slot, base[slot])
             if value is not None and self.blueprint.slot_sizes({**start, path: value}) == base:
-                found[path] = value
-        return found
+                values[path] = value
+        return values
 
     def _all_fields(self) -> list[Field]:
-        return [
-            *self.blueprint.fields,
-            *(path for path in self.start if path in self.blueprint.unset),
-        ]
+        unset = [path for path in self.start if path in self.blueprint.unset]
+        return [*self.blueprint.fields, *unset]
 
     def _remember_nearest(self, settings: Settings, gaps: int) -> None:
         best = self.blueprint.slot_sizes(self.nearest)
@@ -363,10 +366,8 @@ class ConfigSearch:
         """Without the values that need not be said."""
         sizes = self.blueprint.slot_sizes(settings)
         for path in list(settings):
-            fewer = {}
-            for key, value in settings.items():
-                if key != path:
-                    fewer[key] = value
+            fewer = dict(settings)
+            del fewer[path]
             if self.blueprint.slot_sizes(fewer) == sizes:
                 settings = fewer
         return settings
@@ -375,39 +376,43 @@ class ConfigSearch:
         """The same shapes with one more number, or two, or all of one value in proportion: a class
         that derives the head size from the width can have fewer heads, or smaller ones."""
         sizes = self.blueprint.slot_sizes(settings)
-        free = {
-            path: self.blueprint.source_value(path) or 0
-            for path in self.blueprint.fields
-            if path not in settings
-        }
-        order = sorted(
-            (path for path, value in free.items() if value > 1), key=lambda path: free[path]
-        )
-        equal = [
-            [path for path in order if free[path] == value]
-            for value in dict.fromkeys(free.values())
-        ]
-        sets = [
-            *([path] for path in order),
-            *map(list, combinations(order, 2)),
-            *(s for s in equal if len(s) > 2),
-        ]
-        for ratio, fields in product(self.ratios, sets):
-            if all((free[path] * ratio).denominator == 1 for path in fields):
-                variant = {**settings, **{path: int(free[path] * ratio) for path in fields}}
-                if self.blueprint.slot_sizes(variant) == sizes:
-                    yield variant
+        free: dict[Field, int] = {}
+        for path in self.blueprint.fields:
+            if path not in settings:
+                free[path] = self.blueprint.source_value(path) or 0
+        order = sorted(free, key=lambda path: free[path])
+        order = [path for path in order if free[path] > 1]
+        for ratio, fields in product(self.ratios, _field_sets(free, order)):
+            scaled = {path: free[path] * ratio for path in fields}
+            if any(value.denominator != 1 for value in scaled.values()):
+                continue
+            variant = {**settings, **{path: int(value) for path, value in scaled.items()}}
+            if self.blueprint.slot_sizes(variant) == sizes:
+                yield variant
+
+
+def _field_sets(values: Mapping[Field, int], order: list[Field]) -> list[list[Field]]:
+    """Each field alone, each pair, and all of one value where these are more than two.
+
+    Args:
+        values: of the fields, and of others.
+        order: the fields, those of small values first.
+    """
+    sets = [[path] for path in order]
+    sets += map(list, combinations(order, 2))
+    for value in dict.fromkeys(values.values()):
+        equal = [path for path in order if values[path] == value]
+        if len(equal) > 2:
+            sets.append(equal)
+    return sets
 
 
 def _removed_parameters(program: Program) -> set[str]:
     """Parameters that edits took out of the program."""
-    if program.cut:
-        dense = program.cut.dense
-    else:
-        dense = program
-    return {name for name, _ in dense.named_parameters()} - {
-        name for name, _ in program.named_parameters()
-    }
+    if not program.cut:
+        return set()
+    dense = dict(program.cut.dense.named_parameters())
+    return dense.keys() - dict(program.named_parameters()).keys()
 
 
 def _program_shapes(program: Program) -> dict[str, tuple[int, ...]]:
@@ -418,7 +423,7 @@ def first_names(model: nn.Module) -> dict[str, str]:
     """For every name of every parameter, the first name of the same Parameter: ties have
     several."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        name: first[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[name] = first[id(parameter)]
+    return names

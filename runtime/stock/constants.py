@@ -17,31 +17,37 @@ SHOWN = 3
 
 
 def constants_of(model: nn.Module) -> dict[str, Constant]:
-    """Floating attributes of the modules and floating buffers, by dotted name."""
-    found: dict[str, Constant] = {}
+    """Floating attributes of the modules and floating buffers, by dotted name.
+
+    Args:
+        model: with its buffers; parameters may be on the meta device.
+    """
+    constants: dict[str, Constant] = {}
     for path, module in model.named_modules():
+        prefix = ""
         if path:
             prefix = f"{path}."
-        else:
-            prefix = ""
-        found |= {
-            f"{prefix}{name}": value
-            for name, value in vars(module).items()
-            if isinstance(value, float)
-        }
-    return found | {
-        name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()
-    }
+        for name, value in vars(module).items():
+            if isinstance(value, float):
+                constants[f"{prefix}{name}"] = value
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            constants[name] = buffer
+    return constants
 
 
 def find_changes(before: Mapping[str, Constant], after: Mapping[str, Constant]) -> dict[str, str]:
-    """Constants of the same name and shape whose values differ, with both values in words."""
-    pairs = {name: (before[name], after[name]) for name in before if name in after}
-    return {
-        name: _describe_change(old, new)
-        for name, (old, new) in pairs.items()
-        if _is_different(old, new)
-    }
+    """Constants of the same name and shape whose values differ, with both values in words.
+
+    Args:
+        before: of the source model.
+        after: of the smaller one, under the same names.
+    """
+    changes: dict[str, str] = {}
+    for name, old in before.items():
+        if name in after and _is_different(old, after[name]):
+            changes[name] = _describe_change(old, after[name])
+    return changes
 
 
 def describe_changes(constants: Mapping[str, str]) -> str:
@@ -50,18 +56,16 @@ def describe_changes(constants: Mapping[str, str]) -> str:
         return ""
     few = ", ".join(f"{name} ({words})" for name, words in list(constants.items())[:SHOWN])
     if len(constants) > SHOWN:
-        more = f" and {len(constants) - SHOWN} more"
-    else:
-        more = ""
-    return f"The class derives constants from these numbers, and they would change: {few}{more}. "
+        few += f" and {len(constants) - SHOWN} more"
+    return f"The class derives constants from these numbers, and they would change: {few}. "
 
 
 def _is_different(old: Constant, new: Constant) -> bool:
-    one = torch.as_tensor(old).double()
-    other = torch.as_tensor(new).double()
-    return one.shape == other.shape and not torch.allclose(
-        one, other, rtol=RELATIVE, atol=0.0, equal_nan=True
-    )
+    before = torch.as_tensor(old).double()
+    after = torch.as_tensor(new).double()
+    if before.shape != after.shape:
+        return False
+    return not torch.allclose(before, after, rtol=RELATIVE, atol=0.0, equal_nan=True)
 
 
 def _describe_change(old: Constant, new: Constant) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 
 from secateur.graph.errors import SecateurError
 from secateur.runtime.stock.blueprint import (
@@ -33,7 +33,14 @@ class UnseenParametersError(UnsupportedConfigError):
 def explain_incompatibility(
     blueprint: Blueprint, wanted: Shapes, nearest: Settings, refused: Mapping[str, str]
 ) -> str:
-    """One message: the parameters that do not fit, and what would make them fit."""
+    """Write one message: the parameters that do not fit, and what would make them fit.
+
+    Args:
+        blueprint: of the stock class.
+        wanted: shapes of the program's parameters, by name.
+        nearest: the settings with the fewest gaps.
+        refused: settings that would have fitted, and the class's own words on them.
+    """
     name = f"{blueprint.cls.__name__} cannot hold this model"
     if unequal := _layers_that_differ(wanted, blueprint.parameter_shapes({}) or {}):
         return (
@@ -44,31 +51,35 @@ def explain_incompatibility(
     have = sizes_by_slot(shapes)
     want = sizes_by_slot(wanted)
     gaps = sorted(slot for slot in want if slot != COUNT and have.get(slot) != want[slot])
-    shown = dict.fromkeys(slot[0] for slot in gaps)
-    said = []
-    for p in shown:
-        said.append(
-            f"{p} needs {list(wanted[p])}, the nearest configuration gives {_shape_text(shapes, p)}"
+    misfits = []
+    for parameter in dict.fromkeys(slot[0] for slot in gaps):
+        misfits.append(
+            f"{parameter} needs {list(wanted[parameter])}, the nearest configuration gives "
+            f"{_shape_text(shapes, parameter)}"
         )
-    if len(said) > SHOWN:
-        more = f" and {len(said) - SHOWN} more"
-    else:
-        more = ""
+    advice = "Parameters were added or lost"
     if gaps:
         advice = _advise_fields(blueprint, nearest, gaps[0])
-    else:
-        advice = "Parameters were added or lost"
-    return f"{name}: {'; '.join(said[:SHOWN])}{more}. {describe_refusals(refused)}{advice}"
+    listed = "; ".join(misfits[:SHOWN]) + _count_more(misfits)
+    return f"{name}: {listed}. {describe_refusals(refused)}{advice}"
+
+
+def _count_more(items: Sized) -> str:
+    if len(items) > SHOWN:
+        return f" and {len(items) - SHOWN} more"
+    return ""
 
 
 def sub_block_misfit(name: str, lost: Sequence[str]) -> str:
-    """Parameters of dropped sub-blocks that the class has in every layer."""
-    if len(lost) > SHOWN:
-        more = f" and {len(lost) - SHOWN} more"
-    else:
-        more = ""
+    """Write the message on parameters of dropped sub-blocks that the class has in every layer.
+
+    Args:
+        name: of the class.
+        lost: names of the parameters.
+    """
     return (
-        f"{name} cannot hold this model: it has {', '.join(lost[:SHOWN])}{more}, which were "
+        f"{name} cannot hold this model: it has {', '.join(lost[:SHOWN])}{_count_more(lost)}, "
+        "which were "
         "dropped from layers of "
         "which something stays. Drop whole blocks; or put the pass fill-dropped at the end, which "
         "brings them "
@@ -78,26 +89,28 @@ def sub_block_misfit(name: str, lost: Sequence[str]) -> str:
 
 
 def pattern_misfit(name: str, wrong: Mapping[str, str]) -> str:
-    """Settings that a class derives from the number of a layer."""
-    said = [f"{setting} ({words})" for setting, words in list(wrong.items())[:SHOWN]]
-    if len(wrong) > SHOWN:
-        more = f" and {len(wrong) - SHOWN} more"
-    else:
-        more = ""
+    """Write the message on settings that a class derives from the number of a layer.
+
+    Args:
+        name: of the class.
+        wrong: by setting, both values in words.
+    """
+    settings = [f"{setting} ({words})" for setting, words in list(wrong.items())[:SHOWN]]
     return (
         f"{name} cannot hold this model: it derives the kind of a layer from its number, and "
         "layers that stay would "
-        f"change: {'; '.join(said)}{more}. Drop whole periods of the pattern, or the last layers"
+        f"change: {'; '.join(settings)}{_count_more(wrong)}. "
+        "Drop whole periods of the pattern, or the last layers"
     )
 
 
 def describe_refusals(refused: Mapping[str, str]) -> str:
     """The class's own words on values that would have fitted, or nothing."""
-    return "".join(
-        f"The class refuses {what}: {words}. "
-        for what, words in list(refused.items())[:SHOWN]
-        if words
-    )
+    sentences = ""
+    for value, words in list(refused.items())[:SHOWN]:
+        if words:
+            sentences += f"The class refuses {value}: {words}. "
+    return sentences
 
 
 def _shape_text(shapes: Shapes, name: str) -> str:
@@ -130,17 +143,18 @@ def _layers_that_differ(wanted: Shapes, base: Shapes) -> list[str]:
     """Parameters that were alike in all layers and are not any more."""
     before = _by_pattern(base)
     after = _by_pattern(wanted)
-    return [
-        f"{'.'.join(pattern)} ({', '.join(str(list(shape)) for shape in sorted(shapes))})"
-        for pattern, shapes in after.items()
-        if len(shapes) > 1 and len(before.get(pattern, ())) == 1
-    ]
+    differing = []
+    for pattern, shapes in after.items():
+        if len(shapes) > 1 and len(before.get(pattern, ())) == 1:
+            listed = ", ".join(str(list(shape)) for shape in sorted(shapes))
+            differing.append(f"{'.'.join(pattern)} ({listed})")
+    return differing
 
 
 def _by_pattern(shapes: Shapes) -> dict[Pattern, set[tuple[int, ...]]]:
-    found: dict[Pattern, set[tuple[int, ...]]] = defaultdict(set)
+    by_pattern: dict[Pattern, set[tuple[int, ...]]] = defaultdict(set)
     for name, shape in shapes.items():
         stack, index, rest = split_name(name)
         if index is not None:
-            found[(*stack, "*", *rest)].add(shape)
-    return found
+            by_pattern[(*stack, "*", *rest)].add(shape)
+    return by_pattern

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.graph.program import Program
+from secateur.graph.program import JSON, Program
 from secateur.passes.sparsity.boost import branch_parameters, remove_branches
 from secateur.runtime.open.classes import BUILD_FAILURES, build_on_meta, build_with_buffers
 from secateur.runtime.save.branches import attach_branches, branches_of, gap_to
@@ -106,43 +106,57 @@ def to_transformers_with_plan(program: Program) -> TransformersModel:
     return TransformersModel(_assemble_model(program, plan), plan, gap)
 
 
-def probe_inputs(program: Program) -> dict[str, Any]:
+def probe_inputs(program: Program) -> JSON:
     """The example inputs of the capture, token numbers folded into a vocabulary that may have
     shrunk."""
-    vocabulary = min((p.shape[0] for p in _lookup_tables(program)), default=0)
+    vocabulary = min((table.shape[0] for table in _lookup_tables(program)), default=0)
     inputs = dict(program.source.example_inputs)
-    return {
-        name: _fold_ids(value, vocabulary) if vocabulary else value
-        for name, value in inputs.items()
-    }
+    if vocabulary:
+        for name, value in inputs.items():
+            inputs[name] = _fold_ids(value, vocabulary)
+    return inputs
 
 
 def comparable_outputs(output: Any) -> dict[str, torch.Tensor]:
-    """The floating tensors of a model's output by name, caches left out."""
+    """The floating tensors of a model's output by name, caches left out.
+
+    Args:
+        output: a tensor, or a mapping or sequence with tensors.
+    """
     if isinstance(output, torch.Tensor):
         return {"output": output}
-    items = output.items() if isinstance(output, Mapping) else enumerate(output)
-    return {str(k): v for k, v in items if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    named = output
+    if not isinstance(output, Mapping):
+        named = dict(enumerate(output))
+    outputs = {}
+    for name, value in named.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            outputs[str(name)] = value
+    return outputs
 
 
 def largest_difference(
-    expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]
+    expected: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
 ) -> float:
     """Largest absolute difference of the shared outputs, relative to the largest magnitude where
-    that is above one. Infinite if they share none, or if shapes or finiteness differ."""
-    shared = expected.keys() & found.keys()
-    return max(
-        (_relative_difference(expected[name], found[name]) for name in shared), default=float("inf")
-    )
+    that is above one. Infinite if they share none, or if shapes or finiteness differ.
+
+    Args:
+        expected: outputs by name; their magnitude is the scale.
+        outputs: to be compared with them.
+    """
+    shared = expected.keys() & outputs.keys()
+    gaps = [_relative_difference(expected[name], outputs[name]) for name in shared]
+    return max(gaps, default=float("inf"))
 
 
 def accepted_difference(program: Program) -> float:
     """The accepted difference in the program's widest parameter dtype's row of TOLERANCE."""
-    dtypes = {p.dtype for _, p in program.named_parameters()}
-    return max(
-        (TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE),
-        default=TOLERANCE[torch.float32],
-    )
+    accepted = []
+    for _, parameter in program.named_parameters():
+        if parameter.dtype in TOLERANCE:
+            accepted.append(TOLERANCE[parameter.dtype])
+    return max(accepted, default=TOLERANCE[torch.float32])
 
 
 def is_on_meta(program: Program) -> bool:
@@ -151,7 +165,7 @@ def is_on_meta(program: Program) -> bool:
 
 
 def _compare_outputs(
-    model: PreTrainedModel, inputs: Mapping[str, Any], expected: Mapping[str, torch.Tensor]
+    model: PreTrainedModel, inputs: Mapping[str, object], expected: Mapping[str, torch.Tensor]
 ) -> float:
     """The difference of a model's outputs; infinite if it cannot run with these numbers."""
     try:
@@ -166,18 +180,21 @@ def _assemble_model(program: Program, plan: ConfigPlan) -> PreTrainedModel:
     """The class built from the plan, with the program's parameters and persistent buffers put
     in."""
     first_name = first_names(program.source.model)
-    parameters = {
-        first_name.get(name, name): parameter for name, parameter in program.named_parameters()
-    }
+    parameters = {}
+    for name, parameter in program.named_parameters():
+        parameters[first_name.get(name, name)] = parameter
     first = next(iter(parameters.values()))
     config = plan.config
     config.dtype = first.dtype
-    model = (build_on_meta if first.device.type == "meta" else build_with_buffers)(plan.cls, config)
+    if first.device.type == "meta":
+        model = build_on_meta(plan.cls, config)
+    else:
+        model = build_with_buffers(plan.cls, config)
     source_name = {new: old for old, new in plan.names.items()}
     for name, empty in list(model.named_parameters(remove_duplicate=False)):
         old = source_name.get(name, name)
-        found = parameters.get(first_name.get(old, old))
-        _put_parameter(model, name, _check_parameter(found, program.source.model, old, empty))
+        traced = parameters.get(first_name.get(old, old))
+        _put_parameter(model, name, _check_parameter(traced, program.source.model, old, empty))
     _put_buffers(model, program, source_name, first.device)
     generation: Any = getattr(program.source.model, "generation_config", None)
     if model.can_generate() and generation is not None:
@@ -186,13 +203,13 @@ def _assemble_model(program: Program, plan: ConfigPlan) -> PreTrainedModel:
 
 
 def _check_parameter(
-    found: nn.Parameter | None, source: nn.Module, name: str, empty: nn.Parameter
+    traced: nn.Parameter | None, source: nn.Module, name: str, empty: nn.Parameter
 ) -> nn.Parameter:
     """The program's parameter, or the source's where the computation never used it."""
-    if found is None:
+    if traced is None:
         parameter = source.get_parameter(name)
     else:
-        parameter = found
+        parameter = traced
     if parameter.shape != empty.shape:
         raise UnsupportedConfigError(
             f"{name} has shape {list(parameter.shape)} and the pruned stock class wants "
@@ -208,14 +225,13 @@ def _put_buffers(
 ) -> None:
     """Persistent buffers from the program; the others are what the constructor computes."""
     persistent = model.state_dict().keys()
-    held = dict(program.source.model.named_buffers()) | dict(program.gm.named_buffers())
+    buffers = dict(program.source.model.named_buffers()) | dict(program.gm.named_buffers())
     for name, computed in list(model.named_buffers()):
         stored = None
         if name in persistent:
-            stored = held.get(source_name.get(name, name))
-        same = stored is not None and stored.shape == computed.shape
+            stored = buffers.get(source_name.get(name, name))
         owner, leaf = _owner_module(model, name)
-        if same:
+        if stored is not None and stored.shape == computed.shape:
             owner._buffers[leaf] = stored
         else:
             owner._buffers[leaf] = computed.to(device)
@@ -235,49 +251,44 @@ def _lookup_tables(program: Program) -> list[torch.Tensor]:
     """Tables that inputs are looked up in (not those of positions or of kinds, which the graph
     computes)."""
     names = dict(program.named_parameters())
-    found: list[torch.Tensor] = []
+    tables: list[torch.Tensor] = []
     for node in program.gm.graph.nodes:
         if node.target is torch.ops.aten.embedding.default:
             table, indices = node.args[:2]
             if indices.op == "placeholder" and str(table.target) in names:
-                found.append(names[str(table.target)])
-    return found
+                tables.append(names[str(table.target)])
+    return tables
 
 
-def _fold_ids(value: Any, vocabulary: int) -> Any:
-    whole = (
-        isinstance(value, torch.Tensor)
-        and not value.is_floating_point()
-        and value.dtype is not torch.bool
-    )
-    if whole:
-        return value % vocabulary
-    return value
+def _fold_ids(value: object, vocabulary: int) -> object:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_floating_point() or value.dtype is torch.bool:
+        return value
+    return value % vocabulary
 
 
-def _relative_difference(expected: torch.Tensor, found: torch.Tensor) -> float:
-    if expected.shape != found.shape or not torch.equal(expected.isfinite(), found.isfinite()):
-        return float("inf")
+def _relative_difference(expected: torch.Tensor, output: torch.Tensor) -> float:
     finite = expected.isfinite()
-    gap = (expected[finite].double() - found[finite].double()).abs()
-    if gap.numel():
-        scale = expected[finite].abs().max().item()
-    else:
-        scale = 0.0
-    if gap.numel():
-        return gap.max().item() / max(1.0, scale)
-    return 0.0
+    if expected.shape != output.shape or not torch.equal(finite, output.isfinite()):
+        return float("inf")
+    gap = (expected[finite].double() - output[finite].double()).abs()
+    if not gap.numel():
+        return 0.0
+    scale = expected[finite].abs().max().item()
+    return gap.max().item() / max(1.0, scale)
 
 
 def _describe_difference(gap: float, plan: ConfigPlan) -> str:
-    changes = (
-        ", ".join(f"{name} {old} -> {new}" for name, (old, new) in plan.changes.items())
-        or "nothing changed"
-    )
-    reason = describe_refusals(plan.refused) + describe_changes(plan.constants) or (
-        "The class derives a constant from one of these numbers (a scale, slopes of heads, rotary "
-        "frequencies). "
-    )
+    changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in plan.changes.items())
+    if not changes:
+        changes = "nothing changed"
+    reason = describe_refusals(plan.refused) + describe_changes(plan.constants)
+    if not reason:
+        reason = (
+            "The class derives a constant from one of these numbers (a scale, slopes of heads, "
+            "rotary frequencies). "
+        )
     return (
         f"{plan.cls.__name__} has room for these weights ({changes}), but computes something else "
         "from them: outputs "
@@ -287,6 +298,6 @@ def _describe_difference(gap: float, plan: ConfigPlan) -> str:
     )
 
 
-def as_history(program: Program) -> list[dict[str, Any]]:
+def as_history(program: Program) -> list[JSON]:
     """The passes applied so far, as JSON."""
     return [dataclasses.asdict(step) for step in program.history]

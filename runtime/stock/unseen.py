@@ -48,9 +48,11 @@ def unseen_parameters(program: Program) -> dict[str, nn.Parameter]:
 
 def unused_inputs(program: Program) -> list[str]:
     """Arguments of the model that bring in another modality and were not given at capture."""
-    given = {name for name, value in program.source.example_inputs.items() if value is not None}
+    given_names = {
+        name for name, value in program.source.example_inputs.items() if value is not None
+    }
     arguments = inspect.signature(program.source.model.forward).parameters
-    return [name for name in arguments if OTHER_MODALITY.search(name) and name not in given]
+    return [name for name in arguments if OTHER_MODALITY.search(name) and name not in given_names]
 
 
 def check_unseen(program: Program) -> None:
@@ -73,9 +75,9 @@ def check_unseen(program: Program) -> None:
         return
     groups = coupled_groups(program.cut.dense)
     crossing = []
-    for g in groups:
-        if g.name in program.cut.kept and not g.block:
-            crossing.append(g)
+    for group in groups:
+        if group.name in program.cut.kept and not group.block:
+            crossing.append(group)
     if crossing:
         families = ", ".join(sorted({group.family for group in crossing}))
         raise UnseenParametersError(
