@@ -11,11 +11,12 @@ import logging
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from transformers import GenerationConfig
 
 from secateur.graph.errors import SourceError
+from secateur.graph.program import JSON
 from secateur.graph.reading import read_json_object, reading, shown
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ LISTS = (
     "bad_words_ids exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
     "force_words_ids constraints"
 )
-KINDS: Mapping[str, Any] = {
+KINDS: Mapping[str, type | types.UnionType] = {
     **dict.fromkeys(INTEGERS.split(), int),
     **dict.fromkeys(NUMBERS.split(), int | float),
     **dict.fromkeys(SWITCHES.split(), bool),
@@ -97,7 +98,7 @@ WORDS: Mapping[type, str] = {
 }
 
 
-def allowed_config(data: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def allowed_config(data: Mapping[str, object], file: Path) -> JSON:
     """A configuration without what it must not name, in it or in one nested in it.
 
     Args:
@@ -110,7 +111,7 @@ def allowed_config(data: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return _allowed_map(data, str(file))
 
 
-def read_generation(folder: Path) -> dict[str, Any] | None:
+def read_generation(folder: Path) -> JSON | None:
     """The generation settings of a folder, each value of the type that its field has; None where
     there are none.
 
@@ -128,9 +129,8 @@ def read_generation(folder: Path) -> dict[str, Any] | None:
         expected = KINDS.get(name)
         if value is None or expected is None:
             continue
-        if not isinstance(value, expected) or (
-            isinstance(value, bool) and not _takes(expected, bool)
-        ):
+        strange_switch = isinstance(value, bool) and not _takes(expected, bool)
+        if strange_switch or not isinstance(value, expected):
             raise SourceError(
                 f"{file}: {name} is {shown(value)}, expected {_named(expected)}. Mend the "
                 "field, or drop it"
@@ -143,53 +143,56 @@ def read_generation(folder: Path) -> dict[str, Any] | None:
     return data
 
 
-def _check_ids(value: Any, where: str) -> None:
+def _check_ids(value: object, where: str) -> None:
+    ids = [value]
     if isinstance(value, list):
         ids = value
-    else:
-        ids = [value]
-    for one in ids:
-        if not isinstance(one, int) or isinstance(one, bool) or not -1 <= one < 2**31:
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not -1 <= token < 2**31:
             raise SourceError(
                 f"{where} is {shown(value)}, expected a token id. Mend the field, or drop it"
             )
 
 
-def _allowed_map(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    found = dict[str, Any]()
+def _allowed_map(data: Mapping[str, object], where: str) -> JSON:
+    allowed: JSON = {}
     for name, value in data.items():
         if name in DROPPED:
             continue
         if name in CODE and value:
             raise SourceError(f"{where} has {name}, which names code to be run: drop the field")
         if "_implementation" in name and name != "cache_implementation":
-            kept = _implementation(name, value, where)
-            if kept is not None:
-                found[name] = kept
+            implementation = _implementation(name, value, where)
+            if implementation is not None:
+                allowed[name] = implementation
             continue
         _check_count(name, value, where)
         if name not in QUANTIZED:
-            found[name] = _allowed_value(value, f"{where}: {shown(name)[1:-1]}")
+            allowed[name] = _allowed_value(value, f"{where}: {shown(name)[1:-1]}")
         else:
-            found[name] = value
-    return found
+            allowed[name] = value
+    return allowed
 
 
-def _allowed_value(value: Any, where: str) -> Any:
+def _allowed_value(value: object, where: str) -> object:
     if isinstance(value, dict):
         return _allowed_map(value, where)
     if isinstance(value, list):
-        return [_allowed_value(one, where) for one in value]
+        return [_allowed_value(item, where) for item in value]
     return value
 
 
-def _implementation(name: str, value: Any, where: str) -> Any:
+def _implementation(name: str, value: object, where: str) -> JSON | str | None:
     """The value of a field that chooses a kernel, or None where it is dropped."""
     if value is None:
         return None
     if isinstance(value, dict):
-        chosen = {part: _implementation(name, one, where) for part, one in value.items()}
-        return {part: one for part, one in chosen.items() if one is not None} or None
+        chosen: JSON = {}
+        for part, kernel in value.items():
+            implementation = _implementation(name, kernel, where)
+            if implementation is not None:
+                chosen[part] = implementation
+        return chosen or None
     if "expert" in name:
         known = EXPERTS
     else:
@@ -208,38 +211,25 @@ def _implementation(name: str, value: Any, where: str) -> Any:
     )
 
 
-def _check_count(name: str, value: Any, where: str) -> None:
-    counts = isinstance(value, int) and not isinstance(value, bool)
-    if counts and abs(value) >= 2**53:
+def _check_count(name: str, value: object, where: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return
+    if abs(value) >= 2**53:
         raise SourceError(
             f"{where}: {shown(name)[1:-1]} is {shown(value)}, which no model has. Mend the field"
         )
-    if (
-        counts
-        and value > MAX_LAYERS
-        and any(word in name for word in LAYER_WORDS)
-        and "size" not in name
-    ):
+    counts_layers = any(word in name for word in LAYER_WORDS) and "size" not in name
+    if value > MAX_LAYERS and counts_layers:
         raise SourceError(
             f"{where}: {name} is {value}, at most {MAX_LAYERS:,} are built. Mend the field"
         )
 
 
-def _takes(expected: Any, kind: type) -> bool:
+def _takes(expected: type | types.UnionType, kind: type) -> bool:
     return kind in (get_args(expected) or (expected,))
 
 
-def _named(expected: Any) -> str:
+def _named(expected: type | types.UnionType) -> str:
     if isinstance(expected, types.UnionType):
-        kinds = get_args(expected)
-    else:
-        kinds = (expected,)
-    names = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "a text",
-        list: "a list",
-        dict: "a map",
-    }
-    return " or ".join(names[kind] for kind in kinds)
+        return " or ".join(WORDS[kind] for kind in get_args(expected))
+    return WORDS[expected]

@@ -13,11 +13,11 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from secateur.graph.errors import SourceError
+from secateur.graph.program import JSON
 from secateur.graph.reading import lfs_pointer, parse_json, read_json_object, reason_of, shown
 
 SINGLE = "model.safetensors"
@@ -98,10 +98,9 @@ def read_header(file: Path) -> dict[str, TensorRecord]:
                 "fetch the model with `hf download`"
             )
         stream.seek(8)
+        length = -1
         if len(prefix) == 8:
             length = struct.unpack("<Q", prefix)[0]
-        else:
-            length = -1
         if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             raise SourceError(
                 f"{file} is truncated or corrupted: header of {length} bytes in {size} "
@@ -112,20 +111,20 @@ def read_header(file: Path) -> dict[str, TensorRecord]:
         entries = _entries(header)
         spans = sorted((_data_span(name, entry), name) for name, entry in entries.items())
     except (UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-        why = reason_of(
-            error.__cause__ if isinstance(error, SourceError) and error.__cause__ else error
-        )
+        cause: BaseException = error
+        if isinstance(error, SourceError) and error.__cause__:
+            cause = error.__cause__
+        why = reason_of(cause)
         raise SourceError(
             f"{file} is corrupted: its header does not parse ({why}). {MEND}"
         ) from error
     _check_spans(file, spans, size - 8 - length)
     start = 8 + length
-    return {
-        name: TensorRecord(
-            tuple(e["shape"]), DTYPES[e["dtype"]], file, start + e["data_offsets"][0]
-        )
-        for name, e in entries.items()
-    }
+    records = {}
+    for name, entry in entries.items():
+        begin = start + entry["data_offsets"][0]
+        records[name] = TensorRecord(tuple(entry["shape"]), DTYPES[entry["dtype"]], file, begin)
+    return records
 
 
 def _read_shards(folder: Path) -> dict[str, TensorRecord]:
@@ -143,21 +142,16 @@ def _read_shards(folder: Path) -> dict[str, TensorRecord]:
             f"{folder} lacks {len(missing)} of {len(shards)} shards: "
             f"{', '.join(missing[:3])}. {MEND}"
         )
-    stored = {
-        name: record for shard in shards for name, record in read_header(folder / shard).items()
-    }
-    if absent := [
-        name
-        for name, shard in weight_map.items()
-        if name not in stored or stored[name].file.name != shard
-    ]:
-        raise SourceError(
-            f"{index} says that {weight_map[absent[0]]} holds {absent[0]}, and it does not. {MEND}"
-        )
+    stored: dict[str, TensorRecord] = {}
+    for shard in shards:
+        stored |= read_header(folder / shard)
+    for name, shard in weight_map.items():
+        if name not in stored or stored[name].file.name != shard:
+            raise SourceError(f"{index} says that {shard} holds {name}, and it does not. {MEND}")
     return stored
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> JSON:
     """A JSON object from a file.
 
     Raises:
@@ -166,7 +160,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return read_json_object(file)
 
 
-def _entries(header: bytes) -> dict[str, Any]:
+def _entries(header: bytes) -> JSON:
     """The tensors of a header, which must be an object; its metadata, a map of texts, is left
     out."""
     entries = parse_json(header, "the header")
@@ -181,7 +175,7 @@ def _entries(header: bytes) -> dict[str, Any]:
     return entries
 
 
-def _data_span(name: str, entry: dict[str, Any]) -> tuple[int, int]:
+def _data_span(name: str, entry: JSON) -> tuple[int, int]:
     begin, end = entry["data_offsets"]
     shape = entry["shape"]
     if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):

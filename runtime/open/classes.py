@@ -30,6 +30,7 @@ BUILD_FAILURES = (
 """What a configuration or model class raises when it dislikes its values (they have no common
 root)."""
 
+ClassOrClasses = type[PreTrainedModel] | tuple[type[PreTrainedModel], ...]
 FALLBACKS = ("AutoModelForCausalLM", "AutoModel")
 
 
@@ -44,9 +45,9 @@ def model_class(
             configuration.
     """
     for name in architectures or ():
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return _of_same_config(found, config)
+        cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+            return _of_same_config(cls, config)
     if architectures:
         raise SourceError(
             f"architecture {architectures[0]!r} is not a class of transformers "
@@ -147,9 +148,7 @@ def _of_same_config(cls: type[PreTrainedModel], config: PretrainedConfig) -> typ
     return cls
 
 
-def _first_class(found: Any) -> type[PreTrainedModel]:
-    if isinstance(found, tuple):
-        cls: type[PreTrainedModel] = found[0]
-    else:
-        cls = found
-    return cls
+def _first_class(classes: ClassOrClasses) -> type[PreTrainedModel]:
+    if isinstance(classes, tuple):
+        return classes[0]
+    return classes

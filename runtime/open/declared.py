@@ -5,25 +5,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from secateur.graph import Program, Sparse, parse_pattern
 from secateur.graph.errors import ArtifactError, PatternError
+from secateur.graph.program import JSON
 from secateur.graph.reading import reason_of
 from secateur.graph.sparse import NONE, SparseWeights
 from secateur.runtime.save.artifact import MANIFEST, read_manifest
 
-JSON = dict[str, Any]
 FIGURE = "sparse"
 
 
 def to_json(sparse: SparseWeights) -> dict[str, JSON]:
     """Pattern and metric by parameter name; tensors are left out."""
-    return {
-        name: {"pattern": str(one.pattern), "metric": one.metric} for name, one in sparse.items()
-    }
+    values: dict[str, JSON] = {}
+    for name, weight in sparse.items():
+        values[name] = {"pattern": str(weight.pattern), "metric": weight.metric}
+    return values
 
 
 def from_json(value: Mapping[str, Mapping[str, str]]) -> SparseWeights:
@@ -33,9 +33,10 @@ def from_json(value: Mapping[str, Mapping[str, str]]) -> SparseWeights:
         PatternError: a pattern does not parse.
         KeyError: a field is missing.
     """
-    return {
-        name: Sparse(parse_pattern(one["pattern"]), one["metric"]) for name, one in value.items()
-    }
+    sparse: dict[str, Sparse] = {}
+    for name, weight in value.items():
+        sparse[name] = Sparse(parse_pattern(weight["pattern"]), weight["metric"])
+    return sparse
 
 
 def make_declaration(program: Program, holder: nn.Module) -> dict[str, JSON]:
@@ -52,7 +53,7 @@ def make_declaration(program: Program, holder: nn.Module) -> dict[str, JSON]:
         raise ArtifactError(
             f"{lost[0]} is sparse, and no parameter of {type(holder).__name__} is that weight"
         )
-    return to_json({names[id(owned[name])]: one for name, one in program.sparse.items()})
+    return to_json({names[id(owned[name])]: weight for name, weight in program.sparse.items()})
 
 
 def read_declared(folder: Path) -> SparseWeights:

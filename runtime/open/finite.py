@@ -39,10 +39,9 @@ def check_finite(
         if not _is_finite(tensor):
             faults.append(_described(name, tensor))
     if faults:
+        more = ""
         if len(faults) > SHOWN:
             more = f"; and {len(faults) - SHOWN} more weights"
-        else:
-            more = ""
         raise kind(
             f"{where}: weights that are not finite: {'; '.join(faults[:SHOWN])}{more}. The model "
             "diverged, its file is "
@@ -84,6 +83,10 @@ def _described(name: str, tensor: Tensor) -> str:
             first = place * PIECE + int(odd.int().argmax())
         nans += int(values.isnan().sum())
         infinities += int(values.isinf().sum())
-    index = [int(one) for one in torch.unravel_index(torch.tensor(first), tensor.shape)]
-    counts = [f"{nans:,} NaN"] * (nans > 0) + [f"{infinities:,} infinite"] * (infinities > 0)
+    index = [int(place) for place in torch.unravel_index(torch.tensor(first), tensor.shape)]
+    counts = []
+    if nans:
+        counts.append(f"{nans:,} NaN")
+    if infinities:
+        counts.append(f"{infinities:,} infinite")
     return f"{name} ({' and '.join(counts)}, the first at {index})"

@@ -139,7 +139,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
 
 
 def stock_class(
-    data: Mapping[str, Any], file: Path
+    data: Mapping[str, object], file: Path
 ) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
     """The same from what was read from a file.
 

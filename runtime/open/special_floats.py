@@ -7,11 +7,13 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from secateur.graph.program import JSON
+
 TAG = "__float__"
 VALUES = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 
-def decode_special_floats(data: Any) -> Any:
+def decode_special_floats(data: object) -> Any:
     """The same JSON value with every tagged number as a number.
 
     Transformers 5 writes ``{"__float__": "Infinity"}``; transformers 4 wrote the bare word
@@ -33,7 +35,7 @@ def decode_special_floats(data: Any) -> Any:
     return data
 
 
-def config_values(config: PretrainedConfig) -> dict[str, Any]:
+def config_values(config: PretrainedConfig) -> JSON:
     """Every field of a configuration as a reader of its JSON sees it.
 
     Args:
@@ -42,7 +44,6 @@ def config_values(config: PretrainedConfig) -> dict[str, Any]:
     Returns:
         Plain JSON values, infinite numbers as numbers.
     """
-    values: dict[str, Any] = decode_special_floats(
-        json.loads(config.to_json_string(use_diff=False))
-    )
+    values = decode_special_floats(json.loads(config.to_json_string(use_diff=False)))
+    assert isinstance(values, dict)
     return values

@@ -8,7 +8,6 @@ outputs, K inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -18,9 +17,9 @@ from secateur.graph.edit.rewrite import copy_graph
 from secateur.graph.program import Program
 from secateur.kernels.sparse24 import PackedLinear
 from secateur.passes.lowering.layers import Layer, linear_layers
-from secateur.passes.lowering.lower import Lowering
+from secateur.passes.lowering.lower import LayerPlan, Lowering
 from secateur.runtime.packed.store import op_name, pack_weight
-from secateur.runtime.packed.weights import stack_layers
+from secateur.runtime.packed.weights import PackedLayer, stack_layers
 
 aten = torch.ops.aten
 
@@ -39,22 +38,24 @@ def lower_graph(program: Program, plan: Lowering) -> fx.GraphModule:
     graph, copies = copy_graph(gm)
     layers = {layer.parameter: layer for layer in linear_layers(program)[0]}
     parameters = dict(program.named_parameters())
-    groups: dict[str, list[Any]] = {}
+    groups: dict[str, list[LayerPlan]] = {}
     for row in plan.packed_layers:
         groups.setdefault(row.shares or row.layer, []).append(row)
     buffers: dict[str, torch.Tensor] = {}
-    for at, rows in enumerate(groups.values()):
+    for place, rows in enumerate(groups.values()):
         group = [layers[row.layer] for row in rows]
-        packed = [
-            pack_weight(row, parameters[row.layer].detach(), parameters[row.layer].dtype)
-            for row in rows
-        ]
-        biases = [
-            None if layer.bias is None else parameters[layer.bias].detach() for layer in group
-        ]
+        packed = list[PackedLayer]()
+        biases = list[torch.Tensor | None]()
+        for row, layer in zip(rows, group, strict=True):
+            weight = parameters[row.layer].detach()
+            packed.append(pack_weight(row, weight, weight.dtype))
+            bias = None
+            if layer.bias is not None:
+                bias = parameters[layer.bias].detach()
+            biases.append(bias)
         module = stack_layers(packed, biases)[0]
         assert isinstance(module, PackedLinear)
-        _replace_products(graph, copies, group, module, f"packed_{at}", buffers)
+        _replace_products(graph, copies, group, module, f"packed_{place}", buffers)
     read = set()
     for node in graph.nodes:
         if node.op == "get_attr":

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.graph.errors import ArtifactError, SecateurError
-from secateur.graph.program import Program
+from secateur.graph.program import JSON, Program
 from secateur.graph.reading import read_json_object, reason_of
-from secateur.kernels.sparse24 import formats
+from secateur.kernels.sparse24 import StackedPart, formats
 from secateur.kernels.sparse24.backends import backend_report
 from secateur.kernels.sparse24.module import NAMES, PackedLinear
 from secateur.kernels.sparse24.ops import op_of
@@ -49,7 +48,8 @@ from secateur.runtime.packed.weights import (
 log = logging.getLogger(__name__)
 
 FOLDER = "packed"
-WEIGHTS, PLAN = "weights.safetensors", "plan.json"
+WEIGHTS = "weights.safetensors"
+PLAN = "plan.json"
 VERSION = 1
 KIND_OF_BITS = {8: "int8", 4: "int4"}
 
@@ -90,9 +90,8 @@ def pack_weight(row: LayerPlan, weight_NK: Tensor, dtype: torch.dtype) -> Packed
         grid = grid_of(weight_NK, bits)
     else:
         grid = find_grid(weight_NK)
-    if tuple(weight_NK.shape) != row.shape or (
-        bits is not None and (grid is None or grid.bits != bits)
-    ):
+    lost_grid = bits is not None and (grid is None or grid.bits != bits)
+    if lost_grid or tuple(weight_NK.shape) != row.shape:
         raise ArtifactError(
             f"{row.layer} was planned as {row.kind} {list(row.shape)} and has changed: put "
             "lower last"
@@ -103,13 +102,16 @@ def pack_weight(row: LayerPlan, weight_NK: Tensor, dtype: torch.dtype) -> Packed
         raise ArtifactError(
             f"{row.layer} was planned as {row.kind}: {error}; put lower last"
         ) from error
-    if not row.rounds and not torch.equal(
-        unpack_weight(row.kind, row.shape, tensors, dtype), weight_NK.to(dtype)
-    ):
+    if not row.rounds and not _is_unpacked(row, tensors, weight_NK.to(dtype)):
         raise ArtifactError(
             f"{row.layer}: the packed weight is not the weight; this is a fault of secateur"
         )
     return PackedLayer(row.layer.removesuffix(".weight"), row.kind, row.shape, tensors)
+
+
+def _is_unpacked(row: LayerPlan, tensors: Mapping[str, Tensor], weight_NK: Tensor) -> bool:
+    unpacked = unpack_weight(row.kind, row.shape, tensors, weight_NK.dtype)
+    return torch.equal(unpacked, weight_NK)
 
 
 def _pack_tensors(
@@ -121,18 +123,18 @@ def _pack_tensors(
         return formats.pack(weight_NK.to(dtype)).to_tensors()
     name = KIND_OF_BITS[grid.bits]
     codes = grid.to_codes(weight_NK)
-    scale = (
-        (grid.scale_NG[:, 0] if grid.bits == 8 else grid.scale_NG)
-        .to(formats.SCALE_DTYPE[name])
-        .contiguous()
-    )
+    scale = grid.scale_NG
+    if grid.bits == 8:
+        scale = grid.scale_NG[:, 0]
+    scale = scale.to(formats.SCALE_DTYPE[name]).contiguous()
     if sparse:
         return formats.pack(codes, name, scale).to_tensors()
     codes = nn.functional.pad(codes, (0, formats.count_stored_columns(columns) - columns))
-    return {
-        "values": formats.pack_nibbles(codes) if grid.bits == 4 else codes.contiguous(),
-        "scale": scale,
-    }
+    if grid.bits == 4:
+        values = formats.pack_nibbles(codes)
+    else:
+        values = codes.contiguous()
+    return {"values": values, "scale": scale}
 
 
 def unpack_weight(
@@ -153,10 +155,10 @@ def pack_layers(
     could be carried out: a layer that no ``nn.Linear`` holds stays dense, with the reason."""
     parameters = dict(program.named_parameters())
     owners = {}
-    for name, m in holder.named_modules():
-        if type(m) is nn.Linear:
-            owners[id(m.weight)] = name
-    made = list[PackedLayer]()
+    for name, module in holder.named_modules():
+        if type(module) is nn.Linear:
+            owners[id(module.weight)] = name
+    packed = list[PackedLayer]()
     rows = list[LayerPlan]()
     renamed = dict[str, str]()
     for row in plan.layers:
@@ -170,14 +172,15 @@ def pack_layers(
             renamed[row.layer] = f"{owner}.weight"
             weight = parameters[row.layer].detach()
             row = replace(row, layer=renamed[row.layer])
-            made += [pack_weight(row, weight, DTYPES[plan.dtype])] if row.kind != DENSE else []
+            if row.kind != DENSE:
+                packed.append(pack_weight(row, weight, DTYPES[plan.dtype]))
         rows.append(row)
     shared = tuple(replace(row, shares=renamed.get(row.shares, "")) for row in rows)
-    return made, replace(plan, layers=shared)
+    return packed, replace(plan, layers=shared)
 
 
 # The side file
-def write_packed(program: Program, holder: nn.Module, folder: Path) -> dict[str, Any]:
+def write_packed(program: Program, holder: nn.Module, folder: Path) -> JSON:
     """Write packed weights into ``folder/packed``: as the last ``lower`` chose, or else all that a
     pass made 2:4.
 
@@ -185,30 +188,30 @@ def write_packed(program: Program, holder: nn.Module, folder: Path) -> dict[str,
         holder: the stock model over the program's parameters.
 
     Returns:
-        figures: layers by kind, bytes packed and dense; empty where nothing was packed.
+        Figures: layers by kind, bytes packed and dense; empty where nothing was packed.
     """
     plan = last_lowering(program.history) or plan_as_pruned(program)
     if not plan.packed_layers:
         return {}
     layers, done = pack_layers(program, plan, holder)
     write_layers(layers, done, folder / FOLDER)
-    totals = {
+    return {
+        "kinds": dict(Counter(row.kind for row in done.layers)),
         "bytes": sum(layer.count_bytes for layer in layers),
         "dense_bytes": sum(row.dense_bytes for row in done.packed_layers),
     }
-    return {"kinds": dict(Counter(row.kind for row in done.layers)), **totals}
 
 
 def write_layers(layers: Iterable[PackedLayer], plan: Lowering, folder: Path) -> None:
     """The packed tensors as safetensors, and the plan as JSON."""
     folder.mkdir()
-    tensors = {f"{layer.name}.{name}": t for layer in layers for name, t in layer.tensors.items()}
-    save_file(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS
-    )
-    (folder / PLAN).write_text(
-        json.dumps({"version": VERSION, **plan.to_json()}, indent=1) + "\n", "utf-8"
-    )
+    tensors = dict[str, Tensor]()
+    for layer in layers:
+        for part, tensor in layer.tensors.items():
+            tensors[f"{layer.name}.{part}"] = tensor.detach().cpu().contiguous()
+    save_file(tensors, folder / WEIGHTS)
+    content = json.dumps({"version": VERSION, **plan.to_json()}, indent=1)
+    (folder / PLAN).write_text(content + "\n", "utf-8")
 
 
 def read_layers(folder: Path) -> tuple[list[PackedLayer], Lowering]:
@@ -228,14 +231,12 @@ def load_layers(folder: Path, plan: Lowering) -> Iterator[tuple[LayerPlan, Packe
         ArtifactError: damaged, or tensors that do not fit the plan.
     """
     try:
-        with safe_open(folder / WEIGHTS, "pt") as held:
-            names = set(held.keys())
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            names = set(file.keys())
             for row in plan.packed_layers:
-                layer = _check_layer(
-                    row, {n: held.get_tensor(n) for n in _tensor_names(row) if n in names}
-                )
-                named = ((f"{layer.name}.{part}", tensor) for part, tensor in layer.tensors.items())
-                check_finite(named, folder, ArtifactError)
+                tensors = {n: file.get_tensor(n) for n in _tensor_names(row) if n in names}
+                layer = _check_layer(row, tensors)
+                check_finite(tensors.items(), folder, ArtifactError)
                 yield row, layer
     except ArtifactError:
         raise
@@ -282,19 +283,19 @@ def _tensor_names(row: LayerPlan) -> list[str]:
 def _check_layer(row: LayerPlan, tensors: Mapping[str, Tensor]) -> PackedLayer:
     name = row.layer.removesuffix(".weight")
     bits = bits_of(row)
-    own = {}
-    for n in NAMES:
-        if f"{name}.{n}" in tensors:
-            own[n] = tensors[f"{name}.{n}"]
+    parts = {}
+    for part in NAMES:
+        if f"{name}.{part}" in tensors:
+            parts[part] = tensors[f"{name}.{part}"]
     if row.kind.startswith("2:4"):
         if bits:
             kind = KIND_OF_BITS[bits]
         else:
-            kind = str(own["values"].dtype).removeprefix("torch.")
-        formats.Packed24.from_tensors(own, kind, row.shape)
-    elif unpack_weight(row.kind, row.shape, own, torch.float32).shape != row.shape:
+            kind = str(parts["values"].dtype).removeprefix("torch.")
+        formats.Packed24.from_tensors(parts, kind, row.shape)
+    elif unpack_weight(row.kind, row.shape, parts, torch.float32).shape != row.shape:
         raise ValueError(f"{name} is not [{row.shape[0]}, {row.shape[1]}]")
-    return PackedLayer(name, row.kind, row.shape, own)
+    return PackedLayer(name, row.kind, row.shape, parts)
 
 
 # The model that runs
@@ -312,9 +313,8 @@ def lower_model(model: nn.Module, layers: Iterable[PackedLayer], plan: Lowering)
     for group in groups.values():
         linears = [_find_linear(model, layer) for layer in group]
         device = linears[0].weight.device
-        for layer, module in zip(
-            group, stack_layers(group, [one.bias for one in linears]), strict=True
-        ):
+        modules = stack_layers(group, [linear.bias for linear in linears])
+        for layer, module in zip(group, modules, strict=True):
             path, _, leaf = layer.name.rpartition(".")
             setattr(model.get_submodule(path), leaf, module.to(device))
     log.info(
@@ -366,7 +366,11 @@ def runs_packed(folder: Path, asked: bool | None) -> bool:
         raise ArtifactError(
             f"{folder} has no packed weights: save a model whose weights are 2:4, or lowered"
         )
-    return has_packed(folder) and (read_plan(folder / FOLDER).chosen if asked is None else asked)
+    if not has_packed(folder):
+        return False
+    if asked is None:
+        return read_plan(folder / FOLDER).chosen
+    return asked
 
 
 def running(model: nn.Module, plan: Lowering | None = None) -> list[LayerReport]:
@@ -375,36 +379,33 @@ def running(model: nn.Module, plan: Lowering | None = None) -> list[LayerReport]
     Args:
         plan: where the reasons are; without it they are empty.
     """
+    reasons = dict[str, str]()
     if plan:
         reasons = {row.layer.removesuffix(".weight"): row.reason for row in plan.layers}
-    else:
-        reasons = {}
-    told = list[LayerReport]()
+    reports = list[LayerReport]()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             size = module.weight.nbytes
-            told.append(
-                LayerReport(name, DENSE, "aten::linear", "torch", reasons.get(name, ""), size, size)
-            )
+            reason = reasons.get(name, "")
+            reports.append(LayerReport(name, DENSE, "aten::linear", "torch", reason, size, size))
     for path, module in iterate_packed_modules(model):
         name = path.removesuffix(f".{BESIDE}")
-        told.append(_report_layer(name, module, reasons.get(name, "")))
-    return told
+        reports.append(_report_layer(name, module, reasons.get(name, "")))
+    return reports
 
 
-def _report_layer(name: str, module: Any, reason: str) -> LayerReport:
+def _report_layer(name: str, module: PackedLinear | StackedPart, reason: str) -> LayerReport:
     if isinstance(module, PackedLinear):
-        first: PackedLinear = module
+        first = module
     else:
         first = module.first[0]
     share = module.out_features / sum(first.sizes)
     op = op_name(first)
-    width = None
+    width = 2
     if first.bias is not None:
         width = first.bias.dtype.itemsize
-    width = width or (
-        first.values.dtype.itemsize if first.values.is_floating_point() and not first.order else 2
-    )
+    elif first.values.is_floating_point() and not first.order:
+        width = first.values.dtype.itemsize
     dense = module.out_features * module.in_features * width
     return LayerReport(
         name,
@@ -437,6 +438,6 @@ def backend_of(module: PackedLinear) -> str:
     return "reference"
 
 
-def as_json(rows: Iterable[LayerReport]) -> list[dict[str, Any]]:
+def as_json(rows: Iterable[LayerReport]) -> list[JSON]:
     """A report as JSON."""
     return [asdict(row) for row in rows]

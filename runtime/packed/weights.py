@@ -18,6 +18,7 @@ BESIDE = "packed"  # the packed weight's name in a module that adds something to
 @dataclass(frozen=True)
 class PackedLayer:
     """One weight in its packed form.
+
     name: of the module that holds it, without ``.weight``.
     """
 
@@ -38,10 +39,9 @@ def stack_layers(layers: Sequence[PackedLayer], biases: Sequence[Tensor | None])
     Raises:
         ValueError: they differ in kind or inputs, or some have a bias and others none.
     """
-    kinds = {
-        (layer.kind, layer.shape[1], bias is None)
-        for layer, bias in zip(layers, biases, strict=True)
-    }
+    kinds = set[tuple[str, int, bool]]()
+    for layer, bias in zip(layers, biases, strict=True):
+        kinds.add((layer.kind, layer.shape[1], bias is None))
     if len(kinds) != 1:
         names = ", ".join(layer.name for layer in layers)
         raise ValueError(
@@ -50,14 +50,13 @@ def stack_layers(layers: Sequence[PackedLayer], biases: Sequence[Tensor | None])
         )
     first = layers[0]
     tensors = {name: torch.cat([layer.tensors[name] for layer in layers]) for name in first.tensors}
-    given = [bias.detach() for bias in biases if bias is not None]
-    bias = None
-    if given:
-        bias = torch.cat(given)
-    leader = PackedLinear(
-        first.kind, first.shape[1], tensors, bias, [layer.shape[0] for layer in layers]
-    )
-    return [leader, *(StackedPart(leader, at) for at in range(1, len(layers)))]
+    parts = [bias.detach() for bias in biases if bias is not None]
+    stacked_bias = None
+    if parts:
+        stacked_bias = torch.cat(parts)
+    rows = [layer.shape[0] for layer in layers]
+    leader = PackedLinear(first.kind, first.shape[1], tensors, stacked_bias, rows)
+    return [leader, *(StackedPart(leader, place) for place in range(1, len(layers)))]
 
 
 def rearrange_for_gpu(model: nn.Module) -> None:

@@ -38,6 +38,8 @@ from secateur.runtime.serving.package import PackagedModel, is_package, load_pac
 log = logging.getLogger(__name__)
 
 OnToken = Callable[[Tensor], None]
+Settings = dict[str, Any]
+"""Arguments of transformers' ``generate`` by name."""
 
 
 class GenerateError(SecateurError):
@@ -70,19 +72,22 @@ class Generation:
 
 
 class Engine(Protocol):
-    """Something that generates.  name: what it is, for people.
-    device: where prompts belong.
-    nbytes: of weights.
-    """
+    """Something that generates."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What it is, for people."""
+        ...
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where prompts belong."""
+        ...
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        ...
 
     def generate(
         self,
@@ -97,6 +102,8 @@ class Engine(Protocol):
         """Add tokens to prompts of one length until each said an end token, or ``max_new_tokens``.
 
         Args:
+            ids_BT: prompts.
+            max_new_tokens: new tokens of each, at most.
             temperature: 0 takes the likeliest token; above, tokens are drawn from the softmax of
                 logits over it.
             seed: of the draws.
@@ -122,6 +129,7 @@ def open_engine(
     id).
 
     Args:
+        path: folder, or Hugging Face id.
         device: cpu or cuda; None is cuda where there is one.
         dtype: of a stock model; None is the stored one.
         packed: run on packed weights; None does where ``lower`` chose so.
@@ -152,9 +160,9 @@ def open_engine(
     moved = model.to(device)
     if device.startswith("cuda"):
         rearrange_for_gpu(moved)
-    return StockEngine(
-        moved, device == "cuda" if compiled is None else compiled, tuple(running(moved, plan))
-    )
+    if compiled is None:
+        compiled = device == "cuda"
+    return StockEngine(moved, compiled, tuple(running(moved, plan)))
 
 
 def device_named(name: str | None) -> str:
@@ -188,7 +196,9 @@ class _Clock(BaseStreamer):
     """Notes when tokens come, and shows them."""
 
     def __init__(self, on_token: OnToken | None) -> None:
-        self.on_token, self.times, self.prompt_seen = on_token, list[float](), False
+        self.on_token = on_token
+        self.times = list[float]()
+        self.prompt_seen = False
 
     def put(self, value: Tensor) -> None:
         if not self.prompt_seen:
@@ -204,41 +214,40 @@ class _Clock(BaseStreamer):
 
 class StockEngine:
     """transformers' ``generate`` on a stock model.
+
     layers: what each linear layer runs on.
     """
 
     def __init__(
         self, model: PreTrainedModel, compiled: bool = False, layers: tuple[LayerReport, ...] = ()
     ) -> None:
-        self.model, self.compiled, self.layers = model, compiled, layers
+        self.model = model
+        self.compiled = compiled
+        self.layers = layers
 
     @property
     def name(self) -> str:
+        """The class, its weights and their dtype, and how it decodes."""
+        weights = "dense weights"
         if any(True for _ in iterate_packed_modules(self.model)):
             weights = "packed weights"
-        else:
-            weights = "dense weights"
+        decoding = "eager"
         if self.compiled:
-            how = "compiled decoding, static cache"
-        else:
-            how = "eager"
-        return (
-            f"{type(self.model).__name__}, {weights}, "
-            f"{str(self.model.dtype).removeprefix('torch.')}, {how}"
-        )
+            decoding = "compiled decoding, static cache"
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return f"{type(self.model).__name__}, {weights}, {dtype}, {decoding}"
 
     @property
     def device(self) -> torch.device:
+        """The device of the model."""
         device: torch.device = self.model.device
         return device
 
     @property
     def nbytes(self) -> int:
         """Bytes of unique parameters and buffers."""
-        return sum(
-            t.nbytes
-            for t in {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}.values()
-        )
+        tensors = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        return sum(tensor.nbytes for tensor in tensors.values())
 
     def generate(
         self,
@@ -250,11 +259,12 @@ class StockEngine:
         ignore_end: bool = False,
         on_token: OnToken | None = None,
     ) -> Generation:
+        """Add tokens to prompts; see ``Engine.generate``."""
         _check_prompt(ids_BT, max_new_tokens)
         _check_rows(ids_BT, self.model.get_input_embeddings())
         clock = _Clock(on_token)
         torch.manual_seed(seed)
-        settings: dict[str, Any] = {
+        settings: Settings = {
             "max_new_tokens": max_new_tokens,
             "use_cache": True,
             **self._sampling_options(temperature),
@@ -276,28 +286,30 @@ class StockEngine:
         ended = time.perf_counter()
         if self.model.config.is_encoder_decoder:
             out = torch.cat([ids_BT, out[:, 1:]], dim=1)  # the decoder's own first token is no text
+        first = ended
         if clock.times:
             first = clock.times[0]
-        else:
-            first = ended
-        return Generation(
-            out, ids_BT.shape[1], out.shape[1] - ids_BT.shape[1], first - started, ended - first
-        )
+        prompt_tokens = ids_BT.shape[1]
+        new_tokens = out.shape[1] - prompt_tokens
+        return Generation(out, prompt_tokens, new_tokens, first - started, ended - first)
 
-    def _sampling_options(self, temperature: float) -> dict[str, Any]:
+    def _sampling_options(self, temperature: float) -> Settings:
         pad = self.model.generation_config.pad_token_id
         end = self.model.generation_config.eos_token_id
-        if pad is not None:
-            known = pad
-        elif isinstance(end, list):
-            known = end[0]
-        else:
-            known = end
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        drawn = {"do_sample": True, "temperature": temperature}
+        if pad is None:
+            pad = end
+            if isinstance(end, list):
+                pad = end[0]
+        if pad is None:
+            pad = 0
+        if temperature > 0:
+            return {"pad_token_id": pad, "do_sample": True, "temperature": temperature}
         return {
-            "pad_token_id": 0 if known is None else known,
-            **(drawn if temperature > 0 else greedy),
+            "pad_token_id": pad,
+            "do_sample": False,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
         }
 
 
@@ -309,11 +321,13 @@ class PackagedEngine:
 
     @property
     def name(self) -> str:
+        """Its dtype, and what it was compiled for."""
         facts = self.packaged.facts
         return f"ahead-of-time package, {facts.dtype}, compiled for {facts.compiled_for}"
 
     @property
     def device(self) -> torch.device:
+        """The device that it was compiled for."""
         return torch.device(self.packaged.facts.device)
 
     @property
@@ -332,6 +346,7 @@ class PackagedEngine:
         ignore_end: bool = False,
         on_token: OnToken | None = None,
     ) -> Generation:
+        """Add tokens to prompts; see ``Engine.generate``."""
         _check_prompt(ids_BT, max_new_tokens)
         facts = self.packaged.facts
         if ids_BT.shape[1] + max_new_tokens - 1 > facts.length:
@@ -347,7 +362,7 @@ class PackagedEngine:
         started = time.perf_counter()
         logits = self.packaged.prefill(ids_BT)
         first = 0.0
-        for left in range(max_new_tokens, 0, -1):
+        for remaining in range(max_new_tokens, 0, -1):
             if ignore_end:
                 logits[:, end] = float("-inf")
             token = choose_token(logits, temperature, draws)
@@ -358,13 +373,12 @@ class PackagedEngine:
             first = first or time.perf_counter()
             if on_token is not None:
                 on_token(token)
-            if left == 1 or bool(done.all()):
+            if remaining == 1 or bool(done.all()):
                 break
             logits = self.packaged.decode(token[:, None])
         ended = time.perf_counter()
-        return Generation(
-            torch.cat(columns, 1), ids_BT.shape[1], len(columns) - 1, first - started, ended - first
-        )
+        ids = torch.cat(columns, 1)
+        return Generation(ids, ids_BT.shape[1], len(columns) - 1, first - started, ended - first)
 
 
 def choose_token(logits_BV: Tensor, temperature: float, draws: torch.Generator) -> Tensor:
@@ -372,9 +386,8 @@ def choose_token(logits_BV: Tensor, temperature: float, draws: torch.Generator) 
     temperature."""
     if temperature <= 0:
         return logits_BV.argmax(-1)
-    return torch.multinomial((logits_BV.float() / temperature).softmax(-1), 1, generator=draws)[
-        :, 0
-    ]
+    probabilities_BV = (logits_BV.float() / temperature).softmax(-1)
+    return torch.multinomial(probabilities_BV, 1, generator=draws)[:, 0]
 
 
 def _check_prompt(ids_BT: Tensor, max_new_tokens: int) -> None:
@@ -386,7 +399,7 @@ def _check_prompt(ids_BT: Tensor, max_new_tokens: int) -> None:
         )
 
 
-def _check_rows(ids_BT: Tensor, embedding: Any) -> None:
+def _check_rows(ids_BT: Tensor, embedding: object) -> None:
     rows = getattr(embedding, "num_embeddings", None)
     if isinstance(rows, int) and int(ids_BT.max()) >= rows:
         raise GenerateError(
@@ -396,11 +409,13 @@ def _check_rows(ids_BT: Tensor, embedding: Any) -> None:
         )
 
 
-def _compile_config(device: torch.device) -> Any:
+def _compile_config(device: torch.device) -> CompileConfig:
     """CUDA graphs where there is CUDA; transformers compiles on accelerators only, unless told."""
-    config: Any = CompileConfig(
-        fullgraph=False, mode="reduce-overhead" if device.type == "cuda" else "default"
-    )
+    mode = "default"
+    if device.type == "cuda":
+        mode = "reduce-overhead"
+    config: Any = CompileConfig(fullgraph=False, mode=mode)
     if device.type == "cpu" and hasattr(config, "_compile_all_devices"):
         config._compile_all_devices = True
-    return config
+    compile_config: CompileConfig = config
+    return compile_config

@@ -25,20 +25,22 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch._inductor
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from secateur.graph.errors import ArtifactError, SecateurError
+from secateur.graph.program import JSON
 from secateur.graph.reading import read_json_object, reason_of, shown
 from secateur.kernels.sparse24 import PackedLinear
 from secateur.passes.lowering.lower import DTYPES
@@ -56,11 +58,22 @@ from secateur.runtime.stock.to_transformers import TOLERANCE
 
 log = logging.getLogger(__name__)
 
-FILE, WEIGHTS = "package.json", "weights.safetensors"
+FILE = "package.json"
+WEIGHTS = "weights.safetensors"
 STEPS = ("prefill", "decode")
 VERSION = 1
 SIGNATURE = "signature"
 OPS = "secateur.kernels.sparse24.ops"
+
+
+class CompiledStep(Protocol):
+    """A step of a package, as torch loads it."""
+
+    def __call__(
+        self, ids: Tensor, position: Tensor, keys: list[Tensor], values: list[Tensor], /
+    ) -> Tensor:
+        """Logits [B, V] of the next token; keys and values are written."""
+        ...
 
 
 class PackageError(SecateurError):
@@ -91,14 +104,25 @@ class PackageFacts:
     version: int = VERSION
 
     def to_json(self) -> str:
+        """The text of the file."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> PackageFacts:
+    def from_json(cls, value: JSON) -> PackageFacts:
+        """Read and check the facts of a file.
+
+        Args:
+            value: its JSON object.
+
+        Raises:
+            PackageError: of another version.
+            KeyError: no version.
+            ValueError: a fact of a wrong type, or that no package has.
+        """
         if value["version"] != VERSION:
-            found = shown(value["version"])
+            version = shown(value["version"])
             raise PackageError(
-                f"{FILE} has version {found}, expected {VERSION}: package the model again"
+                f"{FILE} has version {version}, expected {VERSION}: package the model again"
             )
         facts: PackageFacts = TypeAdapter(cls).validate_python(value)
         if facts.dtype not in DTYPES or facts.device not in ("cpu", "cuda"):
@@ -124,6 +148,8 @@ def write_package(
     what it gives.
 
     Args:
+        model: to be packaged.
+        path: the folder to make.
         length: longest sequence, prompt and new tokens together.
         batch: sequences at once.
         source: folder whose tokenizer files go along.
@@ -260,7 +286,8 @@ class PackagedModel:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights, each counted once."""
-        return sum(t.nbytes for t in {t.data_ptr(): t for t in self._weights.values()}.values())
+        tensors = {tensor.data_ptr(): tensor for tensor in self._weights.values()}
+        return sum(tensor.nbytes for tensor in tensors.values())
 
     def prefill(self, ids_BT: Tensor) -> Tensor:
         """Logits after a prompt; what was in the cache is forgotten."""
@@ -287,14 +314,13 @@ class PackagedModel:
         self.position += count
         return logits
 
-    def _load_step(self, file: Path) -> Any:
+    def _load_step(self, file: Path) -> CompiledStep:
         """A compiled step over the shared weights: it keeps pointers to them and no copy."""
         step = torch._inductor.aoti_load_package(str(file))
-        names = step.get_constant_fqns()
-        step.load_constants(
-            {n: self._weights[n] for n in names}, check_full_update=True, user_managed=True
-        )
-        return step
+        weights = {name: self._weights[name] for name in step.get_constant_fqns()}
+        step.load_constants(weights, check_full_update=True, user_managed=True)
+        compiled: CompiledStep = step
+        return compiled
 
 
 def describe_target(device: str) -> str:
@@ -312,6 +338,11 @@ def _package_facts(model: PreTrainedModel, length: int, batch: int) -> PackageFa
         cache = cache_shapes(model)
     except ValueError as error:
         raise PackageError(f"{type(model).__name__} cannot be packaged: {error}") from error
+    end_tokens: tuple[int, ...] = ()
+    if isinstance(end, Sequence):
+        end_tokens = tuple(end)
+    elif end is not None:
+        end_tokens = (end,)
     return PackageFacts(
         cache=cache,
         length=length,
@@ -319,18 +350,17 @@ def _package_facts(model: PreTrainedModel, length: int, batch: int) -> PackageFa
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
         vocabulary=model.config.get_text_config().vocab_size,
-        end=tuple(end) if isinstance(end, Sequence) else () if end is None else (end,),
+        end=end_tokens,
         compiled_for=describe_target(model.device.type),
         ops=next(iterate_packed_modules(model), None) is not None,
     )
 
 
-def _export_step(step: DecodeStep, facts: PackageFacts, name: str) -> Any:
+def _export_step(step: DecodeStep, facts: PackageFacts, name: str) -> ExportedProgram:
     """The graph of a step; the prompt's length stays open."""
+    count = 1
     if name == "prefill":
         count = 3
-    else:
-        count = 1
     keys, values = make_empty_cache(
         facts.cache, facts.batch, facts.length, _parse_dtype(facts.dtype), facts.device
     )
@@ -342,9 +372,8 @@ def _export_step(step: DecodeStep, facts: PackageFacts, name: str) -> Any:
     still: list[None] = [None] * len(keys)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # of torch's own pytree, about torch's own code
+            # of torch's own pytree, about torch's own code
+            warnings.simplefilter("ignore", FutureWarning)
             return torch.export.export(
                 step, inputs, dynamic_shapes=(open_length, None, still, still), strict=False
             )
@@ -354,7 +383,7 @@ def _export_step(step: DecodeStep, facts: PackageFacts, name: str) -> Any:
         ) from error
 
 
-def _compile_step(exported: Any, file: Path) -> None:
+def _compile_step(exported: ExportedProgram, file: Path) -> None:
     options = {"aot_inductor.package_constants_in_so": False}
     try:
         with warnings.catch_warnings():
@@ -368,25 +397,25 @@ def _compile_step(exported: Any, file: Path) -> None:
         ) from error
 
 
-def _step_constants(exported: Any, file: Path) -> dict[str, Tensor]:
+def _step_constants(exported: ExportedProgram, file: Path) -> dict[str, Tensor]:
     """The tensors that a compiled step reads, under the names it knows them by."""
-    held = {**exported.state_dict, **exported.constants}
+    tensors = {**exported.state_dict, **exported.constants}
     names: list[str] = torch._inductor.aoti_load_package(str(file)).get_constant_fqns()
-    return {name: held[name].detach() for name in names}
+    return {name: tensors[name].detach() for name in names}
 
 
 def _unshare_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous copies where two names share memory, which safetensors does not store."""
-    seen: set[int] = set()
-    made = {}
+    pointers: set[int] = set()
+    unshared = {}
     for name, tensor in weights.items():
         fresh = tensor.contiguous().cpu()
-        if fresh.data_ptr() in seen:
-            made[name] = fresh.clone()
+        if fresh.data_ptr() in pointers:
+            unshared[name] = fresh.clone()
         else:
-            made[name] = fresh
-        seen.add(fresh.data_ptr())
-    return made
+            unshared[name] = fresh
+        pointers.add(fresh.data_ptr())
+    return unshared
 
 
 def _largest_difference(model: nn.Module, packaged: PackagedModel) -> float:
@@ -403,14 +432,14 @@ def _largest_difference(model: nn.Module, packaged: PackagedModel) -> float:
     count = min(9, facts.length)
     spread = torch.arange(facts.batch * count).reshape(facts.batch, count)
     ids = (spread * 7919 % facts.vocabulary).to(facts.device)
-    found = torch.stack([packaged.prefill(ids[:, :-1]), packaged.decode(ids[:, -1:])], 1).float()
+    compiled = torch.stack([packaged.prefill(ids[:, :-1]), packaged.decode(ids[:, -1:])], 1).float()
     eager = model(input_ids=ids).logits[:, -2:].float()
-    gap = _relative_difference(found, eager)
+    gap = _relative_difference(compiled, eager)
     allowed = TOLERANCE[torch.float32]
     if _parse_dtype(facts.dtype).itemsize == 2:
         with widen_model(model):
             exact = model(input_ids=ids).logits[:, -2:].float()
-        gap = _relative_difference(found, exact)
+        gap = _relative_difference(compiled, exact)
         allowed = 2 * _relative_difference(eager, exact) + TOLERANCE[torch.float32]
     if not gap <= allowed:
         raise PackageError(
@@ -420,34 +449,33 @@ def _largest_difference(model: nn.Module, packaged: PackagedModel) -> float:
     return gap
 
 
-def _relative_difference(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1))
+def _relative_difference(outputs: Tensor, wanted: Tensor) -> float:
+    return float((outputs - wanted).abs().max() / wanted.abs().max().clamp_min(1))
 
 
 @contextmanager
 def widen_model(model: nn.Module) -> Iterator[None]:
     """The model with its 16-bit tensors in float32 while the block runs; the very same tensors come
     back."""
-    tensors = {
-        id(t): t
-        for t in (*model.parameters(), *model.buffers())
-        if t.is_floating_point() and t.itemsize == 2
-    }
-    kept = {key: t.data for key, t in tensors.items()}
+    tensors: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.itemsize == 2:
+            tensors[id(tensor)] = tensor
+    narrow = {key: tensor.data for key, tensor in tensors.items()}
     scales = set()
-    for _, m in iterate_packed_modules(model):
-        if isinstance(m, PackedLinear) and m.scale is not None:
-            scales.add(id(m.scale))
+    for _, module in iterate_packed_modules(model):
+        if isinstance(module, PackedLinear) and module.scale is not None:
+            scales.add(id(module.scale))
     try:
-        for key, t in tensors.items():
+        for key, tensor in tensors.items():
             if key not in scales:
-                t.data = kept[key].float()
+                tensor.data = narrow[key].float()
         yield
     finally:
-        for key, t in tensors.items():
-            t.data = kept[key]
+        for key, tensor in tensors.items():
+            tensor.data = narrow[key]
 
 
 def _parse_dtype(name: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, name)
-    return found
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -7,13 +7,13 @@ stacked, perhaps a shard of them) and the names of the layers in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from secateur.graph.errors import ArtifactError
+from secateur.graph.program import JSON
 from secateur.kernels.sparse24 import PackedLinear
 from secateur.passes.lowering.cost import DENSE, KINDS, weight_bytes
 from secateur.passes.lowering.layers import not_24
@@ -22,7 +22,7 @@ from secateur.passes.solvers.integer_grid import find_grid
 from secateur.runtime.packed.store import pack_weight
 
 
-def plan_of_manifest(manifest: Mapping[str, Any]) -> Lowering:
+def plan_of_manifest(manifest: JSON) -> Lowering:
     """The plan that the last ``lower`` of an artifact left in its manifest.
 
     Raises:
@@ -81,12 +81,10 @@ def make_packed_linear(kind: str, name: str, weight_NK: Tensor) -> tuple[PackedL
 
 def multiply_packed(module: PackedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight^T + bias`` of a packed weight, the bias held by the server."""
-    found = module(x)
+    product: Tensor = module(x)
     if bias is None:
-        result: Tensor = found
-    else:
-        result = found + bias
-    return result
+        return product
+    return product + bias
 
 
 def warm_up(

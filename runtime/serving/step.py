@@ -6,7 +6,6 @@ Dims: B sequences, T tokens, S longest sequence, H key/value heads, D head size,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,27 +27,30 @@ class GivenLayer(CacheLayerMixin):
 
     def __init__(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.keys, self.values, self.position = keys, values, position
-        self.dtype, self.device = keys.dtype, keys.device
+        self.keys = keys
+        self.values = values
+        self.position = position
+        self.dtype = keys.dtype
+        self.device = keys.device
         self.is_initialized = True
 
     def lazy_initialization(self, *states: Tensor) -> None:
         """Nothing: the tensors are there."""
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write T new keys and values after those that are there; returns the whole."""
-        at = torch.arange(key_states.shape[-2], device=self.device) + self.position
-        self.keys.index_copy_(2, at, key_states)
-        self.values.index_copy_(2, at, value_states)
+        places = torch.arange(key_states.shape[-2], device=self.device) + self.position
+        self.keys.index_copy_(2, places, key_states)
+        self.values.index_copy_(2, places, value_states)
         return self.keys, self.values
 
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: object) -> tuple[int, int]:
         """(keys to mask, offset of the first)."""
         return self.keys.shape[-2], 0
 
-    def get_seq_length(self, *args: Any) -> Any:
+    def get_seq_length(self, *args: object) -> Any:
         """How many positions are filled, int64 []."""
         return self.position
 
@@ -70,7 +72,20 @@ class DecodeStep(nn.Module):
     def forward(
         self, ids: Tensor, position: Tensor, keys: list[Tensor], values: list[Tensor]
     ) -> Tensor:
-        layers: list[Any] = [GivenLayer(k, v, position) for k, v in zip(keys, values, strict=True)]
+        """Run the model on tokens after those in the cache.
+
+        Args:
+            ids: int64 [B, T].
+            position: int64 [], tokens in the cache.
+            keys: [B, H, S, D] of each layer; written.
+            values: [B, H, S, D] of each layer; written.
+
+        Returns:
+            Logits [B, V] of the next token.
+        """
+        layers: list[Any] = []
+        for layer_keys, layer_values in zip(keys, values, strict=True):
+            layers.append(GivenLayer(layer_keys, layer_values, position))
         out = self.model(
             input_ids=ids, past_key_values=Cache(layers=layers), use_cache=True, logits_to_keep=1
         )
@@ -93,17 +108,14 @@ def cache_shapes(model: PreTrainedModel) -> HeadShapes:
             f"it keeps {type(cache).__name__} instead of keys and values of each layer"
         )
     shapes = []
-    for at, layer in enumerate(cache.layers):
+    for place, layer in enumerate(cache.layers):
         if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
             raise ValueError(
-                f"its layer {at} keeps {type(layer).__name__} instead of all keys and values"
+                f"its layer {place} keeps {type(layer).__name__} instead of all keys and values"
             )
-        shapes.append(
-            (
-                (layer.keys.shape[1], layer.keys.shape[3]),
-                (layer.values.shape[1], layer.values.shape[3]),
-            )
-        )
+        key_shape = (layer.keys.shape[1], layer.keys.shape[3])
+        value_shape = (layer.values.shape[1], layer.values.shape[3])
+        shapes.append((key_shape, value_shape))
     return tuple(shapes)
 
 
@@ -112,10 +124,11 @@ def make_empty_cache(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values [B, H, S, D] of each layer, zeros."""
 
-    def make_zeros(sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        return [
-            torch.zeros(batch, heads, length, size, dtype=dtype, device=device)
-            for heads, size in sizes
-        ]
-
-    return make_zeros([keys for keys, _ in shapes]), make_zeros([values for _, values in shapes])
+    keys = list[Tensor]()
+    values = list[Tensor]()
+    for (key_heads, key_size), (value_heads, value_size) in shapes:
+        key_shape = (batch, key_heads, length, key_size)
+        value_shape = (batch, value_heads, length, value_size)
+        keys.append(torch.zeros(key_shape, dtype=dtype, device=device))
+        values.append(torch.zeros(value_shape, dtype=dtype, device=device))
+    return keys, values

@@ -28,8 +28,10 @@ CODE_MAGIC = (b"\x7fELF", b"MZ\x90\x00", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe
 
 def key_file() -> Path:
     """Where the key of this user lies."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "secateur" / "trust.key"
+    base = Path.home() / ".cache"
+    if cache_home := os.environ.get("XDG_CACHE_HOME"):
+        base = Path(cache_home)
+    return base / "secateur" / "trust.key"
 
 
 def sign(files: Iterable[Path]) -> str:
@@ -63,22 +65,22 @@ def machine_code(files: Iterable[Path]) -> list[Path]:
     Args:
         files: to look at; what is no regular file is passed over.
     """
-    found = list[Path]()
+    code_files = list[Path]()
     for file in files:
         if not file.is_file():
             continue
         if file.suffix.lower() in CODE_SUFFIXES:
-            found.append(file)
+            code_files.append(file)
             continue
         with file.open("rb") as stream:
             if stream.read(4) in CODE_MAGIC:
-                found.append(file)
-    return found
+                code_files.append(file)
+    return code_files
 
 
 def _signature(key: bytes, files: Iterable[Path]) -> str:
     signed = hmac.new(key, digestmod=hashlib.sha256)
-    for file in sorted(files, key=lambda one: one.name):
+    for file in sorted(files, key=lambda file: file.name):
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").digest()
         name = file.name.encode("utf-8", "surrogateescape")

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.graph.program import JSON
+from secateur.kernels.sparse24 import PackedLinear
 from secateur.passes.lowering.cost import DENSE
 from secateur.passes.lowering.lower import Lowering
 from secateur.runtime.save.artifact import MANIFEST
@@ -54,7 +56,8 @@ def make_config_class() -> type:
 
         def __init__(self, kind: str, name: str) -> None:
             super().__init__()
-            self.kind, self.layer_name = kind, name
+            self.kind = kind
+            self.layer_name = name
 
         def process_weights_after_loading(self, layer: nn.Module) -> None:
             """Pack the loaded weight, or leave it dense and say why."""
@@ -72,7 +75,7 @@ def make_config_class() -> type:
 
         def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
             """[..., K] -> [..., N]."""
-            packed: Any = getattr(layer, "packed", None)
+            packed: PackedLinear | None = getattr(layer, "packed", None)
             if packed is None:
                 dense: Tensor = super().apply(layer, x, bias)
                 return dense
@@ -100,7 +103,7 @@ def make_config_class() -> type:
             return [MANIFEST]
 
         @classmethod
-        def from_config(cls, config: dict[str, Any]) -> SecateurConfig:
+        def from_config(cls, config: JSON) -> SecateurConfig:
             return cls(plan_of_manifest(config))
 
         def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
@@ -123,4 +126,7 @@ def split_stacked_name(prefix: str, mapping: dict[str, list[str]]) -> list[str]:
     """The checkpoint's layers in one of vLLM's: ``a.qkv_proj`` is ``a.q_proj``, ``a.k_proj`` and
     ``a.v_proj``."""
     path, _, leaf = prefix.rpartition(".")
-    return [f"{path}.{name}" if path else name for name in mapping.get(leaf, [leaf])]
+    names = list(mapping.get(leaf, [leaf]))
+    if not path:
+        return names
+    return [f"{path}.{name}" for name in names]

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ PATTERNS: Mapping[str, tuple[int, int]] = {
 """Strictest first: each of them holds wherever one before it does."""
 CHUNK_BYTES = 1 << 20
 CODE = 8
-BITMASK, COMPRESSED = ".bitmask", ".compressed"
+BITMASK = ".bitmask"
+COMPRESSED = ".compressed"
 """Endings of the two tensors in which compressed-tensors keeps a sparse weight: a bit an element,
 and the values."""
 
@@ -113,7 +115,10 @@ class Census:
     @property
     def pattern(self) -> str:
         """The strictest of PATTERNS that holds; "" where none does or nothing was counted."""
-        return next((name for name in PATTERNS if self.over.get(name, 1) == 0), "")
+        for name in PATTERNS:
+            if self.over.get(name, 1) == 0:
+                return name
+        return ""
 
     @property
     def share(self) -> float:
@@ -135,6 +140,7 @@ def census_of_file(
     read once.
 
     Args:
+        file: to be read.
         records: the file's, as ``read_header`` gives them: they lie one after another without gaps.
         patterns: by tensor, n:m patterns to count beside PATTERNS: text -> (n, m).
         whole: a hashlib object that is to see every byte of the file.
@@ -152,42 +158,53 @@ def census_of_file(
         if whole is not None:
             whole.update(head)
         for name, record in ordered:
-            own = None
-            if digests:
-                own = hashlib.sha256(f"{record.dtype} {list(record.shape)} ".encode())
-            kept_as_bits = (
-                name.endswith(BITMASK) and name.removesuffix(BITMASK) + COMPRESSED in records
-            )
+            tensor_hash = hashlib.sha256(f"{record.dtype} {list(record.shape)} ".encode())
+            values = name.removesuffix(BITMASK) + COMPRESSED
+            kept_as_bits = name.endswith(BITMASK) and values in records
             count = _Count(record, (patterns or {}).get(name, {}), kept_as_bits)
             for piece in _read_pieces(stream, record):
-                for one in (whole, own):
-                    if one is not None:
-                        one.update(piece)
+                if whole is not None:
+                    whole.update(piece)
+                if digests:
+                    tensor_hash.update(piece)
                 count.add_piece(piece)
-            yield count.make_census(name, "" if own is None else own.hexdigest())
+            digest = ""
+            if digests:
+                digest = tensor_hash.hexdigest()
+            yield count.make_census(name, digest)
 
 
 def group_by_family(tensors: Iterable[Census]) -> dict[str, list[Census]]:
     """Tensors whose names differ in whole numbers only, together:
     ``layers.*.mlp.up_proj.weight``."""
-    found: dict[str, list[Census]] = {}
-    for one in tensors:
-        name = ".".join("*" if part.isdigit() else part for part in one.name.split("."))
-        found.setdefault(name, []).append(one)
-    return found
+    families: dict[str, list[Census]] = {}
+    for census in tensors:
+        parts = census.name.split(".")
+        for place, part in enumerate(parts):
+            if part.isdigit():
+                parts[place] = "*"
+        families.setdefault(".".join(parts), []).append(census)
+    return families
 
 
-def _read_pieces(stream: Any, record: TensorRecord) -> Iterator[memoryview]:
+def _read_pieces(stream: BufferedReader, record: TensorRecord) -> Iterator[memoryview]:
     """The data of a tensor in pieces of whole rows, each valid until the next is asked for."""
-    row_bytes = (record.shape[-1] if record.shape else 1) * record.dtype.itemsize
-    left = math.prod(record.shape) * record.dtype.itemsize
+    row_bytes = _count_columns(record) * record.dtype.itemsize
+    remaining = math.prod(record.shape) * record.dtype.itemsize
     buffer = memoryview(bytearray(max(1, CHUNK_BYTES // max(row_bytes, 1)) * row_bytes))
-    while left:
-        piece = buffer[: min(left, len(buffer))]
+    while remaining:
+        piece = buffer[: min(remaining, len(buffer))]
         if stream.readinto(piece) != len(piece):
             raise SourceError(f"{record.file} ended while it was read. {MEND}")
-        left -= len(piece)
+        remaining -= len(piece)
         yield piece
+
+
+def _count_columns(record: TensorRecord) -> int:
+    """K; 1 where a tensor has no dims."""
+    if record.shape:
+        return record.shape[-1]
+    return 1
 
 
 class _Count:
@@ -196,17 +213,13 @@ class _Count:
     def __init__(
         self, record: TensorRecord, patterns: Mapping[str, tuple[int, int]], kept_as_bits: bool
     ) -> None:
-        self.record, self.bits = record, BITS.get(record.dtype)
+        self.record = record
+        self.bits = BITS.get(record.dtype)
         self.kept_as_bits = kept_as_bits and record.dtype == torch.uint8
-        if record.shape:
-            self.columns = record.shape[-1]
-        else:
-            self.columns = 1
-        counts = len(record.shape) > 1 and (self.bits is not None or self.kept_as_bits)
-        if counts:
+        self.columns = _count_columns(record)
+        self.patterns: dict[str, tuple[int, int]] = {}
+        if len(record.shape) > 1 and (self.bits is not None or self.kept_as_bits):
             self.patterns = dict(PATTERNS) | dict(patterns)
-        else:
-            self.patterns = {}
         self.row = self.filled = self.negative = self.nans = self.infinities = 0
         self.over = dict.fromkeys(self.patterns, 0)
         self.first: dict[str, tuple[int, int]] = {}
@@ -221,17 +234,15 @@ class _Count:
         elif self.bits is not None:
             bits = np.frombuffer(piece, dtype=self.bits.whole).reshape(-1, self.columns)
             filled_NK = self._find_nonzero(bits, self.bits)
-            codes = np.packbits(
-                filled_NK, axis=1, bitorder="little"
-            )  # [N, K/8]; columns beyond K are zeros
+            # [N, K/8]; columns beyond K are zeros
+            codes = np.packbits(filled_NK, axis=1, bitorder="little")
         else:
             return
         per_row = ONES[codes].sum(1, dtype=np.int64)
         self.filled += int(per_row.sum())
         most = int(per_row.argmax())
-        self.fullest = max(
-            self.fullest, (int(per_row[most]), self.row + most), key=lambda pair: pair[0]
-        )
+        if int(per_row[most]) > self.fullest[0]:
+            self.fullest = (int(per_row[most]), self.row + most)
         if self.patterns:
             self._count_groups(np.bincount(codes.ravel(), minlength=1 << CODE), codes, filled_NK)
         self.row += len(codes)
@@ -247,10 +258,8 @@ class _Count:
         if kind.odd is not None and magnitude.max() >= kind.odd:
             odd = magnitude >= kind.odd
             nans = int(np.count_nonzero(magnitude >= kind.nan))
-            self.nans, self.infinities = (
-                self.nans + nans,
-                self.infinities + int(np.count_nonzero(odd)) - nans,
-            )
+            self.nans += nans
+            self.infinities += int(np.count_nonzero(odd)) - nans
             row, column = divmod(int(odd.argmax()), self.columns)
             self.odd = self.odd or (self.row + row, column)
         return np.asarray(magnitude != 0)
@@ -259,38 +268,44 @@ class _Count:
         for name, (kept, of) in self.patterns.items():
             if CODE % of == 0:
                 table = _count_broken_groups(kept, of)
-                found = int(histogram @ table)
-                wide = CODE
-                if found and name not in self.first:
+                broken = int(histogram @ table)
+                width = CODE
+                wrong = codes
+                if broken and name not in self.first:
                     wrong = table[codes]
-                else:
-                    wrong = codes
             else:
                 padded = np.pad(filled_NK, ((0, 0), (0, -filled_NK.shape[1] % of)))
                 wrong = padded.reshape(len(padded), -1, of).sum(-1) > kept
-                found = int(np.count_nonzero(wrong))
-                wide = of
-            self.over[name] += found
-            if found and name not in self.first:
-                row, at = divmod(int((wrong > 0).argmax()), wrong.shape[1])
+                broken = int(np.count_nonzero(wrong))
+                width = of
+            self.over[name] += broken
+            if broken and name not in self.first:
+                row, place = divmod(int((wrong > 0).argmax()), wrong.shape[1])
+                column = place * width
                 if CODE % of == 0:
-                    inside = _first_broken(int(codes[row, at]), kept, of)
-                else:
-                    inside = 0
-                self.first[name] = (self.row + row, at * wide + inside)
+                    column += _first_broken(int(codes[row, place]), kept, of)
+                self.first[name] = (self.row + row, column)
 
     def make_census(self, name: str, digest: str) -> Census:
+        """Return the counts of all pieces.
+
+        Args:
+            name: of the tensor.
+            digest: of its content, or empty.
+        """
         record = self.record
+        shape = record.shape
         if self.kept_as_bits:
             shape = (*record.shape[:-1], CODE * self.columns)
-        else:
-            shape = record.shape
+        zeros = 0
+        if self.bits or self.kept_as_bits:
+            zeros = math.prod(shape) - self.filled
         return Census(
             name=name,
             file=record.file.name,
             shape=shape,
             dtype=str(record.dtype).removeprefix("torch."),
-            zeros=math.prod(shape) - self.filled if self.bits or self.kept_as_bits else 0,
+            zeros=zeros,
             negative_zeros=self.negative,
             nans=self.nans,
             infinities=self.infinities,
@@ -308,10 +323,16 @@ ONES: Array = np.array([code.bit_count() for code in range(1 << CODE)], np.uint8
 @cache
 def _count_broken_groups(kept: int, of: int) -> Array:
     """int64 [256]: how many groups of ``of`` bits hold more than ``kept`` ones, by code."""
-    parts = [[code >> at & (1 << of) - 1 for at in range(0, CODE, of)] for code in range(1 << CODE)]
-    return np.array([sum(part.bit_count() > kept for part in groups) for groups in parts], np.int64)
+    counts = []
+    for code in range(1 << CODE):
+        groups = [code >> start & (1 << of) - 1 for start in range(0, CODE, of)]
+        counts.append(sum(group.bit_count() > kept for group in groups))
+    return np.array(counts, np.int64)
 
 
 def _first_broken(code: int, kept: int, of: int) -> int:
     """The first column, 0..7, of the first group of a code that holds too many ones."""
-    return next(at for at in range(0, CODE, of) if (code >> at & (1 << of) - 1).bit_count() > kept)
+    start = 0
+    while (code >> start & (1 << of) - 1).bit_count() <= kept:
+        start += of
+    return start

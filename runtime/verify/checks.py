@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from secateur.graph.errors import SecateurError
@@ -20,7 +18,7 @@ from secateur.runtime.packed.store import FOLDER, has_packed, load_layers, read_
 from secateur.runtime.save.artifact import MANIFEST, artifact_faults, read_manifest
 from secateur.runtime.serving.package import is_package, made_here
 from secateur.runtime.serving.trust import machine_code
-from secateur.runtime.verify.census import PATTERNS, Census
+from secateur.runtime.verify.census import PATTERNS, Array, Census
 from secateur.runtime.verify.claims import Claim, Overall, sparsity_configs
 from secateur.runtime.verify.findings import (
     Finding,
@@ -40,51 +38,38 @@ PRUNE_AGAIN = "Prune the weight again and save it with its mask applied, or take
 
 def check_files(subject: Subject) -> Findings:
     """Pickles and code are named, never opened."""
-    told = list[Finding](_machine_code(subject))
+    findings = list[Finding](_machine_code(subject))
     code = [file.as_posix() for file in subject.files if file.suffix == ".py"]
     weights = [file for file in subject.files if file.suffix == ".safetensors"]
     if subject.pickles:
         names = ", ".join(subject.pickles[:3])
         if weights:
             level: Level = "warning"
-        else:
-            level = "fault"
-        if weights:
             mend = "Delete them"
         else:
+            level = "fault"
             mend = "If you trust them, convert them once with transformers' save_pretrained"
-        told.append(
-            Finding(level, f"pickles, which can run code when they are read: {names}", mend)
-        )
+        says = f"pickles, which can run code when they are read: {names}"
+        findings.append(Finding(level, says, mend))
     if code:
         names = ", ".join(code[:3])
-        told.append(
-            Finding(
-                "warning",
-                f"code: {names}",
-                "It was not run; open the folder only with loaders that do not run it",
-            )
-        )
+        mend = "It was not run; open the folder only with loaders that do not run it"
+        findings.append(Finding("warning", f"code: {names}", mend))
     if (subject.folder / SINGLE).is_file() and (subject.folder / INDEX).is_file():
-        told.append(
-            Finding(
-                "warning",
-                f"{SINGLE} and {INDEX}: loaders take the first",
-                "Delete the one that is stale",
-            )
-        )
-    yield from told
-    if not told:
+        says = f"{SINGLE} and {INDEX}: loaders take the first"
+        findings.append(Finding("warning", says, "Delete the one that is stale"))
+    yield from findings
+    if not findings:
         yield Finding("ok", f"{len(subject.files)} files, no pickle, no code")
 
 
 def _machine_code(subject: Subject) -> Findings:
     """Machine code is named as such; it is a fault where opening the folder would run it and nobody
     vouched for it."""
-    found = machine_code(subject.folder / file for file in subject.files)
-    if not found:
+    files = machine_code(subject.folder / file for file in subject.files)
+    if not files:
         return
-    names = ", ".join(file.relative_to(subject.folder).as_posix() for file in found[:3])
+    names = ", ".join(file.relative_to(subject.folder).as_posix() for file in files[:3])
     if not is_package(subject.folder):
         yield Finding(
             "warning", f"machine code: {names}", "It was not run; no loader of secateur runs it"
@@ -108,9 +93,9 @@ def check_checkpoint(subject: Subject) -> Findings:
     """Headers, ranges and shards are sound."""
     files_read = {record.file.name for record in subject.stored_tensors.values()}
     stray = []
-    for f in subject.folder.glob("*.safetensors"):
-        if f.name not in files_read:
-            stray.append(f.name)
+    for file in subject.folder.glob("*.safetensors"):
+        if file.name not in files_read:
+            stray.append(file.name)
     if stray:
         yield Finding(
             "warning", f"no loader reads {', '.join(sorted(stray)[:3])}", "Delete what is stale"
@@ -130,68 +115,89 @@ def check_manifest(subject: Subject) -> Findings:
             f"no {MANIFEST}: not an artifact of secateur, so nothing says what the files should be",
         )
         return
-    read = read_manifest(subject.folder)
+    manifest = read_manifest(subject.folder)
     faults = []
-    for one in artifact_faults(subject.folder, read, known=subject.hashes):
-        faults.append(Finding("fault", one, CHANGED))
+    for fault in artifact_faults(subject.folder, manifest, known=subject.hashes):
+        faults.append(Finding("fault", fault, CHANGED))
     yield from limit_findings(faults, "files")
     if not faults:
         yield Finding(
-            "ok", f"{len(read.files)} files have the size and the SHA-256 that the manifest says"
+            "ok",
+            f"{len(manifest.files)} files have the size and the SHA-256 that the manifest says",
         )
 
 
 def check_numbers(subject: Subject) -> Findings:
     """Everything is finite; zeros that were pruned are +0.0."""
-    wrong = [one for one in subject.tensors.values() if one.nans or one.infinities]
+    nonfinite = list[Finding]()
+    numbers = 0
     mend = "The model diverged, or the file is damaged: save it again from a sound model"
-    yield from limit_findings(
-        [Finding("fault", _describe_nonfinite(one), mend) for one in wrong], "tensors"
-    )
+    for census in subject.tensors.values():
+        numbers += census.numel
+        if census.nans or census.infinities:
+            nonfinite.append(Finding("fault", _describe_nonfinite(census), mend))
+    yield from limit_findings(nonfinite, "tensors")
+    yield from _find_negative_zeros(subject)
+    if not nonfinite:
+        yield Finding("ok", f"{numbers:,} numbers, none NaN or infinite")
+
+
+def _find_negative_zeros(subject: Subject) -> Findings:
+    """Zeros that are -0.0: a fault where a weight is claimed to be sparse, no harm where it is
+    dense."""
     claimed = {subject.stored_name(claim.tensor) for claim in subject.claims[0]}
-    negative = [one for one in subject.tensors.values() if one.negative_zeros]
-    worst = [one for one in negative if one.name in claimed]
     mend = "Add 0.0 to the weight before saving it: packers have taken -0.0 for a number"
-    yield from limit_findings(
-        [Finding("fault", _describe_negative_zeros(one), mend) for one in worst], "tensors"
-    )
-    sparse = [one for one in negative if one.pattern and one.name not in claimed]
-    yield from limit_findings(
-        [Finding("warning", _describe_negative_zeros(one), mend) for one in sparse], "tensors"
-    )
-    rest = sum(one.negative_zeros for one in negative if one not in worst and one not in sparse)
-    if rest:
-        yield Finding("note", f"{rest:,} zeros in dense tensors are -0.0, which does no harm there")
-    if not wrong:
+    faults = list[Finding]()
+    warnings = list[Finding]()
+    harmless = 0
+    for census in subject.tensors.values():
+        if not census.negative_zeros:
+            continue
+        if census.name in claimed:
+            faults.append(Finding("fault", _describe_negative_zeros(census), mend))
+        elif census.pattern:
+            warnings.append(Finding("warning", _describe_negative_zeros(census), mend))
+        else:
+            harmless += census.negative_zeros
+    yield from limit_findings(faults, "tensors")
+    yield from limit_findings(warnings, "tensors")
+    if harmless:
         yield Finding(
-            "ok",
-            f"{sum(one.numel for one in subject.tensors.values()):,} numbers, none NaN or infinite",
+            "note", f"{harmless:,} zeros in dense tensors are -0.0, which does no harm there"
         )
 
 
 def check_patterns(subject: Subject) -> Findings:
     """Every claim holds in every group, and nothing almost holds a pattern."""
     single, overall = subject.claims
-    faults = [found for claim in single for found in _find_broken_claims(subject, claim)]
-    faults += [found for claim in overall for found in _find_missing_zeros(subject, claim)]
+    faults = list[Finding]()
+    for claim in single:
+        faults += _find_broken_claims(subject, claim)
+    for claim_of_all in overall:
+        faults += _find_missing_zeros(subject, claim_of_all)
     yield from limit_findings(faults, "weights")
     claimed = {subject.stored_name(claim.tensor) for claim in single}
-    almost = [
-        one for one in subject.tensors.values() if one.name not in claimed and _missed_pattern(one)
-    ]
-    yield from limit_findings([_warn_missed_pattern(one) for one in almost], "weights")
-    held = count_by_level(
-        Counter(pattern for _, pattern in {(claim.tensor, str(claim.pattern)) for claim in single})
-    )
-    if (single or overall) and not faults:
-        yield Finding("ok", f"claimed and true in every group: {held or 'the share of zeros'}")
-    found = Counter(one.pattern for one in subject.tensors.values() if one.pattern)
-    matrices = sum(bool(one.over) for one in subject.tensors.values())
-    as_they_stand = count_by_level(found) or "none"
-    yield Finding(
-        "note" if single or overall else "ok",
-        f"of {matrices:,} matrices hold a pattern: {as_they_stand}",
-    )
+    almost = list[Finding]()
+    patterns = Counter[str]()
+    matrices = 0
+    for census in subject.tensors.values():
+        if census.name not in claimed and _missed_pattern(census):
+            almost.append(_warn_missed_pattern(census))
+        if census.pattern:
+            patterns[census.pattern] += 1
+        if census.over:
+            matrices += 1
+    yield from limit_findings(almost, "weights")
+    level: Level = "ok"
+    if single or overall:
+        level = "note"
+        claimed_pairs = {(claim.tensor, str(claim.pattern)) for claim in single}
+        true_claims = count_by_level(Counter(pattern for _, pattern in claimed_pairs))
+        if not faults:
+            says = f"claimed and true in every group: {true_claims or 'the share of zeros'}"
+            yield Finding("ok", says)
+    as_they_stand = count_by_level(patterns) or "none"
+    yield Finding(level, f"of {matrices:,} matrices hold a pattern: {as_they_stand}")
 
 
 def check_packed(subject: Subject) -> Findings:
@@ -212,19 +218,20 @@ def check_packed(subject: Subject) -> Findings:
         name = subject.stored_name(row.layer)
         if name is None:
             faults.append(Finding("fault", f"packed {row.layer} has no stock weight", CHANGED))
-        elif not row.rounds and not _expands_to(
-            layer.tensors, stock := subject.tensor(name).to(dtype)
-        ):
-            faults += _compare_packed(
-                row, unpack_weight(row.kind, row.shape, layer.tensors, dtype), stock
-            )
+            continue
+        if row.rounds:
+            continue
+        stock = subject.tensor(name).to(dtype)
+        if not _expands_to(layer.tensors, stock):
+            unpacked = unpack_weight(row.kind, row.shape, layer.tensors, dtype)
+            faults += _compare_packed(row, unpacked, stock)
     yield from limit_findings(faults, "weights")
     if rounded:
         yield Finding(
             "note",
             f"{rounded} packed weights are rounded copies (head=int8), so they were not compared",
         )
-    if not any(one.level == "fault" for one in faults):
+    if not any(finding.level == "fault" for finding in faults):
         share = f"{size:,} bytes, {100 * size / max(dense, 1):.4g} % of dense"
         yield Finding(
             "ok",
@@ -238,13 +245,15 @@ def check_configuration(subject: Subject) -> Findings:
         yield Finding("note", f"no {CONFIG}: only the tensors were looked at")
         return
     data = read_json(subject.folder / CONFIG)
-    ours = subject.manifest is not None
+    level: Level = "warning"
+    if subject.manifest is not None:
+        level = "fault"
     for where in sparsity_configs(data):
         mend = (
             "Delete the field: the zeros are in the weights, and every loader opens them without it"
         )
         says = f"{CONFIG} has {where}: vLLM refuses models with one since March 2026"
-        yield Finding("fault" if ours else "warning", says, mend)
+        yield Finding(level, says, mend)
     for name in REFUSED_FIELDS:
         if data.get(name) and not sparsity_configs({name: data[name]}):
             yield Finding("note", f"{CONFIG} has {name}: such a model is not opened here")
@@ -257,12 +266,11 @@ def check_configuration(subject: Subject) -> Findings:
     try:
         yield Finding("ok", f"{type(subject.build()).__name__} can be built")
     except (SecateurError, *BUILD_FAILURES) as error:
-        says = (
-            "no stock class: "
-            f"{error if isinstance(error, SecateurError) else innermost_reason(error)}"
-        )
+        reason = innermost_reason(error)
+        if isinstance(error, SecateurError):
+            reason = str(error)
         yield Finding(
-            "fault" if ours else "warning", says, "Parameters and outputs were not compared"
+            level, f"no stock class: {reason}", "Parameters and outputs were not compared"
         )
 
 
@@ -279,37 +287,31 @@ def check_parameters(subject: Subject) -> Findings:
             "ok", f"no tensor is missing, left over or of another shape for {type(model).__name__}"
         )
     except SecateurError as error:
-        masks = any("mask" in name.split(".")[-1] for name in subject.stored_tensors)
-        if masks:
+        hint = ""
+        if any("mask" in name.split(".")[-1] for name in subject.stored_tensors):
             hint = (
                 "; a mask beside a weight means that the weight was saved without it: multiply them"
             )
-        else:
-            hint = ""
-        packed_by_others = any(subject.config.get(name) for name in REFUSED_FIELDS)
-        if packed_by_others:
-            level: Level = "warning"
-        else:
-            level = "fault"
+        level: Level = "fault"
+        if any(subject.config.get(name) for name in REFUSED_FIELDS):  # packed by another tool
+            level = "warning"
         yield Finding(level, str(error), f"Save the model again with the tool that made it{hint}")
     for names in subject.ties:
-        there = [name for name in names if name in subject.stored_tensors]
-        unlike = [
-            name
-            for name in there[1:]
-            if not _has_same_bits(subject.tensor(there[0]), subject.tensor(name))
-        ]
-        if unlike:
-            says = (
-                f"{there[0]} and {unlike[0]} are one parameter in the class and differ in the file"
-            )
-            yield Finding(
-                "fault", says, "Loaders disagree about which one counts: store one of them"
-            )
-        elif len(there) > 1:
-            yield Finding(
-                "note", f"{' and '.join(there)} are one parameter and stored {len(there)} times"
-            )
+        yield from _compare_tied(subject, names)
+
+
+def _compare_tied(subject: Subject, names: list[str]) -> Findings:
+    """Whether the tensors of one parameter, where several are stored, are the same."""
+    stored = [name for name in names if name in subject.stored_tensors]
+    for name in stored[1:]:
+        if not _has_same_bits(subject.tensor(stored[0]), subject.tensor(name)):
+            says = f"{stored[0]} and {name} are one parameter in the class and differ in the file"
+            mend = "Loaders disagree about which one counts: store one of them"
+            yield Finding("fault", says, mend)
+            return
+    if len(stored) > 1:
+        says = f"{' and '.join(stored)} are one parameter and stored {len(stored)} times"
+        yield Finding("note", says)
 
 
 # Single weights
@@ -327,62 +329,74 @@ def _find_broken_claims(subject: Subject, claim: Claim) -> Findings:
             mend,
         )
         return
-    one = subject.tensors[name]
-    told = f"{claim.source} says that it is {claim.pattern}"
-    if len(one.shape) != 2:
-        yield Finding("fault", f"{name} has shape {list(one.shape)}, no matrix; {told}", mend)
+    census = subject.tensors[name]
+    claimed = f"{claim.source} says that it is {claim.pattern}"
+    if len(census.shape) != 2:
+        says = f"{name} has shape {list(census.shape)}, no matrix; {claimed}"
+        yield Finding("fault", says, mend)
     elif isinstance(claim.pattern, Pattern):
-        over = one.over.get(str(claim.pattern), 0)
+        over = census.over.get(str(claim.pattern), 0)
         of = claim.pattern.of
-        if over or not one.over:
-            groups = one.numel // of
-            where = describe_place(one, one.first.get(str(claim.pattern), (0, 0)), of)
+        if not census.over:
+            yield Finding("fault", f"{name} holds {census.dtype}, no weights; {claimed}", mend)
+        elif over:
+            groups = census.numel // of
+            where = describe_place(census, census.first.get(str(claim.pattern), (0, 0)), of)
             says = (
                 f"{over:,} of {groups:,} groups hold over {claim.pattern.kept} non-zeros; "
-                f"{told}; the first: {where}"
+                f"{claimed}; the first: {where}"
             )
-            yield Finding(
-                "fault", says if one.over else f"{name} holds {one.dtype}, no weights; {told}", mend
+            yield Finding("fault", says, mend)
+    else:
+        most, row = census.fullest
+        allowed = claim.pattern.kept_per_group(census.columns)
+        if most > allowed:
+            says = (
+                f"row {row} of {name} in {census.file} holds {most:,} non-zeros, "
+                f"{allowed:,} allowed"
             )
-    elif one.fullest[0] > (kept := claim.pattern.kept_per_group(one.columns)):
-        says = (
-            f"row {one.fullest[1]} of {name} in {one.file} holds {one.fullest[0]:,} non-zeros, "
-            f"{kept:,} allowed"
-        )
-        yield Finding("fault", f"{says}; {told}", mend)
+            yield Finding("fault", f"{says}; {claimed}", mend)
 
 
 def _find_missing_zeros(subject: Subject, claim: Overall) -> Findings:
     """Where weights together hold fewer zeros than claimed."""
     names = {subject.stored_name(name) for name in claim.tensors} - {None}
-    found = [subject.tensors[name] for name in names if name is not None]
-    share = sum(one.zeros for one in found) / max(sum(one.numel for one in found), 1)
+    zeros = 0
+    numbers = 0
+    for name in names:
+        if name is not None:
+            zeros += subject.tensors[name].zeros
+            numbers += subject.tensors[name].numel
+    share = zeros / max(numbers, 1)
     if share < claim.share - ALMOST:
         says = (
             f"{claim.source} says that {claim.share:.1%} are zeros, and {share:.1%} of "
-            f"{len(found)} weights are"
+            f"{len(names)} weights are"
         )
         yield Finding("fault", says, PRUNE_AGAIN)
 
 
-def _share_of_zeros(one: Census, name: str) -> float:
+def _share_of_zeros(census: Census, name: str) -> float:
     _, of = PATTERNS[name]
-    return one.over.get(name, 0) * of / max(one.numel, 1)
+    return census.over.get(name, 0) * of / max(census.numel, 1)
 
 
-def _missed_pattern(one: Census) -> str:
+def _missed_pattern(census: Census) -> str:
     """The pattern that a weight misses by a few groups only, "" if none."""
-    if one.pattern or not one.over:
+    if census.pattern or not census.over:
         return ""
-    return next((name for name in PATTERNS if _share_of_zeros(one, name) < ALMOST), "")
+    for name in PATTERNS:
+        if _share_of_zeros(census, name) < ALMOST:
+            return name
+    return ""
 
 
-def _warn_missed_pattern(one: Census) -> Finding:
-    name = _missed_pattern(one)
+def _warn_missed_pattern(census: Census) -> Finding:
+    name = _missed_pattern(census)
     kept, of = PATTERNS[name]
-    over = one.over[name]
-    groups = one.numel // of
-    where = describe_place(one, one.first[name], of)
+    over = census.over[name]
+    groups = census.numel // of
+    where = describe_place(census, census.first[name], of)
     says = (
         f"almost {name}: {over:,} of {groups:,} groups hold over {kept} non-zeros; the "
         f"first: {where}"
@@ -394,15 +408,21 @@ def _warn_missed_pattern(one: Census) -> Finding:
     )
 
 
-def _describe_nonfinite(one: Census) -> str:
-    found = count_by_level(
-        {name: n for name, n in (("NaN", one.nans), ("infinite", one.infinities)) if n}
+def _describe_nonfinite(census: Census) -> str:
+    numbers = dict[str, int]()
+    if census.nans:
+        numbers["NaN"] = census.nans
+    if census.infinities:
+        numbers["infinite"] = census.infinities
+    counts = count_by_level(numbers)
+    return (
+        f"{census.name} holds {counts}; the first: {describe_place(census, census.odd or (0, 0))}"
     )
-    return f"{one.name} holds {found}; the first: {describe_place(one, one.odd or (0, 0))}"
 
 
-def _describe_negative_zeros(one: Census) -> str:
-    return f"{one.negative_zeros:,} of {one.zeros:,} zeros of {one.name} in {one.file} are -0.0"
+def _describe_negative_zeros(census: Census) -> str:
+    place = f"{census.name} in {census.file}"
+    return f"{census.negative_zeros:,} of {census.zeros:,} zeros of {place} are -0.0"
 
 
 def _compare_packed(row: LayerPlan, packed_NK: torch.Tensor, stock_NK: torch.Tensor) -> Findings:
@@ -415,19 +435,13 @@ def _compare_packed(row: LayerPlan, packed_NK: torch.Tensor, stock_NK: torch.Ten
             CHANGED,
         )
         return
+    says = f"packed {row.layer} is {list(packed_NK.shape)}, the stock weight {list(stock_NK.shape)}"
     if packed_NK.shape == stock_NK.shape:
         wrong = (packed_NK != stock_NK).nonzero()
-    else:
-        wrong = torch.zeros(0, 2)
-    if len(wrong):
-        first = f", first in row {int(wrong[0, 0])}, column {int(wrong[0, 1])}"
-    else:
-        first = ""
-    says = f"packed {row.layer} is not the stock weight: {len(wrong):,} numbers differ{first}"
-    if not len(wrong):
+        first = f"row {int(wrong[0, 0])}, column {int(wrong[0, 1])}"
         says = (
-            f"packed {row.layer} is {list(packed_NK.shape)}, the stock weight "
-            f"{list(stock_NK.shape)}"
+            f"packed {row.layer} is not the stock weight: {len(wrong):,} numbers differ, "
+            f"first in {first}"
         )
     yield Finding("fault", says, CHANGED)
 
@@ -439,20 +453,25 @@ def _expands_to(tensors: Mapping[str, torch.Tensor], stock_NK: torch.Tensor) -> 
     mask = tensors.get("mask")
     if mask is None or values.dtype != stock_NK.dtype or len(mask) != len(stock_NK):
         return False
-    held, bits = (_as_bits(one) for one in (values, stock_NK))
+    bits = _as_bits(stock_NK)
     where = np.unpackbits(mask.numpy(), axis=1, bitorder="little").view(np.bool_)
-    kept = np.pad(bits, ((0, 0), (0, where.shape[1] - bits.shape[1])))[where]
-    return np.array_equal(kept, held.ravel()) and np.count_nonzero(kept) == np.count_nonzero(bits)
-
-
-def _as_bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    whole = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[tensor.dtype.itemsize]
-    found: npt.NDArray[Any] = tensor.contiguous().view(whole).numpy()
-    return found
-
-
-def _has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
+    masked = np.pad(bits, ((0, 0), (0, where.shape[1] - bits.shape[1])))[where]
+    if not np.array_equal(masked, _as_bits(values).ravel()):
         return False
-    first, second = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))
-    return torch.equal(first, second)
+    return bool(np.count_nonzero(masked) == np.count_nonzero(bits))
+
+
+def _as_bits(tensor: torch.Tensor) -> Array:
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[tensor.dtype.itemsize]
+    bits: Array = tensor.contiguous().view(integer).numpy()
+    return bits
+
+
+def _has_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.equal(_flat_bytes(first), _flat_bytes(second))
+
+
+def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)

@@ -29,6 +29,7 @@ UNSTRUCTURED = ("0:0", "unstructured", "None", "")
 @dataclass(frozen=True)
 class Claim:
     """One weight is said to be sparse.
+
     source: which file says so.
     tensor: its name in the model.
     """
@@ -49,8 +50,8 @@ class Overall:
 
 def from_manifest(folder: Path) -> Iterator[Claim]:
     """What an artifact of ours says."""
-    for name, one in read_declared(folder).items():
-        yield Claim(MANIFEST, name, one.pattern)
+    for name, weight in read_declared(folder).items():
+        yield Claim(MANIFEST, name, weight.pattern)
 
 
 def from_plan(folder: Path) -> Iterator[Claim]:
@@ -64,20 +65,21 @@ def from_plan(folder: Path) -> Iterator[Claim]:
 OURS: tuple[Callable[[Path], Iterable[Claim]], ...] = (from_manifest, from_plan)
 
 
-def sparsity_configs(value: Any, path: str = "") -> dict[str, JSON]:
+def sparsity_configs(value: object, path: str = "") -> dict[str, JSON]:
     """Every ``sparsity_config`` in a configuration, by its place: compressed-tensors nests it in
     others."""
-    found: dict[str, JSON] = {}
-    for key, inner in value.items() if isinstance(value, Mapping) else ():
+    configs: dict[str, JSON] = {}
+    if not isinstance(value, Mapping):
+        return configs
+    for key, inner in value.items():
+        place = str(key)
         if path:
-            here = f"{path}.{key}"
-        else:
-            here = str(key)
+            place = f"{path}.{key}"
         if key == FIELD and isinstance(inner, Mapping) and inner:
-            found[here] = inner
+            configs[place] = inner
         else:
-            found |= sparsity_configs(inner, here)
-    return found
+            configs |= sparsity_configs(inner, place)
+    return configs
 
 
 def from_config(source: str, value: JSON, model: nn.Module) -> list[Claim] | Overall:
@@ -101,7 +103,9 @@ def from_config(source: str, value: JSON, model: nn.Module) -> list[Claim] | Ove
         raise SourceError(
             f"{source} says neither a pattern (sparsity_structure) nor a share (global_sparsity)"
         )
-    return Overall(source, names, share / 100 if share > 1 else float(share))
+    if share > 1:  # per cent
+        share = share / 100
+    return Overall(source, names, float(share))
 
 
 def _target_modules(value: JSON, model: nn.Module) -> Iterator[str]:
@@ -112,24 +116,23 @@ def _target_modules(value: JSON, model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         matrix = isinstance(weight, nn.Parameter) and weight.dim() == 2
-        if (
-            matrix
-            and _matches_pattern(targets, name, module)
-            and not _matches_pattern(ignored, name, module)
-        ):
+        if not matrix or _matches_pattern(ignored, name, module):
+            continue
+        if _matches_pattern(targets, name, module):
             yield name
 
 
 def _matches_pattern(patterns: Iterable[str], name: str, module: nn.Module) -> bool:
-    return any(
-        re.match(text[3:], name) is not None
-        if text.startswith("re:")
-        else text in (name, type(module).__name__)
-        for text in patterns
-    )
+    for text in patterns:
+        if text.startswith("re:"):
+            if re.match(text[3:], name) is not None:
+                return True
+        elif text in (name, type(module).__name__):
+            return True
+    return False
 
 
-def _list_of_text(value: Any) -> list[str]:
+def _list_of_text(value: object) -> list[str]:
     if isinstance(value, list):
-        return [one for one in value if isinstance(one, str)]
+        return [item for item in value if isinstance(item, str)]
     return []

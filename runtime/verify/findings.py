@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from secateur.graph.program import JSON
 from secateur.runtime.verify.census import Census
 
 Level = Literal["ok", "note", "warning", "fault"]
@@ -19,6 +20,7 @@ SHOWN = 5
 @dataclass(frozen=True)
 class Finding:
     """One thing that was found.
+
     says: what and where.
     mend: what to do about it.
     """
@@ -38,7 +40,7 @@ class Outcome:
     @property
     def level(self) -> Level:
         """The worst of its findings."""
-        return max((one.level for one in self.findings), key=LEVELS.index)
+        return max((finding.level for finding in self.findings), key=LEVELS.index)
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,10 @@ class Verification:
     @property
     def faults(self) -> list[Finding]:
         """Every fault, in the order of the checks."""
-        return [
-            one for outcome in self.outcomes for one in outcome.findings if one.level == "fault"
-        ]
+        faults = list[Finding]()
+        for outcome in self.outcomes:
+            faults += [finding for finding in outcome.findings if finding.level == "fault"]
+        return faults
 
     @property
     def gbps(self) -> float:
@@ -76,14 +79,17 @@ class Verification:
             return self.num_bytes / 1e9 / self.count_seconds
         return 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JSON:
         """As JSON values."""
-        tensors = [
-            asdict(one) | {"pattern": one.pattern, "share_of_zeros": one.share}
-            for one in self.tensors
-        ]
-        checks = [asdict(one) | {"level": one.level} for one in self.outcomes]
-        levels = Counter(finding.level for outcome in self.outcomes for finding in outcome.findings)
+        tensors = list[JSON]()
+        for census in self.tensors:
+            more = {"pattern": census.pattern, "share_of_zeros": census.share}
+            tensors.append(asdict(census) | more)
+        checks = list[JSON]()
+        levels = Counter[Level]()
+        for outcome in self.outcomes:
+            checks.append(asdict(outcome) | {"level": outcome.level})
+            levels.update(finding.level for finding in outcome.findings)
         return {
             "folder": str(self.folder),
             "green": self.green,
@@ -100,22 +106,23 @@ class Verification:
 
 def limit_findings(findings: Sequence[Finding], what: str) -> list[Finding]:
     """The first few findings of one kind, and how many more there are."""
+    limited = list(findings[:SHOWN])
     more = len(findings) - SHOWN
     if more > 0:
-        rest = [Finding(findings[SHOWN].level, f"and {more:,} more {what}", findings[SHOWN].mend)]
-    else:
-        rest = []
-    return [*findings[:SHOWN], *rest]
+        first_left_out = findings[SHOWN]
+        says = f"and {more:,} more {what}"
+        limited.append(Finding(first_left_out.level, says, first_left_out.mend))
+    return limited
 
 
-def describe_place(one: Census, where: tuple[int, int], width: int = 1) -> str:
+def describe_place(census: Census, where: tuple[int, int], width: int = 1) -> str:
     """``row 3, columns 8-11 of layers.0.up.weight in model.safetensors``."""
     row, column = where
     if width == 1:
         columns = f"column {column}"
     else:
-        columns = f"columns {column}-{min(column + width, one.columns) - 1}"
-    return f"row {row}, {columns} of {one.name} in {one.file}"
+        columns = f"columns {column}-{min(column + width, census.columns) - 1}"
+    return f"row {row}, {columns} of {census.name} in {census.file}"
 
 
 def count_by_level(levels: Mapping[str, int]) -> str:

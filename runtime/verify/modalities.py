@@ -23,9 +23,11 @@ IMAGE_TOKEN = ("image_token_id", "image_token_index")
 KINDS = ("mm_token_type_ids", "token_type_ids")
 """Arguments that say of each token whether it stands for a picture."""
 SEED = 1
+Inputs = dict[str, Any]
+"""Arguments of a model's forward by name: tensors, and switches."""
 
 
-def picture_inputs(model: PreTrainedModel) -> dict[str, Any] | None:
+def picture_inputs(model: PreTrainedModel) -> Inputs | None:
     """Inputs of one call with text and a picture, with which the model runs; None if it takes none.
 
     The picture is noise; its tokens stand after the first token of the text.
@@ -40,12 +42,11 @@ def picture_inputs(model: PreTrainedModel) -> dict[str, Any] | None:
     arguments = inspect.signature(model.forward).parameters
     if "pixel_values" not in arguments or "input_ids" not in arguments:
         return None
-    token = next(
-        (t for n in IMAGE_TOKEN if isinstance(t := getattr(model.config, n, None), int)), None
-    )
-    reason = "its configuration names no picture token"
-    for picture in _pictures(model, "image_grid_thw" in arguments) if token is not None else ():
-        assert token is not None
+    token = _picture_token(model)
+    if token is None:
+        raise _no_example(model, "its configuration names no picture token")
+    reason = ""
+    for picture in _pictures(model, "image_grid_thw" in arguments):
         try:
             count = _count_features(model, picture)
             inputs = _with_text(model, picture, token, count)
@@ -57,7 +58,7 @@ def picture_inputs(model: PreTrainedModel) -> dict[str, Any] | None:
         except BUILD_FAILURES as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             log.debug("a picture %s does not run: %s", tuple(picture["pixel_values"].shape), error)
-    raise NoExample(f"no example of a picture could be made for {type(model).__name__}: {reason}")
+    raise _no_example(model, reason)
 
 
 class NoExample(SecateurError):
@@ -66,6 +67,19 @@ class NoExample(SecateurError):
 
 class WrongWidth(SecateurError):
     """An encoder does not fit its text model."""
+
+
+def _picture_token(model: PreTrainedModel) -> int | None:
+    for name in IMAGE_TOKEN:
+        token = getattr(model.config, name, None)
+        if isinstance(token, int):
+            return token
+    return None
+
+
+def _no_example(model: PreTrainedModel, reason: str) -> NoExample:
+    name = type(model).__name__
+    return NoExample(f"no example of a picture could be made for {name}: {reason}")
 
 
 def _pictures(model: PreTrainedModel, has_grid: bool) -> Iterator[dict[str, Tensor]]:
@@ -92,38 +106,41 @@ def _count_features(model: PreTrainedModel, picture: Mapping[str, Tensor]) -> in
         output: Any = model.get_image_features(**picture)  # type: ignore[operator]
     features = getattr(output, "pooler_output", output)
     if isinstance(features, Tensor):
-        parts = [features]
-    else:
-        parts = []
-        for p in features:
-            if isinstance(p, Tensor):
-                parts.append(p)
+        features = [features]
+    parts = [part for part in features if isinstance(part, Tensor)]
     embedding: Any = model.get_input_embeddings()
     width = embedding.weight.shape[1]
-    if wrong := next((part.shape[-1] for part in parts if part.shape[-1] != width), None):
-        raise WrongWidth(
-            f"a picture becomes tokens of width {wrong}, and {type(model).__name__} embeds text in "
-            f"{width}: the model "
-            "cannot read pictures. Prune it again from its source, with that width left as it is"
-        )
+    for part in parts:
+        if part.shape[-1] != width:
+            raise WrongWidth(
+                f"a picture becomes tokens of width {part.shape[-1]}, and {type(model).__name__} "
+                f"embeds text in {width}: the model cannot read pictures. Prune it again from its "
+                "source, with that width left as it is"
+            )
     return sum(part.numel() // width for part in parts)
 
 
 def _with_text(
     model: PreTrainedModel, picture: Mapping[str, Tensor], token: int, count: int
-) -> dict[str, Any]:
+) -> Inputs:
     """The picture with a sentence around its tokens."""
     config = model.config
-    named = set()
-    for n, v in vars(config).items():
-        if n.endswith(("_id", "_index")) and isinstance(v, int):
-            named.add(v)
+    special = set()
+    for name, value in vars(config).items():
+        if name.endswith(("_id", "_index")) and isinstance(value, int):
+            special.add(value)
     vocabulary = config.get_text_config().vocab_size
-    plain = list(itertools.islice((i for i in range(3, vocabulary) if i not in named), TEXT_TOKENS))
+    plain_tokens = (i for i in range(3, vocabulary) if i not in special)
+    plain = list(itertools.islice(plain_tokens, TEXT_TOKENS))
+    row = [plain[0]]
     start = getattr(config, "vision_start_token_id", None)
+    if isinstance(start, int):
+        row.append(start)
+    row += [token] * count
     end = getattr(config, "vision_end_token_id", None)
-    around = [[i] if isinstance(i, int) else [] for i in (start, end)]
-    row = [plain[0], *around[0], *[token] * count, *around[1], *plain[1:]]
+    if isinstance(end, int):
+        row.append(end)
+    row += plain[1:]
     ids = torch.tensor([row], device=picture["pixel_values"].device)
     arguments = inspect.signature(model.forward).parameters
     kinds = {}
@@ -133,14 +150,12 @@ def _with_text(
     return {"input_ids": ids, **picture, **kinds, "use_cache": False}
 
 
-def _number(config: Any, *names: str) -> int | None:
+def _number(config: object, *names: str) -> int | None:
     """The first of these numbers that a configuration has; the first item of a list."""
     for name in names:
         value = getattr(config, name, None)
         if isinstance(value, (list, tuple)) and value:
             value = value[0]
-        else:
-            value = value
         if isinstance(value, int):
             return value
     return None

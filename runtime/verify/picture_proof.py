@@ -4,7 +4,6 @@ seen."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from secateur.graph import coupled_groups
-from secateur.graph.program import Program
+from secateur.graph.program import JSON, Program
 from secateur.runtime.open.classes import BUILD_FAILURES
 from secateur.runtime.stock.incompatibility import UnseenParametersError
 from secateur.runtime.stock.to_transformers import (
@@ -23,15 +22,13 @@ from secateur.runtime.stock.to_transformers import (
     probe_inputs,
 )
 from secateur.runtime.stock.unseen import unseen_parameters, unused_inputs
-from secateur.runtime.verify.modalities import NoExample, picture_inputs
+from secateur.runtime.verify.modalities import Inputs, NoExample, picture_inputs
 from secateur.runtime.verify.proof import Call
 
 WHAT = "a picture"
 
 
-def picture_calls(
-    program: Program, raised: TransformersModel
-) -> tuple[tuple[Call, ...], dict[str, Any]]:
+def picture_calls(program: Program, raised: TransformersModel) -> tuple[tuple[Call, ...], JSON]:
     """The calls with a picture that a saved model must answer, and figures of what they proved
     here.
 
@@ -50,7 +47,7 @@ def picture_calls(
     inputs = unused_inputs(program)
     if not unseen or not inputs:
         return (), {}
-    figures: dict[str, Any] = {
+    figures: JSON = {
         "parameters": len(unseen),
         "numbers": sum(parameter.numel() for parameter in unseen.values()),
     }
@@ -65,13 +62,13 @@ def picture_calls(
     name = raised.plan.cls.__name__
     try:
         with torch.no_grad():
-            found = comparable_outputs(raised.model(**picture))
+            outputs = comparable_outputs(raised.model(**picture))
     except BUILD_FAILURES as error:
         raise UnseenParametersError(
             f"{name} reads a picture before the cut and not after it ({str(error)[:200]}): "
             "leave the widths that its encoder shares with the text model as they are"
         ) from error
-    gap = _gap(program, picture, found)
+    gap = _gap(program, picture, outputs)
     if gap is not None and not gap <= accepted_difference(program):
         raise UnseenParametersError(
             f"{name} answers a picture otherwise than the program would: outputs differ "
@@ -81,12 +78,11 @@ def picture_calls(
         figures["picture"] = "runs"
     else:
         figures["picture"] = "agrees"
-    if gap is not None:
         figures["picture_difference"] = gap
-    return (Call(WHAT, picture, found),), figures
+    return (Call(WHAT, picture, outputs),), figures
 
 
-def _gap(program: Program, picture: Mapping[str, Any], found: Mapping[str, Tensor]) -> float | None:
+def _gap(program: Program, picture: Inputs, outputs: Mapping[str, Tensor]) -> float | None:
     """The difference to the source class with zeros; None where zeros are not what was removed."""
     source = program.source.model
     parameters = zero_filled(program)
@@ -94,14 +90,12 @@ def _gap(program: Program, picture: Mapping[str, Any], found: Mapping[str, Tenso
         return None
     text = probe_inputs(program)
     with torch.no_grad():
-        ours = comparable_outputs(functional_call(source, parameters, (), dict(text)))
-        if not largest_difference(comparable_outputs(program(**text)), ours) <= accepted_difference(
-            program
-        ):
+        filled = comparable_outputs(functional_call(source, parameters, (), dict(text)))
+        text_gap = largest_difference(comparable_outputs(program(**text)), filled)
+        if not text_gap <= accepted_difference(program):
             return None
-        return largest_difference(
-            comparable_outputs(functional_call(source, parameters, (), dict(picture))), found
-        )
+        expected = comparable_outputs(functional_call(source, parameters, (), dict(picture)))
+        return largest_difference(expected, outputs)
 
 
 def zero_filled(program: Program) -> dict[str, Tensor] | None:
@@ -109,7 +103,10 @@ def zero_filled(program: Program) -> dict[str, Tensor] | None:
 
     None where the edits do not say from which places a weight came.
     """
-    dense = dict((program.cut.dense if program.cut else program).named_parameters())
+    source = program
+    if program.cut:
+        source = program.cut.dense
+    dense = dict(source.named_parameters())
     now = dict(program.named_parameters())
     places = _remaining(program)
     filled: dict[str, Tensor] = {}
@@ -134,8 +131,9 @@ def _remaining(program: Program) -> dict[str, dict[int, Tensor]]:
     source."""
     gone: dict[tuple[str, int], set[int]] = {}
     cut = program.cut
-    for group in coupled_groups(cut.dense) if cut else ():
-        assert cut is not None
+    if cut is None:
+        return {}
+    for group in coupled_groups(cut.dense):
         if group.name not in cut.kept:
             continue
         removed = torch.ones(group.units, dtype=torch.bool)
@@ -143,16 +141,13 @@ def _remaining(program: Program) -> dict[str, dict[int, Tensor]]:
         for member in group.members:
             place = member.parameter, member.dim
             gone.setdefault(place, set()).update(member.positions[removed].flatten().tolist())
-    if cut:
-        shapes = {name: p.shape for name, p in cut.dense.named_parameters()}
-    else:
-        shapes = {}
-    places: dict[str, dict[int, Tensor]] = {name: {} for name in shapes}
+    places: dict[str, dict[int, Tensor]] = {}
+    shapes: dict[str, torch.Size] = {}
+    for name, parameter in cut.dense.named_parameters():
+        places[name] = {}
+        shapes[name] = parameter.shape
     for (name, dim), positions in gone.items():
         if name in shapes:
-            stays = []
-            for i in range(shapes[name][dim]):
-                if i not in positions:
-                    stays.append(i)
+            stays = [place for place in range(shapes[name][dim]) if place not in positions]
             places[name][dim] = torch.tensor(stays)
     return places

@@ -11,13 +11,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from secateur.graph.program import JSON
 from secateur.runtime.verify import reload
 
 RELOAD_SECONDS = 3600
@@ -37,11 +37,12 @@ OFFLINE = {
 @dataclass(frozen=True)
 class Call:
     """One more call, and what comes out of it.
+
     what: in words, such as "a picture".
     """
 
     what: str
-    inputs: Mapping[str, Any]
+    inputs: Mapping[str, object]
     outputs: Mapping[str, Tensor]
 
 
@@ -58,7 +59,7 @@ class ExpectedFolder:
     """
 
     loader: str
-    inputs: Mapping[str, Any]
+    inputs: Mapping[str, object]
     outputs: Mapping[str, Tensor]
     parameters: Mapping[str, str]
     tolerance: float
@@ -66,35 +67,48 @@ class ExpectedFolder:
     calls: tuple[Call, ...] = ()
 
     def write_for_process(self, folder: Path) -> None:
-        """As the fresh process reads it."""
-        tensors = {f"input:{k}": v for k, v in self.inputs.items() if isinstance(v, Tensor)}
-        tensors |= {f"output:{k}": v for k, v in self.outputs.items()}
+        """Write what is expected as the fresh process reads it.
+
+        Args:
+            folder: gets ``probe.json`` and ``probe.safetensors``.
+        """
+        tensors: dict[str, Tensor] = {}
+        plain_inputs = _put_call(tensors, "", self.inputs, self.outputs)
+        calls = list[JSON]()
         for place, call in enumerate(self.calls):
-            given = {k: v for k, v in call.inputs.items() if isinstance(v, Tensor)}
-            tensors |= {f"call {place} input:{k}": v for k, v in given.items()}
-            tensors |= {f"call {place} output:{k}": v for k, v in call.outputs.items()}
-        save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-            folder / "probe.safetensors",
-        )
+            more_inputs = _put_call(tensors, f"call {place} ", call.inputs, call.outputs)
+            calls.append({"what": call.what, "inputs": more_inputs})
+        save_file(tensors, folder / "probe.safetensors")
         spec = {
             "loader": self.loader,
-            "inputs": {k: v for k, v in self.inputs.items() if not isinstance(v, Tensor)},
+            "inputs": plain_inputs,
             "parameters": dict(self.parameters),
             "tolerance": self.tolerance,
             "generate": self.generate,
-            "calls": [
-                {
-                    "what": call.what,
-                    "inputs": {k: v for k, v in call.inputs.items() if not isinstance(v, Tensor)},
-                }
-                for call in self.calls
-            ],
+            "calls": calls,
         }
         (folder / "probe.json").write_text(json.dumps(spec), "utf-8")
 
 
-def prove_folder(folder: Path, expected: ExpectedFolder) -> tuple[list[str], dict[str, Any]]:
+def _put_call(
+    tensors: dict[str, Tensor],
+    prefix: str,
+    inputs: Mapping[str, object],
+    outputs: Mapping[str, Tensor],
+) -> JSON:
+    """Add the tensors of a call under names with a prefix; returns the inputs that are none."""
+    plain_inputs: JSON = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}input:{name}"] = value.detach().cpu().contiguous().clone()
+        else:
+            plain_inputs[name] = value
+    for name, output in outputs.items():
+        tensors[f"{prefix}output:{name}"] = output.detach().cpu().contiguous().clone()
+    return plain_inputs
+
+
+def prove_folder(folder: Path, expected: ExpectedFolder) -> tuple[list[str], JSON]:
     """Open a folder in a fresh process with plain transformers: what differs from the expected, and
     figures."""
     with tempfile.TemporaryDirectory(prefix="secateur-probe-") as probe:
@@ -114,7 +128,7 @@ def prove_folder(folder: Path, expected: ExpectedFolder) -> tuple[list[str], dic
     if ran.returncode != 0:
         last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
         return [f"a fresh process could not open the model: {last}"], {}
-    figures: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
+    figures: JSON = json.loads(ran.stdout.strip().splitlines()[-1])
     return figures.pop("faults"), figures
 
 

@@ -18,13 +18,15 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+JSON = dict[str, Any]
+Inputs = dict[str, Any]
 SHOWN = 3
 NEW_TOKENS = 8
 TIE = 1e-3
 """Two next tokens whose logits differ by less may swap between runs with and without a cache."""
 
 
-def prove_reload(folder: Path, probe: Path) -> dict[str, Any]:
+def prove_reload(folder: Path, probe: Path) -> JSON:
     """Load with the stock class and compare keys, every parameter bit for bit, outputs, and
     generated tokens."""
     spec = json.loads((probe / "probe.json").read_text("utf-8"))
@@ -39,7 +41,7 @@ def prove_reload(folder: Path, probe: Path) -> dict[str, Any]:
         output_loading_info=True,
     )
     model.eval()
-    figures: dict[str, Any] = {
+    figures: JSON = {
         "loader": spec["loader"],
         "load_seconds": time.perf_counter() - started,
     }
@@ -48,12 +50,14 @@ def prove_reload(folder: Path, probe: Path) -> dict[str, Any]:
     faults = _compare_keys(info) + _compare_parameters(model, spec["parameters"])
     faults += _compare_outputs(model, inputs, expected, spec["tolerance"], figures)
     for place, call in enumerate(spec["calls"]):
-        given = dict(call["inputs"]) | _under(f"call {place} input:", tensors)
-        wanted = _under(f"call {place} output:", tensors)
-        found: dict[str, Any] = {}
-        wrong = _compare_outputs(model, given, wanted, spec["tolerance"], found)
-        figures[f"difference with {call['what']}"] = found["difference"]
-        faults += [f"with {call['what']}: {fault}" for fault in wrong]
+        call_inputs = dict(call["inputs"]) | _under(f"call {place} input:", tensors)
+        call_outputs = _under(f"call {place} output:", tensors)
+        call_figures: JSON = {}
+        call_faults = _compare_outputs(
+            model, call_inputs, call_outputs, spec["tolerance"], call_figures
+        )
+        figures[f"difference with {call['what']}"] = call_figures["difference"]
+        faults += [f"with {call['what']}: {fault}" for fault in call_faults]
     if spec["generate"] and not faults:
         faults += _compare_generation(model, inputs, figures)
     return {"faults": faults, **figures}
@@ -67,41 +71,36 @@ def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 def hash_tensor(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     data = tensor.detach().cpu().contiguous()
-    found = hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode())
-    found.update(data.view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    digest = hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode())
+    digest.update(data.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
-def _compare_keys(info: dict[str, Any]) -> list[str]:
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-    return [
-        f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:SHOWN]}"
-        for kind in kinds
-        if info.get(kind)
-    ]
+def _compare_keys(info: JSON) -> list[str]:
+    faults = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            faults.append(f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:SHOWN]}")
+    return faults
 
 
 def _compare_parameters(model: torch.nn.Module, expected: dict[str, str]) -> list[str]:
-    found = {name: hash_tensor(parameter) for name, parameter in model.named_parameters()}
-    names = sorted(found.keys() ^ expected.keys())
-    changed = sorted(
-        name for name in found.keys() & expected.keys() if found[name] != expected[name]
-    )
-    if names:
-        faults = [f"parameters appeared or vanished: {names[:SHOWN]}"]
-    else:
-        faults = []
-    return faults + (
-        [f"{len(changed)} parameters differ from those saved: {changed[:SHOWN]}"] if changed else []
-    )
+    loaded = {name: hash_tensor(parameter) for name, parameter in model.named_parameters()}
+    faults = []
+    if names := sorted(loaded.keys() ^ expected.keys()):
+        faults.append(f"parameters appeared or vanished: {names[:SHOWN]}")
+    shared = loaded.keys() & expected.keys()
+    if changed := sorted(name for name in shared if loaded[name] != expected[name]):
+        faults.append(f"{len(changed)} parameters differ from those saved: {changed[:SHOWN]}")
+    return faults
 
 
 def _compare_outputs(
     model: torch.nn.Module,
-    inputs: dict[str, Any],
+    inputs: Inputs,
     expected: dict[str, torch.Tensor],
     tolerance: float,
-    figures: dict[str, Any],
+    figures: JSON,
 ) -> list[str]:
     with torch.no_grad():
         output = model(**inputs)
@@ -122,26 +121,29 @@ def _compare_outputs(
     return faults
 
 
-def _compare_generation(model: Any, inputs: dict[str, Any], figures: dict[str, Any]) -> list[str]:
+def _compare_generation(model: Any, inputs: Inputs, figures: JSON) -> list[str]:
     """Greedy tokens with the cache must be those without it, but for ties."""
-    runs = [
-        _generate_greedily(model, inputs["input_ids"][:1], use_cache=use) for use in (True, False)
-    ]
-    (cached, _), (plain, logits) = runs
-    figures["generated"] = cached[0].tolist()
-    for step, (one, other) in enumerate(zip(cached[0].tolist(), plain[0].tolist(), strict=False)):
-        if one != other:
-            gap = abs((logits[step][0, one] - logits[step][0, other]).item())
+    ids = inputs["input_ids"][:1]
+    cached = _generate_greedily(model, ids, use_cache=True)[0][0].tolist()
+    plain_sequences, logits = _generate_greedily(model, ids, use_cache=False)
+    figures["generated"] = cached
+    tokens = zip(cached, plain_sequences[0].tolist(), strict=False)
+    for step, (with_cache, without) in enumerate(tokens):
+        if with_cache != without:
+            gap = abs((logits[step][0, with_cache] - logits[step][0, without]).item())
             if gap < TIE:
                 return []
-            return [f"generation with the cache gives token {one} at step {step}, without {other}"]
+            return [
+                f"generation with the cache gives token {with_cache} at step {step}, "
+                f"without {without}"
+            ]
     return []
 
 
 def _generate_greedily(
     model: Any, ids: torch.Tensor, use_cache: bool
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    found = model.generate(
+    output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=NEW_TOKENS,
@@ -153,7 +155,7 @@ def _generate_greedily(
         pad_token_id=0,
         **_decoder_start(model),
     )
-    return found.sequences[:, -NEW_TOKENS:], found.logits
+    return output.sequences[:, -NEW_TOKENS:], output.logits
 
 
 def _decoder_start(model: Any) -> dict[str, int]:

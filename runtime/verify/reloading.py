@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedModel
 
 from secateur.graph.capture.export import name_inputs
 from secateur.graph.errors import CaptureError
+from secateur.graph.program import JSON
 from secateur.passes.lowering.lower import DTYPES
 from secateur.runtime.open.source import REFUSED_FIELDS, open_model
 from secateur.runtime.packed.store import FOLDER, has_packed, load_lowered, read_plan
 from secateur.runtime.stock.to_transformers import TOLERANCE, comparable_outputs, largest_difference
 from secateur.runtime.verify import proof, reload
+from secateur.runtime.verify.census import Census
 from secateur.runtime.verify.findings import Finding
 from secateur.runtime.verify.modalities import NoExample, WrongWidth, picture_inputs
 from secateur.runtime.verify.subject import Subject
@@ -83,19 +84,18 @@ def _picture(
         yield Finding("fault", str(error), "Do not use the folder")
         return
     except NoExample as error:
-        was_run = subject.manifest is not None and _ran(subject.manifest.figures)
-        yield Finding(
-            "fault" if was_run else "note",
-            f"pictures were not looked at: {error}",
-            MEND if was_run else "",
-        )
+        says = f"pictures were not looked at: {error}"
+        if subject.manifest is not None and _ran(subject.manifest.figures):
+            yield Finding("fault", says, MEND)
+        else:
+            yield Finding("note", says)
         return
     if picture is not None:
         with torch.no_grad():
             calls.append(proof.Call("a picture", picture, comparable_outputs(model(**picture))))
 
 
-def _ran(figures: Mapping[str, Any]) -> bool:
+def _ran(figures: JSON) -> bool:
     """Whether the manifest says that a picture ran when the model was saved."""
     return figures.get("unseen", {}).get("picture") in ("runs", "agrees")
 
@@ -103,19 +103,20 @@ def _ran(figures: Mapping[str, Any]) -> bool:
 def _parameter_hashes(subject: Subject, model: torch.nn.Module) -> dict[str, str]:
     """Of every parameter: that of the stored tensor of its name, taken from the file, or else of
     what was loaded."""
-    found = {}
+    hashes = {}
     for name, parameter in model.named_parameters():
-        one = subject.tensors.get(subject.stored_name(name) or "")
-        same = (
-            one is not None
-            and one.shape == tuple(parameter.shape)
-            and f"torch.{one.dtype}" == str(parameter.dtype)
-        )
-        if one is not None and one.digest and same:
-            found[name] = one.digest
+        census = subject.tensors.get(subject.stored_name(name) or "")
+        if census is not None and census.digest and _is_alike(census, parameter):
+            hashes[name] = census.digest
         else:
-            found[name] = reload.hash_tensor(parameter)
-    return found
+            hashes[name] = reload.hash_tensor(parameter)
+    return hashes
+
+
+def _is_alike(census: Census, parameter: torch.Tensor) -> bool:
+    """Whether a stored tensor has the shape and the dtype of a parameter."""
+    same_dtype = f"torch.{census.dtype}" == str(parameter.dtype)
+    return same_dtype and census.shape == tuple(parameter.shape)
 
 
 def _compare_packed(
@@ -131,8 +132,8 @@ def _compare_packed(
         )
         return
     with torch.no_grad():
-        found = comparable_outputs(load_lowered(subject.folder)(**inputs))
-    gap = largest_difference(outputs, found)
+        on_packed = comparable_outputs(load_lowered(subject.folder)(**inputs))
+    gap = largest_difference(outputs, on_packed)
     bound = max(REORDERED, TOLERANCE[DTYPES[plan.dtype]])
     if gap <= bound:
         yield Finding(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from secateur.graph.errors import SecateurError, SourceError
@@ -22,6 +22,7 @@ FETCH_AGAIN = "Fetch, copy or save the model again"
 @dataclass(frozen=True)
 class Check:
     """One question about a folder.
+
     needs: checks that must have found no fault before.
     """
 
@@ -53,6 +54,7 @@ def verify_folder(
     folder may be larger than memory, but for the last check, which opens the model as its users do.
 
     Args:
+        folder: to be read.
         quick: leave out that check.
         progress: wraps what takes long.
 
@@ -68,26 +70,36 @@ def verify_folder(
     for name, check in CHECKS.items():
         if not (quick and name == "reload"):
             outcomes[name] = _run_check(name, check, subject, outcomes)
-    inner = None
-    if is_branched(path):
-        inner = verify_folder(path / BASE, quick=quick, progress=progress)
-    found = tuple(outcomes.values()) + (_run_checks(BASE, inner.outcomes) if inner else ())
-    sound = outcomes["checkpoint"].level != "fault"
-    tensors = tuple(
-        subject.__dict__.get("tensors", {}).values()
-    )  # of what was counted, if anything could be
-    return Verification(
+    num_bytes = 0
+    if outcomes["checkpoint"].level != "fault":
+        num_bytes = subject.num_bytes
+    counted = subject.__dict__.get("tensors", {})  # empty where nothing could be counted
+    verification = Verification(
         folder=path,
-        outcomes=found,
-        tensors=tensors + (inner.tensors if inner else ()),
-        num_bytes=(subject.num_bytes if sound else 0) + (inner.num_bytes if inner else 0),
-        count_seconds=subject.count_seconds + (inner.count_seconds if inner else 0.0),
-        seconds=time.perf_counter() - began,
+        outcomes=tuple(outcomes.values()),
+        tensors=tuple(counted.values()),
+        num_bytes=num_bytes,
+        count_seconds=subject.count_seconds,
+        seconds=0.0,
     )
+    if is_branched(path):
+        base = verify_folder(path / BASE, quick=quick, progress=progress)
+        verification = _with_base(verification, base)
+    return replace(verification, seconds=time.perf_counter() - began)
 
 
-def _run_checks(folder: str, outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
-    return tuple(Outcome(f"{folder}: {one.check}", one.findings) for one in outcomes)
+def _with_base(verification: Verification, base: Verification) -> Verification:
+    """Add what was found in the checkpoint that a folder holds beside its branches."""
+    renamed = []
+    for outcome in base.outcomes:
+        renamed.append(Outcome(f"{BASE}: {outcome.check}", outcome.findings))
+    return replace(
+        verification,
+        outcomes=(*verification.outcomes, *renamed),
+        tensors=verification.tensors + base.tensors,
+        num_bytes=verification.num_bytes + base.num_bytes,
+        count_seconds=verification.count_seconds + base.count_seconds,
+    )
 
 
 def find_stored_faults(folder: Path, sparse: SparseWeights) -> list[str]:
@@ -97,17 +109,17 @@ def find_stored_faults(folder: Path, sparse: SparseWeights) -> list[str]:
     Args:
         sparse: by the names that the weights are stored under.
     """
-    claims = tuple(Claim("the program", name, one.pattern) for name, one in sparse.items())
-    subject = Subject(folder, given=claims)
+    claims = []
+    for name, weight in sparse.items():
+        claims.append(Claim("the program", name, weight.pattern))
+    subject = Subject(folder, given=tuple(claims))
     outcomes = dict[str, Outcome]()
     for name in ("checkpoint", *STORED):
         outcomes[name] = _run_check(name, CHECKS[name], subject, outcomes)
-    return [
-        one.says
-        for outcome in outcomes.values()
-        for one in outcome.findings
-        if one.level == "fault"
-    ]
+    faults = list[str]()
+    for outcome in outcomes.values():
+        faults += [finding.says for finding in outcome.findings if finding.level == "fault"]
+    return faults
 
 
 def _run_check(name: str, check: Check, subject: Subject, before: Mapping[str, Outcome]) -> Outcome:
@@ -116,10 +128,10 @@ def _run_check(name: str, check: Check, subject: Subject, before: Mapping[str, O
         return Outcome(
             name, (Finding("note", f"not looked at: first mend {' and '.join(broken)}"),)
         )
-    found = list[Finding]()
+    findings = list[Finding]()
     try:
-        found.extend(check.ask(subject))
+        findings.extend(check.ask(subject))
     except (SecateurError, OSError) as error:
-        found.append(Finding("fault", str(error), FETCH_AGAIN))
-    assert found, f"the check of {name} said nothing"
-    return Outcome(name, tuple(found))
+        findings.append(Finding("fault", str(error), FETCH_AGAIN))
+    assert findings, f"the check of {name} said nothing"
+    return Outcome(name, tuple(findings))

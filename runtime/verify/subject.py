@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from secateur.graph.errors import SecateurError, SourceError
 from secateur.graph.pattern import Pattern
+from secateur.graph.program import JSON
 from secateur.runtime.open.checkpoint import (
     INDEX,
     PICKLES,
@@ -32,8 +33,8 @@ from secateur.runtime.save.artifact import Manifest, read_manifest
 from secateur.runtime.verify.census import BITMASK, PATTERNS, Census, census_of_file
 from secateur.runtime.verify.claims import OURS, Claim, Overall, from_config, sparsity_configs
 
-JSON = dict[str, Any]
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+Patterns = Mapping[str, Mapping[str, tuple[int, int]]]
 
 
 @dataclass
@@ -54,10 +55,11 @@ class Subject:
     @cached_property
     def files(self) -> list[Path]:
         """Every file, relative to the folder."""
-        found = sorted(
-            file for file in self.folder.rglob("*") if file.is_file() or file.is_symlink()
-        )
-        return [file.relative_to(self.folder) for file in found]
+        files = list[Path]()
+        for file in sorted(self.folder.rglob("*")):
+            if file.is_file() or file.is_symlink():
+                files.append(file.relative_to(self.folder))
+        return files
 
     @cached_property
     def manifest(self) -> Manifest | None:
@@ -88,15 +90,14 @@ class Subject:
         loose = sorted(self.folder.glob("*.safetensors"))
         if (self.folder / SINGLE).is_file() or (self.folder / INDEX).is_file() or not loose:
             return read_checkpoint(self.folder)
-        found: dict[str, TensorRecord] = {}
+        stored: dict[str, TensorRecord] = {}
         for file in loose:
             records = read_header(file)
-            if twice := sorted(found.keys() & records.keys()):
-                raise SourceError(
-                    f"{file} and {found[twice[0]].file.name} both hold {twice[0]}: keep one of them"
-                )
-            found |= records
-        return found
+            if twice := sorted(stored.keys() & records.keys()):
+                other = stored[twice[0]].file.name
+                raise SourceError(f"{file} and {other} both hold {twice[0]}: keep one of them")
+            stored |= records
+        return stored
 
     @cached_property
     def model(self) -> PreTrainedModel | None:
@@ -126,28 +127,28 @@ class Subject:
     def ties(self) -> list[list[str]]:
         """Names of parameters that are one and the same in the class."""
         groups: dict[int, list[str]] = {}
-        for name, parameter in (
-            self.model.named_parameters(remove_duplicate=False) if self.model is not None else ()
-        ):
+        if self.model is None:
+            return []
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
             groups.setdefault(id(parameter), []).append(name)
         return [names for names in groups.values() if len(names) > 1]
 
     def stored_name(self, name: str) -> str | None:
         """Under which name a parameter is stored: its own, or one that it is tied to, with or
         without the prefix that transformers gives the inner model."""
-        alike = next((names for names in self.ties if name in names), [])
+        names = [name]
+        for tied in self.ties:
+            if name in tied:
+                names += tied
+                break
+        prefix = ""
         if self.model is not None:
             prefix = f"{self.model.base_model_prefix}."
-        else:
-            prefix = ""
-        tried = [
-            name,
-            *alike,
-            *(one.removeprefix(prefix) for one in (name, *alike)),
-            prefix + name,
-            name + BITMASK,
-        ]
-        return next((one for one in tried if one in self.stored_tensors), None)
+        without_prefix = [alias.removeprefix(prefix) for alias in names]
+        for candidate in (*names, *without_prefix, prefix + name, name + BITMASK):
+            if candidate in self.stored_tensors:
+                return candidate
+        return None
 
     @cached_property
     def claims(self) -> tuple[tuple[Claim, ...], tuple[Overall, ...]]:
@@ -157,7 +158,9 @@ class Subject:
             ArtifactError, SourceError, PatternError: a file that makes claims is damaged, or not to
                 be understood.
         """
-        single = [*self.given, *(claim for source in OURS for claim in source(self.folder))]
+        single = list(self.given)
+        for source in OURS:
+            single += source(self.folder)
         overall = list[Overall]()
         for where, value in sparsity_configs(self.config).items():
             if self.model is None:
@@ -165,9 +168,11 @@ class Subject:
                     f"{CONFIG}: {where} cannot be checked: no stock class says which modules "
                     "it means"
                 )
-            made = from_config(f"{CONFIG}: {where}", value, self.model)
-            single += made if isinstance(made, list) else []
-            overall += [made] if isinstance(made, Overall) else []
+            claims = from_config(f"{CONFIG}: {where}", value, self.model)
+            if isinstance(claims, Overall):
+                overall.append(claims)
+            else:
+                single += claims
         return tuple(single), tuple(overall)
 
     @cached_property
@@ -179,57 +184,58 @@ class Subject:
             by_file.setdefault(record.file, {})[name] = record
         began = time.perf_counter()
         patterns = self._claimed_patterns()
-        found: dict[str, Census] = {}
-        for one in self.progress(
-            self._count_tensors(by_file, patterns), "counting zeros", len(self.stored_tensors)
-        ):
-            found[one.name] = one
+        counting = self._count_tensors(by_file, patterns)
+        tensors: dict[str, Census] = {}
+        for census in self.progress(counting, "counting zeros", len(self.stored_tensors)):
+            tensors[census.name] = census
         self.count_seconds = time.perf_counter() - began
-        return found
+        return tensors
 
     def _count_tensors(
-        self, by_file: Mapping[Path, Mapping[str, TensorRecord]], patterns: Any
+        self, by_file: Mapping[Path, Mapping[str, TensorRecord]], patterns: Patterns
     ) -> Iterable[Census]:
         for file, records in by_file.items():
-            whole = None
+            file_hash = None
             if self.manifest is not None:
-                whole = hashlib.sha256()
-            yield from census_of_file(file, records, patterns, whole=whole, digests=self.digests)
-            if whole is not None:
-                self.hashes[file.relative_to(self.folder).as_posix()] = whole.hexdigest()
+                file_hash = hashlib.sha256()
+            yield from census_of_file(
+                file, records, patterns, whole=file_hash, digests=self.digests
+            )
+            if file_hash is not None:
+                self.hashes[file.relative_to(self.folder).as_posix()] = file_hash.hexdigest()
 
-    def _claimed_patterns(self) -> dict[str, dict[str, tuple[int, int]]]:
+    def _claimed_patterns(self) -> Patterns:
         """Claimed patterns that are not counted anyway."""
-        found: dict[str, dict[str, tuple[int, int]]] = {}
+        patterns: dict[str, dict[str, tuple[int, int]]] = {}
         try:
             claims = self.claims[0]
         except SecateurError:  # told by the check of patterns
             return {}
         for claim in claims:
             name = self.stored_name(claim.tensor)
-            one = claim.pattern
-            if name is not None and isinstance(one, Pattern) and str(one) not in PATTERNS:
-                found.setdefault(name, {})[str(one)] = (one.kept, one.of)
-        return found
+            pattern = claim.pattern
+            if name is None or not isinstance(pattern, Pattern) or str(pattern) in PATTERNS:
+                continue
+            patterns.setdefault(name, {})[str(pattern)] = (pattern.kept, pattern.of)
+        return patterns
 
     @property
     def num_bytes(self) -> int:
         """Of the files that hold the tensors."""
-        return sum(
-            file.stat().st_size for file in {record.file for record in self.stored_tensors.values()}
-        )
+        files = {record.file for record in self.stored_tensors.values()}
+        return sum(file.stat().st_size for file in files)
 
     def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor."""
-        with safe_open(self.stored_tensors[name].file, "pt") as held:
-            tensor: torch.Tensor = held.get_tensor(name)
+        with safe_open(self.stored_tensors[name].file, "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
         return tensor
 
     @property
     def pickles(self) -> list[str]:
         """Files that can run code when they are read."""
-        return [
-            file.as_posix()
-            for file in self.files
-            if any(file.match(pattern) for pattern in PICKLES)
-        ]
+        names = list[str]()
+        for file in self.files:
+            if any(file.match(pattern) for pattern in PICKLES):
+                names.append(file.as_posix())
+        return names
