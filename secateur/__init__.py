@@ -11,72 +11,88 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from secateur import graph as _graph
-from secateur.graph import (
-    CoupledGroup,
-    Member,
-    Program,
-    SecateurError,
-    coupled_groups,
-    coupling_graph,
-    keep,
-    masked_call,
-    verify,
-)
-from secateur.passes import Pipeline
-from secateur.runtime import (
-    compress,
-    load,
-    open_engine,
-    open_model,
-    plan_config,
-    running,
-    save,
-    save_weights,
-    to_transformers,
-    verify_folder,
-)
-from secateur.runtime.open.declared import read_declared
+if TYPE_CHECKING:
+    from secateur.graph import (
+        CoupledGroup,
+        Member,
+        Program,
+        SecateurError,
+        coupled_groups,
+        coupling_graph,
+        keep,
+        masked_call,
+        verify,
+    )
+    from secateur.passes import Pipeline
+    from secateur.runtime import (
+        compress,
+        load,
+        open_engine,
+        open_model,
+        plan_config,
+        running,
+        save,
+        save_weights,
+        to_transformers,
+        verify_folder,
+    )
+    from secateur.runtime.open.capturing import capture
 
 __version__ = "0.2.0.dev0"
 
-# Names that earlier versions had, and what they are called now.
+FOLDERS = ("graph", "kernels", "passes", "runtime", "tools")
+HOMES = {
+    "secateur.graph": (
+        "CoupledGroup",
+        "Member",
+        "Program",
+        "SecateurError",
+        "coupled_groups",
+        "coupling_graph",
+        "keep",
+        "masked_call",
+        "verify",
+    ),
+    "secateur.passes": ("Pipeline",),
+    "secateur.runtime": (
+        "compress",
+        "load",
+        "open_engine",
+        "open_model",
+        "plan_config",
+        "running",
+        "save",
+        "save_weights",
+        "to_transformers",
+        "verify_folder",
+    ),
+    "secateur.runtime.open.capturing": ("capture",),
+}
+"""Where each public name is defined: a folder is loaded when a name of it is first used, so that
+the command line answers before torch is there."""
 RENAMED = {"raise_model": "to_transformers"}
+"""Names that earlier versions had, and what they are called now."""
 
 
 if not TYPE_CHECKING:  # a checker shall see that other names are missing
 
-    def __getattr__(name: str) -> NoReturn:
+    def __getattr__(name: str) -> object:
+        if name in FOLDERS:
+            return import_module(f"secateur.{name}")
+        for home, names in HOMES.items():
+            if name in names:
+                value = getattr(import_module(home), name)
+                globals()[name] = value
+                return value
         if name in RENAMED:
             raise AttributeError(f"secateur.{name} is called secateur.{RENAMED[name]} now")
         raise AttributeError(f"module 'secateur' has no attribute {name!r}")
 
-
-def capture(model: nn.Module | str | Path, example_inputs: Any = None) -> Program:
-    """Capture a model as a Program: an FX graph of ATen ops over its Parameter objects.
-
-    Args:
-        model: a checkpoint folder, a Hugging Face id, a PreTrainedModel, or any nn.Module; the meta
-            device will do.
-        example_inputs: a tensor, a tuple, or a dict by argument name; needed where the model's
-            configuration does not say what it takes.
-
-    Raises:
-        SourceError: a folder that cannot be opened safely.
-        CaptureError: names the module and the reason.
-    """
-    if isinstance(model, nn.Module):
-        return _graph.capture(model, example_inputs)
-    folder = Path(model)
-    program = _graph.capture(
-        open_model(model), example_inputs, folder=folder if folder.is_dir() else None
-    )
-    return program.replace(sparse=read_declared(folder))
+    def __dir__() -> list[str]:
+        return sorted([*globals(), *FOLDERS, *__all__])
 
 
 __all__ = [

@@ -40,6 +40,8 @@ BITS: Mapping[str, int | None] = {
     DENSE: None,
     SPARSE: None,
 }
+SMALLEST_PRODUCT = 256  # rows and columns
+LONG_ENOUGH = 0.02  # seconds of a product
 STREAM_BYTES = 256 << 20
 
 
@@ -198,13 +200,26 @@ def stream_bandwidth(device: torch.device) -> float:
     return STREAM_BYTES / min(_measure_seconds(lambda: data.sum(), device) for _ in range(7))
 
 
-def _product_rate(device: torch.device, width: int = 2048) -> float:
-    """Operations a second of a dense product in bfloat16."""
-    if device.type != "cpu":
-        width = 8192
-    a = torch.ones(width // 2, width, dtype=torch.bfloat16, device=device)
-    b = torch.ones(width, width, dtype=torch.bfloat16, device=device)
-    return width**3 / min(_measure_seconds(lambda: a @ b, device) for _ in range(3))
+def _product_rate(device: torch.device) -> float:
+    """Operations a second of a dense product in bfloat16.
+
+    The product grows until it takes long enough to be timed: where a processor has no instruction
+    for it, a large one would take minutes.
+    """
+    if device.type == "cpu":
+        largest = 2048
+    else:
+        largest = 8192
+    width = SMALLEST_PRODUCT
+    while True:
+        a = torch.ones(width // 2, width, dtype=torch.bfloat16, device=device)
+        b = torch.ones(width, width, dtype=torch.bfloat16, device=device)
+        seconds = min(
+            _measure_seconds(functools.partial(torch.matmul, a, b), device) for _ in range(3)
+        )
+        if width >= largest or seconds >= LONG_ENOUGH:
+            return width**3 / seconds
+        width *= 2
 
 
 def _measure_seconds(work: Callable[[], object], device: torch.device) -> float:
