@@ -315,7 +315,7 @@ def test_what_nobody_expected_is_an_internal_error(
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr(cli, "inspect_program", broken)
+    monkeypatch.setattr("secateur.tools.commands.inspect.inspect_program", broken)
     assert cli.run_command(["inspect", str(folder)]) == 70
     err = capsys.readouterr().err
     assert (
