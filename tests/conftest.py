@@ -39,3 +39,38 @@ def real_model() -> Path:
     if not (folder / "config.json").is_file():
         pytest.skip("the real model is not prepared: run `make assets`")
     return folder
+
+
+EXPECTED_SKIPS = (
+    "the CPU kernels need AVX-512",
+    "root may write anywhere",
+    "no CUDA device",
+    "another C library",
+)
+"""Reasons of the machine. Any other skip means that something is missing which `make setup`
+installs: no test may vanish because a compiler, Triton or an extra is not there."""
+
+
+def unexpected_skips(reasons: list[str]) -> list[str]:
+    """Return the reasons that no machine excuses, each once."""
+    found = []
+    for reason in dict.fromkeys(reasons):
+        if not any(known in reason for known in EXPECTED_SKIPS):
+            found.append(reason)
+    return found
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a strict run (SECATEUR_STRICT_SKIPS=1, as in `make test`) in which something was skipped
+    that should have run."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or os.environ.get("SECATEUR_STRICT_SKIPS") != "1":
+        return
+    reasons = []
+    for report in reporter.stats.get("skipped", []):
+        reasons.append(str(report.longrepr[2]) if report.longrepr else "")
+    unexpected = unexpected_skips(reasons)
+    if unexpected:
+        reporter.write_line("skipped for no good reason: " + "; ".join(unexpected), red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
