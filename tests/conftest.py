@@ -72,5 +72,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         reasons.append(str(report.longrepr[2]) if report.longrepr else "")
     unexpected = unexpected_skips(reasons)
     if unexpected:
+        reporter.ensure_newline()
         reporter.write_line("skipped for no good reason: " + "; ".join(unexpected), red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
