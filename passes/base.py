@@ -133,14 +133,18 @@ class Cost:
 
 @dataclass(frozen=True)
 class PlannedEdit:
-    """What a pass would do to one group: keep ``kept`` of ``units``.  exact: False where scores
-    decide the count."""
+    """What a pass would do to one group: keep ``kept`` of ``units``.
+
+    exact: False where scores decide the count, and ``kept`` is what groups keep on average.
+    asked: fraction that was to be removed, where one was given.
+    """
 
     group: str
     family: str
     units: int
     kept: int
     exact: bool = True
+    asked: float | None = None
 
 
 @dataclass(frozen=True)

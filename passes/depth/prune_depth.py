@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -16,6 +17,8 @@ from secateur.passes.depth.rounds import DepthChoice, Level, Method, Rounds, may
 from secateur.passes.language.options import OptionError
 
 Count = Annotated[int, Field(ge=0)]
+Part = Annotated[float, Field(gt=0, lt=1)]
+TYPICAL_DEPTH = 32  # for estimates, where a part of the blocks is asked for
 FORWARDS: Mapping[Method, float] = {
     "greedy": 16.0,
     "contiguous": 16.0,
@@ -29,7 +32,8 @@ SUB_BLOCKS = 4.0  # so many times the forward passes of whole blocks: more to tr
 class PruneDepth(Pass):
     """Drop the residual blocks that the model misses least.  Numerics: lossy.
 
-    drop: how many blocks go; at level=sub-block, as many parameters as so many average blocks hold.
+    drop: how many blocks go, or which part of them (0.5, rounded to whole blocks); at
+        level=sub-block, as many parameters as so many average blocks hold.
     method: greedy (one after the other; all that are left are measured again after each),
         contiguous (the run of neighbours that is missed least), alone (each measured alone, the
         least go) or influence (one minus the cosine of the stream before and after, in one pass).
@@ -50,7 +54,7 @@ class PruneDepth(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"cut"})
     ends: ClassVar[frozenset[str]] = frozenset({"scores"})
 
-    drop: Count = 0
+    drop: Count | Part = 0
     method: Method = "greedy"
     by: By = "kl"
     level: Level = "block"
@@ -79,7 +83,7 @@ class PruneDepth(Pass):
     def cost(self) -> Cost:
         """Forward passes of all rounds over the calibration data, for estimates."""
         if self.method == "greedy":
-            rounds = self.drop
+            rounds = self.drop if isinstance(self.drop, int) else self.drop * TYPICAL_DEPTH
         else:
             rounds = 1
         if self.level == "sub-block" and self.method == "greedy":
@@ -113,11 +117,23 @@ class PruneDepth(Pass):
         if self.layers:
             count = len(self._resolve_names(program))
         else:
-            count = self.drop
+            count = self.count_dropped(program)
         if not self.layers:
             self._check_options(program)
         total = len(blocks(program))
-        return [PlannedEdit("layers", "blocks", total, total - count, exact=self.level == "block")]
+        exact = self.level == "block"
+        asked = self.drop if isinstance(self.drop, float) else None
+        return [PlannedEdit("layers", "blocks", total, total - count, exact, asked)]
+
+    def count_dropped(self, program: Program) -> int:
+        """How many blocks go, one at least where a part is asked for.
+
+        Args:
+            program: to be pruned.
+        """
+        if isinstance(self.drop, int):
+            return self.drop
+        return max(1, math.floor(self.drop * len(blocks(program)) + 0.5))
 
     def preview(self, program: Program) -> Program:
         """Without the last blocks that may go.
@@ -132,7 +148,7 @@ class PruneDepth(Pass):
         while not rounds.is_finished():
             parts = rounds.list_candidates()
             if self.level == "block":
-                last = parts[-self.drop :]
+                last = parts[-self.count_dropped(program) :]
             else:
                 last = parts[-1:]
             rounds.drop_parts([part.name for part in last])
@@ -168,7 +184,8 @@ class PruneDepth(Pass):
 
     def _make_choice(self, program: Program) -> DepthChoice:
         """The choice of blocks that the options describe."""
-        return DepthChoice(self.drop, self.method, self.by, self.level, self._end_blocks(program))
+        count = self.count_dropped(program)
+        return DepthChoice(count, self.method, self.by, self.level, self._end_blocks(program))
 
     def _end_blocks(self, program: Program) -> frozenset[str]:
         """The names of the blocks at the ends of every stack."""
@@ -189,13 +206,14 @@ class PruneDepth(Pass):
         """
         free = may_go(program, self._end_blocks(program))
         total = len(blocks(program))
-        if self.drop > min(len(free), total - 1):
+        count = self.count_dropped(program)
+        if count > min(len(free), total - 1):
             locked = []
             for block in blocks(program):
                 if block.locked:
                     locked.append(f"{block.name} must stay: {block.locked}")
             raise EditError(
-                f"prune-depth: {self.drop} blocks are to go, and {min(len(free), total - 1)} of "
+                f"prune-depth: {count} blocks are to go, and {min(len(free), total - 1)} of "
                 f"{total} may. " + "; ".join(locked[:3])
             )
 

@@ -21,6 +21,8 @@ from secateur.passes.width.shares import (
     check_amount,
     count_kept,
     global_counts,
+    heads_multiple,
+    place_of,
     select_units,
     unit_cost,
 )
@@ -41,6 +43,7 @@ Family = Annotated[str, AfterValidator(_check_family)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Amount = Annotated[float | int, BeforeValidator(check_amount)]
 Multiple = Annotated[int, Field(ge=1)]
+Rounding = Multiple | Literal["heads"]
 WHOLE = ("kv_heads", "query_heads", "experts")
 
 
@@ -55,7 +58,9 @@ class PruneWidth(Pass):
     groups: the same for single groups by name; needs uniform=false unless all groups of a kind get
         one count.
     round_to: units kept are rounded to the nearest multiple; one number (heads and experts always
-        stay whole) or a map by family, for example {mlp=256,hidden=64}.
+        stay whole) or a map by family, for example {mlp=256,hidden=64}; hidden=heads rounds to a
+        multiple of the attention heads that stay and of 8, as classes want that check one against
+        the other ({hidden=0.0,kv_heads=0.2,round_to={hidden=heads}}).
     skip: indices of residual layers to leave alone, negative from the end; needs uniform=false.
     uniform: one shape for all layers, which stock model classes need; with false, layers may
         differ.
@@ -88,8 +93,9 @@ class PruneWidth(Pass):
     vocabulary: Amount | None = None
     channels: Amount | None = None
     latent: Amount | None = None
+    heads: Amount | None = None
     groups: dict[str, Amount] = field(default_factory=dict, hash=False)
-    round_to: Multiple | dict[Family, Multiple] = field(default=1, hash=False)
+    round_to: Multiple | dict[Family, Rounding] = field(default=1, hash=False)
     skip: tuple[int, ...] = ()
     uniform: bool = True
     ranking: Literal["family", "global", "local"] = "family"
@@ -98,7 +104,7 @@ class PruneWidth(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.family_amounts and not self.groups:
+        if not self.family_amounts and not self.groups and self.heads is None:
             raise OptionError(
                 "prune-width: nothing is asked for: give ratio=0.25, a family (mlp=0.25) or "
                 "groups={...}"
@@ -124,17 +130,21 @@ class PruneWidth(Pass):
                 amounts[name] = amount
         return amounts
 
-    def family_multiple(self, family: str) -> int:
+    def family_multiple(self, family: str, heads: int = 1) -> int:
         """The multiple that unit counts of a family are rounded to.
 
         Args:
             family: name of a family of groups.
+            heads: multiple that ``heads`` stands for.
         """
         if isinstance(self.round_to, int):
             if family in WHOLE:
                 return 1
             return self.round_to
-        return self.round_to.get(family, 1)
+        multiple = self.round_to.get(family, 1)
+        if multiple == "heads":
+            return heads
+        return multiple
 
     def plan(self, program: Program) -> list[PlannedEdit]:
         """The edits, one for each group that is asked for; counts of a shared ranking are the
@@ -148,13 +158,19 @@ class PruneWidth(Pass):
                 differ, ...
         """
         groups = coupled_groups(program)
-        asked = {**self._by_family(groups), **self._by_name(groups)}
+        asked = {**self._by_family(groups), **self._by_heads(groups), **self._by_name(groups)}
         by_name = {group.name: group for group in groups}
-        edits = []
-        for name, amount in asked.items():
-            edits.append(self._plan_edit(by_name[name], amount))
+        planned = {}
+        heads = 1
+        # Families that are rounded to the heads come last: the heads that stay are known then.
+        for name in sorted(asked, key=lambda name: self._follows_heads(by_name[name].family)):
+            if self._follows_heads(by_name[name].family):
+                heads = heads_multiple(groups, planned)
+            planned[name] = self._plan_edit(by_name[name], asked[name], heads)
+        edits = [planned[name] for name in asked]
         if self.uniform:
             _check_one_shape(edits, groups)
+        check_scored(edits, program)
         return edits
 
     def preview(self, program: Program) -> Program:
@@ -180,15 +196,6 @@ class PruneWidth(Pass):
             EditError: a group has no scores, or the plan cannot be carried out.
         """
         edits = self.plan(program)
-        missing = []
-        for edit in edits:
-            if edit.group not in program.scores:
-                missing.append(edit.group)
-        if missing:
-            raise EditError(
-                f"{missing[0]} has no scores: the metric of score{{...}} cannot see it; "
-                "choose another"
-            )
         counts = self._choose_counts(edits, program)
         cut: dict[CoupledGroup | str, Sequence[int] | Tensor] = {}
         for edit in edits:
@@ -257,6 +264,29 @@ class PruneWidth(Pass):
             asked |= {group.name: amount for group in free if group.block not in skipped}
         return asked
 
+    def _by_heads(self, groups: list[CoupledGroup]) -> dict[str, float | int]:
+        """What ``heads`` asks of each free group.
+
+        Raises:
+            EditError: no layer has heads that may be pruned.
+        """
+        if self.heads is None:
+            return {}
+        shared = set()
+        for group in groups:
+            if group.family == "kv_heads":
+                shared.add(place_of(group))
+        skipped = _skipped_layers(groups, self.skip)
+        asked = dict[str, float | int]()
+        for group in groups:
+            alone = group.family == "query_heads" and place_of(group) not in shared
+            free = group.locked is None and group.block not in skipped
+            if free and (group.family == "kv_heads" or alone):
+                asked[group.name] = self.heads
+        if not asked:
+            raise EditError("prune-width: the model has no attention heads that may be pruned")
+        return asked
+
     def _by_name(self, groups: list[CoupledGroup]) -> dict[str, float | int]:
         """What is asked of each group by name.
 
@@ -273,13 +303,25 @@ class PruneWidth(Pass):
                 raise EditError(f"prune-width: {name} must not be pruned: {by_name[name].locked}")
         return dict(self.groups)
 
-    def _plan_edit(self, group: CoupledGroup, amount: float | int) -> PlannedEdit:
+    def _follows_heads(self, family: str) -> bool:
+        """Whether the counts of a family are rounded to the heads that stay."""
+        return isinstance(self.round_to, dict) and self.round_to.get(family) == "heads"
+
+    def _plan_edit(self, group: CoupledGroup, amount: float | int, heads: int) -> PlannedEdit:
         """The edit of one group.
+
+        Args:
+            group: to be pruned.
+            amount: fraction removed, or number of units kept.
+            heads: see ``heads_multiple``.
 
         Raises:
             EditError: too few units would stay.
         """
-        count = count_kept(group.name, group.units, amount, self.family_multiple(group.family))
+        multiple = self.family_multiple(group.family, heads)
+        count = count_kept(group.name, group.units, amount, multiple)
+        if self._follows_heads(group.family) and isinstance(amount, float):
+            count -= count % multiple
         if count < group.min_units:
             message = f"prune-width: {count} of {group.units} units of {group.name} would stay"
             raise EditError(
@@ -291,7 +333,8 @@ class PruneWidth(Pass):
             or isinstance(amount, int)
             or group.name in self.groups
         )
-        return PlannedEdit(group.name, group.family, group.units, count, exact)
+        asked = amount if isinstance(amount, float) else None
+        return PlannedEdit(group.name, group.family, group.units, count, exact, asked)
 
     def _choose_counts(self, edits: list[PlannedEdit], program: Program) -> dict[str, int]:
         """Units kept by group, after the rankings."""
@@ -344,6 +387,25 @@ def _skipped_layers(groups: Iterable[CoupledGroup], skip: tuple[int, ...]) -> se
                 f"0..{len(blocks) - 1}"
             )
     return {blocks[index] for index in skip}
+
+
+def check_scored(edits: Iterable[PlannedEdit], program: Program) -> None:
+    """Every group that loses units has scores, where the Program has any.
+
+    Args:
+        edits: planned.
+        program: with scores, or with none yet.
+
+    Raises:
+        EditError: a group has none.
+    """
+    for edit in edits:
+        chosen = edit.kept < edit.units or not edit.exact
+        if chosen and program.scores and edit.group not in program.scores:
+            raise EditError(
+                f"{edit.group} has no scores: the metric of score{{...}} cannot see it; "
+                "choose another"
+            )
 
 
 def _check_one_shape(edits: list[PlannedEdit], groups: list[CoupledGroup]) -> None:

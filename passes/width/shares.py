@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from secateur.graph import CoupledGroup, Program
 from secateur.graph.errors import EditError
+from secateur.passes.base import PlannedEdit
 from secateur.passes.importance.base import Normalization, distinct_members, normalize_scores
+
+HEADS = ("kv_heads", "query_heads")
+ALIGNMENT = 8
 
 
 def check_amount(value: object) -> object:
@@ -74,6 +78,34 @@ def count_kept(name: str, units: int, amount: float | int, multiple: int) -> int
         )
         raise EditError(f"prune-width: {name} would be empty: {what} keeps none; ask for less")
     return count
+
+
+def place_of(group: CoupledGroup) -> str:
+    """The module that a group stands in.
+
+    Args:
+        group: of a layer.
+    """
+    return group.name.partition("@")[2]
+
+
+def heads_multiple(groups: Iterable[CoupledGroup], edits: Mapping[str, PlannedEdit]) -> int:
+    """The multiple that ``round_to={hidden=heads}`` means.
+
+    Args:
+        groups: of the Program.
+        edits: planned so far, by name of the group.
+
+    Returns:
+        least common multiple of 8 and of the attention heads that stay in each layer (key/value
+        heads times the query heads of each).
+    """
+    heads = dict[str, int]()
+    for group in groups:
+        if group.family in HEADS and group.block:
+            kept = edits[group.name].kept if group.name in edits else group.units
+            heads[place_of(group)] = heads.get(place_of(group), 1) * kept
+    return math.lcm(ALIGNMENT, *heads.values())
 
 
 def top_units(scores: Tensor, count: int) -> Tensor:

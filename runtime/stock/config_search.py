@@ -272,7 +272,7 @@ class ConfigSearch:
         others = list(dict.fromkeys(chain.from_iterable(movers.values())))
         for line in sorted(lines, key=lambda line: line.values[0]):
             for value in self._candidate_values(line, slot, sizes, gaps):
-                for change in self._iterate_changes(line, value, settings, others):
+                for change in self._iterate_changes(line, value, settings, others, gaps):
                     closer = {**settings, **change}
                     closer_sizes = self.blueprint.slot_sizes(closer)
                     if closer_sizes is None and len(change) == 1:
@@ -291,11 +291,16 @@ class ConfigSearch:
         return movers
 
     def _iterate_changes(
-        self, line: FieldLine, value: int, settings: Settings, others: list[Field]
+        self,
+        line: FieldLine,
+        value: int,
+        settings: Settings,
+        others: list[Field],
+        gaps: list[Slot],
     ) -> Iterator[dict[Field, Value]]:
         """The field alone; or else with all that had its value (widths that a class wants equal);
-        or else with one other in the same proportion (numbers of which a class wants one to divide
-        the other)."""
+        or else with one other in the same proportion, or with what another gap wants of it
+        (numbers of which a class wants one to divide the other)."""
         yield {line.field: value}
         twins = []
         for path in self.lines:
@@ -311,6 +316,19 @@ class ConfigSearch:
                 scaled = Fraction(1, 2)
             if other != line.field and scaled.denominator == 1:
                 yield {line.field: value, other: int(scaled)}
+        for other in others:
+            if other != line.field:
+                for wanted in self._exact_values(other, gaps):
+                    yield {line.field: value, other: wanted}
+
+    def _exact_values(self, path: Field, gaps: list[Slot]) -> list[int]:
+        """The values of a field that would each close one of the gaps alone."""
+        line = self.lines[path]
+        found = []
+        for slot in gaps:
+            if slot in self.target and line.moves_slot(slot):
+                found.append(line.solve_for(slot, self.target[slot]))
+        return [value for value in dict.fromkeys(found) if value is not None]
 
     def _candidate_values(
         self, line: FieldLine, slot: Slot, sizes: Sizes, gaps: list[Slot]

@@ -231,3 +231,11 @@ def test_what_makes_no_sense_is_said() -> None:
         PruneDepth()
     with pytest.raises(OptionError, match="whole blocks"):
         PruneDepth(drop=2, level="sub-block", method="contiguous")
+
+
+def test_a_part_of_the_blocks(llama: Program) -> None:
+    (edit,) = PruneDepth(drop=0.5).plan(llama)
+    assert (edit.units, edit.kept, edit.asked) == (2, 1, 0.5)
+    assert len(blocks(PruneDepth(drop=0.1).preview(llama))) == 1
+    with pytest.raises(OptionError):
+        PruneDepth(drop=1.5)

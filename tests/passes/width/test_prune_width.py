@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from zoo.models import NanoGPT, perturb
+from zoo.models import NanoGPT, perturb, tiny_model
 
 from secateur.graph import Program, capture, coupled_groups, keep, masked_call
 from secateur.graph.errors import EditError
@@ -17,6 +17,9 @@ from secateur.passes import Context, Pipeline, PruneWidth, Score
 from secateur.passes.importance import Random
 from secateur.passes.language.options import OptionError
 from secateur.passes.width.shares import unit_cost
+from secateur.runtime import plan_config
+
+EIGHT_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
 
 
 @pytest.fixture(scope="module")
@@ -248,3 +251,39 @@ def test_the_edit_is_what_keep_does(scored: Program, ids: Tensor) -> None:
         scored, {name: scored.scores[name].topk(48).indices.sort().values for name in names}
     )
     assert PruneWidth(mlp=0.5)(scored)(input_ids=ids).logits.equal(by_hand(input_ids=ids).logits)
+
+
+def test_heads_are_kv_heads_or_query_heads_where_one_is_shared(llama: Program) -> None:
+    heads = {f"kv_heads@model.layers.{i}.self_attn": (2, 1) for i in range(2)}
+    assert planned(llama, heads=0.5) == heads
+    shared = capture(tiny_model("llama", num_key_value_heads=1))
+    assert planned(shared, heads=0.2) == {
+        f"query_heads@model.layers.{i}.self_attn": (4, 3) for i in range(2)
+    }
+    with pytest.raises(EditError, match="no attention heads"):
+        planned(capture(tiny_model("mamba")), heads=0.2)
+
+
+def test_hidden_is_rounded_to_the_heads_that_stay() -> None:
+    with torch.device("meta"):
+        wide = capture(tiny_model("llama", **EIGHT_HEADS))
+    asked = {"heads": 0.2, "hidden": 0.0, "round_to": {"hidden": "heads"}}
+    assert planned(wide, **asked)["hidden"] == (64, 48)  # 6 heads, and a multiple of 8
+    assert planned(wide, **{**asked, "hidden": 0.5})["hidden"] == (64, 24)
+    assert planned(wide, heads=0.2, hidden=48)["hidden"] == (64, 48)
+    with pytest.raises(EditError, match="not a multiple of 24"):
+        planned(wide, **{**asked, "hidden": 40})
+    plan = plan_config(PruneWidth(**asked).preview(wide))
+    assert not plan.constants
+    assert plan.changes["hidden_size"] == (64, 48)
+    assert plan.changes["num_attention_heads"] == (8, 6)
+
+
+def test_a_group_that_stays_whole_needs_no_scores(llama: Program) -> None:
+    scored = Score(Random())(llama, Context(seed=1))
+    without = {name: score for name, score in scored.scores.items() if name != "hidden"}
+    blind = scored.replace(scores=without)
+    smaller = PruneWidth(mlp=0.25, hidden=0.0)(blind)
+    assert widths(smaller)["hidden"] == 64
+    with pytest.raises(EditError, match="hidden has no scores"):
+        PruneWidth(mlp=0.25, hidden=0.25)(blind)
