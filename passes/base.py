@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from abc import abstractmethod
@@ -122,6 +123,11 @@ class Cost:
     holds: whether all calibration tokens are held at one place of the graph, in how many models.
     solves: whether it sums products of inputs, in how many square matrices (float64) of the widest
         refitted input.
+    files: copies of the weights that it writes to the folder of the run while it works: offloaded
+        tensors and finished parts.
+    holds_files: as ``holds``, in files.
+    keeps: copies of the weights that the Program keeps beside them from then on.
+    checkpoints: bytes a parameter of the checkpoint that it writes while the one before stands.
     """
 
     flops: float = 0.0
@@ -129,6 +135,10 @@ class Cost:
     tokens: int | None = None
     holds: int = 0
     solves: int = 0
+    files: float = 0.0
+    holds_files: int = 0
+    keeps: float = 0.0
+    checkpoints: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,7 @@ class Pass(Options):
     uses: facts about a Program that must hold before ("scores", "cut", "sparse"); gives: that hold
         after; ends: that it ends; bars: that must not hold, each with the reason and what to do
         instead.
+    packages: that it imports beyond this package's own dependencies, each with how to install it.
     """
 
     numerics: ClassVar[Literal["exact", "close", "lossy"]]
@@ -162,11 +173,17 @@ class Pass(Options):
     gives: ClassVar[frozenset[str]] = frozenset()
     ends: ClassVar[frozenset[str]] = frozenset()
     bars: ClassVar[Mapping[str, str]] = {}
+    packages: ClassVar[Mapping[str, str]] = {}
 
     @property
     def needs_data(self) -> bool:
         """Whether calibration data must be given."""
         return False
+
+    @property
+    def least_sequences(self) -> int:
+        """Calibration sequences that it needs at least."""
+        return int(self.needs_data)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -196,6 +213,15 @@ class Pass(Options):
         missing = [MISSING[fact] for fact in sorted(self.uses - known)]
         return missing + [self.bars[fact] for fact in sorted(self.bars.keys() & known)]
 
+    def explain_packages(self) -> list[str]:
+        """Reasons why the pass cannot run in this environment: packages that it imports are not
+        installed."""
+        reasons = []
+        for package, how in self.packages.items():
+            if importlib.util.find_spec(package) is None:
+                reasons.append(f"{self.name} needs the package {package}: {how}")
+        return reasons
+
     def plan(self, program: Program) -> list[PlannedEdit]:
         """The edits that the pass would make.  Needs no weights, scores or data.
 
@@ -208,6 +234,15 @@ class Pass(Options):
         """A Program of the shapes that the pass would leave; its values mean nothing.  Works on the
         meta device."""
         return program
+
+    def preview_uneven(self, program: Program) -> Program:
+        """A Program of other shapes to which scores or measurements may as well lead: layers of
+        different sizes, other layers; the one of ``preview`` where the options decide alone.
+
+        Args:
+            program: on any device.
+        """
+        return self.preview(program)
 
     @abstractmethod
     def call(self, program: Program, context: Context) -> PassResult:
@@ -227,7 +262,7 @@ class Pass(Options):
             VerificationError: the result is not a sound Program.
         """
         context = context or Context()
-        reasons = self.requires(program)
+        reasons = [*self.requires(program), *self.explain_packages()]
         if self.needs_data and context.data is None:
             reasons.append("needs calibration data, and none was given")
         if reasons:

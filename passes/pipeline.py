@@ -129,7 +129,37 @@ class Pipeline(Pass):
             max((c.bytes_per_parameter for c in costs), default=0),
             holds=max((c.holds for c in costs), default=0),
             solves=max((c.solves for c in costs), default=0),
+            files=max((c.files for c in costs), default=0),
+            holds_files=max((c.holds_files for c in costs), default=0),
+            keeps=sum(c.keeps for c in costs),
+            checkpoints=max((c.checkpoints for c in costs), default=0),
         )
+
+    @property
+    def least_sequences(self) -> int:
+        """Calibration sequences that the neediest pass wants."""
+        return max((p.least_sequences for p in self.passes), default=0)
+
+    def explain_packages(self) -> list[str]:
+        """Reasons of all passes, each once."""
+        reasons = [reason for step in self.passes for reason in step.explain_packages()]
+        return list(dict.fromkeys(reasons))
+
+    def explain_sequences(self, count: int) -> list[str]:
+        """Reasons why so many calibration sequences are too few.
+
+        Args:
+            count: of sequences.
+        """
+        reasons = []
+        for step in self.passes:
+            if count < step.least_sequences:
+                reasons.append(
+                    f"{step.name} needs {step.least_sequences} calibration sequences or more "
+                    f"(some are held back to check), and there "
+                    f"{'is' if count == 1 else 'are'} {count}"
+                )
+        return reasons
 
     def requires(self, program: Program) -> list[str]:
         """Reasons why the passes cannot run in this order, known before any work.
@@ -171,6 +201,16 @@ class Pipeline(Pass):
             program = step.preview(program)
         return program
 
+    def preview_uneven(self, program: Program) -> Program:
+        """A Program of other shapes that the passes may as well leave, see ``Pass``.
+
+        Args:
+            program: that the first pass takes.
+        """
+        for step in self.passes:
+            program = step.preview_uneven(program)
+        return program
+
     def run(
         self,
         program: Program,
@@ -201,15 +241,22 @@ class Pipeline(Pass):
             PipelineError: data or scores are missing, before any work.  What a pass raises carries
                 a note that names the pass and those already run.
         """
+        if reasons := self.explain_packages():
+            raise PipelineError("; ".join(reasons))
         if data is None and self.needs_data:
             needy = next(p.name for p in self.passes if p.needs_data)
             raise PipelineError(
                 f"{needy} needs calibration data: give data=, batches of input_ids [batch, seq]"
             )
+        sequences = None
+        if data is not None and self.needs_data:
+            sequences = samples(data, program)
+            if reasons := self.explain_sequences(len(sequences)):
+                raise PipelineError("; ".join(reasons))
         return self(
             program,
             Context(
-                data=samples(data, program) if data is not None and self.needs_data else None,
+                data=sequences,
                 progress=progress or no_progress,
                 seed=self.seed if seed is None else seed,
                 output=output,

@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 
+CONTROL_GROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
 PACKAGES = ("secateur", "torch", "transformers")
 
 
@@ -52,6 +56,21 @@ def peak_memory_bytes() -> int:
     if sys.platform == "darwin":
         return peak
     return peak * 1024
+
+
+def memory_bytes() -> int | None:
+    """The memory that this process may use: the machine's, or its control group's where that is
+    less; None where the system does not say."""
+    try:
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (OSError, ValueError):
+        return None
+    for file in CONTROL_GROUP_LIMITS:
+        try:
+            limits.append(int(Path(file).read_text()))
+        except (OSError, ValueError):
+            continue
+    return min(limits)
 
 
 def resident_bytes() -> int:

@@ -141,12 +141,26 @@ class PruneDepth(Pass):
         Args:
             program: to be pruned.
         """
+        return self._drop_from(program, first=False)
+
+    def preview_uneven(self, program: Program) -> Program:
+        """Without the first blocks that may go: which go is measured.
+
+        Args:
+            program: to be pruned.
+        """
+        return self._drop_from(program, first=True)
+
+    def _drop_from(self, program: Program, *, first: bool) -> Program:
+        """Without the named blocks, or those at one end."""
         if self.layers:
             return drop(program, self._resolve_names(program))
         self._check_options(program)
         rounds = Rounds(self._make_choice(program), program)
         while not rounds.is_finished():
             parts = rounds.list_candidates()
+            if first:
+                parts = parts[::-1]
             if self.level == "block":
                 last = parts[-self.count_dropped(program) :]
             else:

@@ -56,6 +56,15 @@ class Activation(Importance):
     sequence: OverSequence = "mean"
     final_norm: bool = False
 
+    def sees(self, program: Program, group: CoupledGroup) -> bool:
+        """Whether a weight reads the group.
+
+        Args:
+            program: on any device.
+            group: that may be pruned.
+        """
+        return bool(readers(program, group, self.final_norm))
+
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context
     ) -> MemberScores:

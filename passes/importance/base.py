@@ -43,6 +43,15 @@ class Importance(Options):
         """Rough work, for estimates."""
         return COSTS[self.needs]
 
+    def sees(self, program: Program, group: CoupledGroup) -> bool:
+        """Whether ``members`` gives scores of a group; needs no weights.
+
+        Args:
+            program: on any device.
+            group: that may be pruned.
+        """
+        return True
+
     @abstractmethod
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context

@@ -43,6 +43,15 @@ class Fisher(Importance):
     labels: Literal["sampled", "data"] = "sampled"
     draws: Annotated[int, Field(ge=1)] = 1
 
+    def sees(self, program: Program, group: CoupledGroup) -> bool:
+        """Whether a weight reads the group.
+
+        Args:
+            program: on any device.
+            group: that may be pruned.
+        """
+        return bool(readers(program, group))
+
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context
     ) -> MemberScores:

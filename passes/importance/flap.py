@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.graph import CoupledGroup, Program
 from secateur.passes.base import Context
 from secateur.passes.importance.base import Importance, MemberScores, Needs
-from secateur.passes.importance.moments import weigh_columns
+from secateur.passes.importance.moments import pairs_of, weigh_columns
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,15 @@ class Flap(Importance):
     needs: ClassVar[Needs] = "activations"
 
     joint: bool = False
+
+    def sees(self, program: Program, group: CoupledGroup) -> bool:
+        """Whether a weight reads the group.
+
+        Args:
+            program: on any device.
+            group: that may be pruned.
+        """
+        return bool(pairs_of(program, group))
 
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context

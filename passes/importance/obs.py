@@ -62,6 +62,15 @@ class Obs(Importance):
             2.0, 0.0, holds=1, solves=3
         )  # the products, their inverse, and what shrinks of it
 
+    def sees(self, program: Program, group: CoupledGroup) -> bool:
+        """Whether a weight reads the group.
+
+        Args:
+            program: on any device.
+            group: that may be pruned.
+        """
+        return bool(pairs_of(program, group))
+
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context
     ) -> MemberScores:

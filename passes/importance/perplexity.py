@@ -62,6 +62,15 @@ class Perplexity(Importance):
         """Forward passes for about a hundred units on a part of the sequences."""
         return Cost(25.0, 0.0)  # for about a hundred units, a part of the sequences
 
+    def sees(self, program: Program, group: CoupledGroup) -> bool:
+        """Whether the group is of a family that is scored, and units may go.
+
+        Args:
+            program: on any device.
+            group: that may be pruned.
+        """
+        return group.family in self.families and group.units > max(1, group.min_units)
+
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context
     ) -> MemberScores:
@@ -81,7 +90,7 @@ class Perplexity(Importance):
         data = (context.data or ())[: self.sequences]
         chosen = []
         for g in groups:
-            if g.family in self.families and g.units > max(1, g.min_units):
+            if self.sees(program, g):
                 chosen.append(g)
         order = {}
         for position, node in enumerate(program.gm.graph.nodes):

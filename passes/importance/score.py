@@ -74,6 +74,18 @@ class Score(Pass):
             reasons.append("the weights are on the meta device: open the model with weights")
         return reasons
 
+    def preview(self, program: Program) -> Program:
+        """The Program with empty scores of the groups that the metric can see.
+
+        Args:
+            program: on any device.
+        """
+        scores = {}
+        for group in coupled_groups(program):
+            if group.locked is None and self.metric.sees(program, group):
+                scores[group.name] = torch.empty(group.units, device="meta")
+        return program.replace(scores=scores)
+
     def call(self, program: Program, context: Context) -> PassResult:
         """Score every unlocked group.
 

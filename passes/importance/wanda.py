@@ -9,7 +9,7 @@ from typing import ClassVar
 from secateur.graph import CoupledGroup, Program
 from secateur.passes.base import Context
 from secateur.passes.importance.base import Importance, MemberScores, Needs
-from secateur.passes.importance.moments import weigh_columns
+from secateur.passes.importance.moments import pairs_of, weigh_columns
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,15 @@ class Wanda(Importance):
 
     name: ClassVar[str] = "wanda"
     needs: ClassVar[Needs] = "activations"
+
+    def sees(self, program: Program, group: CoupledGroup) -> bool:
+        """Whether a weight reads the group.
+
+        Args:
+            program: on any device.
+            group: that may be pruned.
+        """
+        return bool(pairs_of(program, group))
 
     def members(
         self, program: Program, groups: Sequence[CoupledGroup], context: Context

@@ -47,6 +47,11 @@ class Compensate(Pass):
         return True
 
     @property
+    def least_sequences(self) -> int:
+        """Some are held back to check."""
+        return 2
+
+    @property
     def cost(self) -> Cost:
         """Forward passes of the dense model and both checks."""
         return Cost(1.6, 0.0, holds=1)

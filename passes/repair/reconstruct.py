@@ -83,13 +83,20 @@ class Reconstruct(Pass):
         return (Path(self.teacher).expanduser(),)
 
     @property
+    def least_sequences(self) -> int:
+        """Some are held back to check."""
+        return 2
+
+    @property
     def cost(self) -> Cost:
         """Forward passes of both models and the steps of Adam."""
         if self.solver == "lsq":
             adam = 0.0
         else:
             adam = 1.5 * self.epochs
-        return Cost(4.0 + adam, 8.0, holds=0 if self.offload else 3)
+        if self.offload:
+            return Cost(4.0 + adam, 8.0, files=2.0, holds_files=3)
+        return Cost(4.0 + adam, 8.0, holds=3, files=1.0)
 
     def requires(self, program: Program) -> list[str]:
         """Reasons why the pass cannot run: no dense model, no weights, or a target without

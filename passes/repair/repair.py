@@ -67,9 +67,16 @@ class Repair(Pass):
         return True
 
     @property
+    def least_sequences(self) -> int:
+        """Some are held back to check."""
+        return 2
+
+    @property
     def cost(self) -> Cost:
         """Forward passes of both models, and six square matrices of the widest input."""
-        return Cost(3.0, 0.0 if self.offload else 4.0, holds=0 if self.offload else 2, solves=6)
+        if self.offload:
+            return Cost(3.0, 0.0, solves=6, files=2.0, holds_files=2)
+        return Cost(3.0, 4.0, holds=2, solves=6, files=1.0)
 
     def requires(self, program: Program) -> list[str]:
         """Reasons why the pass cannot run; a refit needs weights.

@@ -29,6 +29,7 @@ from secateur.passes.search.space import (
 )
 from secateur.passes.storage.journal import Journal
 from secateur.passes.training.distill import Distill
+from secateur.passes.width.prune_width import check_scored
 from secateur.passes.width.shares import select_units
 
 Bound = Literal["low", "high", "multiple"]
@@ -109,6 +110,11 @@ class Search(Pass):
     def needs_data(self) -> bool:
         """Always: shapes are compared on calibration sequences."""
         return True
+
+    @property
+    def least_sequences(self) -> int:
+        """Some are held back to check."""
+        return 3
 
     @property
     def cost(self) -> Cost:
@@ -198,6 +204,7 @@ class Search(Pass):
                     edits.append(
                         PlannedEdit(group.name, name, group.units, shape[name], exact=False)
                     )
+        check_scored(edits, program)
         if LAYERS in shape:
             edits.append(
                 PlannedEdit(LAYERS, "blocks", len(blocks(program)), shape[LAYERS], exact=False)

@@ -149,8 +149,13 @@ class Sparsify(Pass):
             bytes_per_parameter = 8.0
         else:
             bytes_per_parameter = 4.0
+        keeps = 1.0 if self.keep_removed else 0.0
+        if self.offload:
+            offloaded = 1.0 + keeps
+        else:
+            offloaded = 0.0
         if not self.needs_data:
-            return Cost(0.0, bytes_per_parameter)
+            return Cost(0.0, bytes_per_parameter, files=offloaded, keeps=keeps)
         if self.recipe.needs == "gram":
             flops = 2.0
             solves = 4
@@ -159,7 +164,15 @@ class Sparsify(Pass):
             solves = 0
         if self.budget is not None:
             flops += 2.0
-        return Cost(flops, bytes_per_parameter, holds=int(not self.offload), solves=solves)
+        return Cost(
+            flops,
+            bytes_per_parameter,
+            holds=int(not self.offload),
+            solves=solves,
+            files=1.0 + offloaded,
+            holds_files=int(self.offload),
+            keeps=keeps,
+        )
 
     def requires(self, program: Program) -> list[str]:
         """Reasons why the pass cannot run: no weights, or names and widths that do not fit.

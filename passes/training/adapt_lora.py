@@ -45,6 +45,10 @@ class AdaptLora(Distill):
     """
 
     name: ClassVar[str] = "adapt-lora"
+    packages: ClassVar[Mapping[str, str]] = {
+        "peft": "pip install 'secateur[train]'",
+        **Distill.packages,
+    }
     bars: ClassVar[Mapping[str, str]] = {}
 
     lr: Annotated[float, Field(gt=0)] = 1e-4

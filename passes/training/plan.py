@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -63,6 +64,8 @@ class TrainingPass(Pass):
     compile: Literal["off", "inductor", "aot_eager"] = "off"
     save_every: Annotated[int, Field(ge=1)] = 50
 
+    packages: ClassVar[Mapping[str, str]] = {"accelerate": "pip install 'secateur[train]'"}
+
     @property
     def needs_data(self) -> bool:
         """Whether calibration sequences are the training text: where no file is named."""
@@ -78,7 +81,7 @@ class TrainingPass(Pass):
     @property
     def cost(self) -> Cost:
         """Weights, gradients and two moments in float32; the teacher's pass is the fourth."""
-        return Cost(4.0, 16.0, tokens=self.tokens)
+        return Cost(4.0, 16.0, tokens=self.tokens, checkpoints=12.0)
 
     def requires(self, program: Program) -> list[str]:
         """Reasons why the pass cannot run; training needs weights."""
@@ -86,6 +89,21 @@ class TrainingPass(Pass):
         if any(p.is_meta for _, p in program.named_parameters()):
             reasons.append("the weights are on the meta device: open the model with weights")
         return reasons
+
+    def check_text(self, program: Program, seed: int) -> None:
+        """Read as much of the training text as one window takes, where a file is named: what is
+        wrong with it is known before any work.
+
+        Args:
+            program: names the main input and the tokenizer.
+            seed: of the order of documents.
+
+        Raises:
+            TextError: the file cannot be read, or holds not one window.
+        """
+        if self.data is not None:
+            file = Path(self.data).expanduser()
+            read_windows(file, program, tokens=self.window, window=self.window, seed=seed)
 
     def load_text(self, program: Program, context: Context) -> TrainingText:
         """The windows to train on and those held back.

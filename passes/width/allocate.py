@@ -18,7 +18,7 @@ from secateur.passes.solvers.knapsack import SizeOption, solve_knapsack
 from secateur.passes.storage.journal import Journal
 from secateur.passes.width.costs import CostKind, cost_of, sizes_of
 from secateur.passes.width.evolve import evolve_mixture
-from secateur.passes.width.prune_width import WHOLE, Family, Fraction, Multiple
+from secateur.passes.width.prune_width import WHOLE, Family, Fraction, Multiple, check_scored
 from secateur.passes.width.shares import select_units, unit_values
 from secateur.passes.width.supernet import Judge, Supernet
 
@@ -108,6 +108,7 @@ class Allocate(Pass):
         edits: list[PlannedEdit] = []
         for g in self.free_groups(program):
             edits.append(PlannedEdit(g.name, g.family, g.units, self._average_size(g), exact=False))
+        check_scored(edits, program)
         return edits
 
     def preview(self, program: Program) -> Program:
@@ -117,6 +118,24 @@ class Allocate(Pass):
             program: to be pruned.
         """
         return keep(program, {edit.group: torch.arange(edit.kept) for edit in self.plan(program)})
+
+    def preview_uneven(self, program: Program) -> Program:
+        """A Program in which one group is a level larger and one a level smaller.
+
+        Args:
+            program: to be pruned.
+        """
+        groups = self.free_groups(program)
+        counts = {group.name: self._average_size(group) for group in groups}
+        for fewer in groups:
+            smaller = [n for n in self._level_sizes(fewer) if n < counts[fewer.name]]
+            for more in groups:
+                larger = [n for n in self._level_sizes(more) if n > counts[more.name]]
+                if fewer.name != more.name and smaller and larger:
+                    counts[fewer.name] = smaller[0]
+                    counts[more.name] = larger[-1]
+                    return keep(program, {n: torch.arange(c) for n, c in counts.items()})
+        return self.preview(program)
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Choose the sizes within the budget and cut.

@@ -24,6 +24,7 @@ from secateur.passes.width.shares import (
     heads_multiple,
     place_of,
     select_units,
+    uneven_counts,
     unit_cost,
 )
 
@@ -160,7 +161,7 @@ class PruneWidth(Pass):
         groups = coupled_groups(program)
         asked = {**self._by_family(groups), **self._by_heads(groups), **self._by_name(groups)}
         by_name = {group.name: group for group in groups}
-        planned = {}
+        planned = dict[str, PlannedEdit]()
         heads = 1
         # Families that are rounded to the heads come last: the heads that stay are known then.
         for name in sorted(asked, key=lambda name: self._follows_heads(by_name[name].family)):
@@ -171,7 +172,7 @@ class PruneWidth(Pass):
         if self.uniform:
             _check_one_shape(edits, groups)
         check_scored(edits, program)
-        return edits
+        return _settle_counts(edits, self.ranking)
 
     def preview(self, program: Program) -> Program:
         """The Program with the first units of each group, as many as the plan keeps.
@@ -179,11 +180,26 @@ class PruneWidth(Pass):
         Args:
             program: to be pruned.
         """
-        edit: dict[CoupledGroup | str, Sequence[int] | Tensor] = {}
-        for e in self.plan(program):
-            if e.kept < e.units:
-                edit[e.group] = torch.arange(e.kept)
-        return keep(program, edit)
+        return _keep_first(program, {edit.group: edit.kept for edit in self.plan(program)})
+
+    def preview_uneven(self, program: Program) -> Program:
+        """The Program with one group larger and one smaller than the plan's average, where a
+        ranking may lead to that.
+
+        Args:
+            program: to be pruned.
+        """
+        edits = self.plan(program)
+        counts = {edit.group: edit.kept for edit in edits}
+        rankings: dict[str, list[PlannedEdit]] = {}
+        for edit in edits:
+            if not edit.exact:
+                together = "all" if self.ranking == "global" else edit.family
+                rankings.setdefault(together, []).append(edit)
+        for rivals in rankings.values():
+            multiples = [self.family_multiple(edit.family) for edit in rivals]
+            counts |= uneven_counts(rivals, multiples)
+        return _keep_first(program, counts)
 
     def call(self, program: Program, context: Context) -> PassResult:
         """Keep the best-scored units.
@@ -387,6 +403,26 @@ def _skipped_layers(groups: Iterable[CoupledGroup], skip: tuple[int, ...]) -> se
                 f"0..{len(blocks) - 1}"
             )
     return {blocks[index] for index in skip}
+
+
+def _keep_first(program: Program, counts: Mapping[str, int]) -> Program:
+    """The Program with the first units of each group."""
+    units = {group.name: group.units for group in coupled_groups(program)}
+    edit: dict[CoupledGroup | str, Sequence[int] | Tensor] = {}
+    for name, count in counts.items():
+        if count < units[name]:
+            edit[name] = torch.arange(count)
+    return keep(program, edit)
+
+
+def _settle_counts(edits: list[PlannedEdit], ranking: str) -> list[PlannedEdit]:
+    """The edits, those exact that compete with no other: their counts are the plan's."""
+    rivals = Counter("" if ranking == "global" else edit.family for edit in edits if not edit.exact)
+    settled = []
+    for edit in edits:
+        alone = rivals["" if ranking == "global" else edit.family] == 1
+        settled.append(replace(edit, exact=edit.exact or alone))
+    return settled
 
 
 def check_scored(edits: Iterable[PlannedEdit], program: Program) -> None:

@@ -108,6 +108,29 @@ def heads_multiple(groups: Iterable[CoupledGroup], edits: Mapping[str, PlannedEd
     return math.lcm(ALIGNMENT, *heads.values())
 
 
+def uneven_counts(edits: Sequence[PlannedEdit], multiples: Sequence[int]) -> dict[str, int]:
+    """Counts that a shared ranking may lead to: the average ones, but one group keeps a multiple
+    more and another a multiple less; the average ones where no group can.
+
+    Args:
+        edits: that share a ranking, each with the average count.
+        multiples: of each one's counts; a group keeps one multiple at least.
+
+    Returns:
+        units kept by group name.
+    """
+    counts = {edit.group: edit.kept for edit in edits}
+    pairs = list(zip(edits, multiples, strict=True))
+    for fewer, less in pairs:
+        for more, extra in pairs:
+            grows = more.kept + extra <= more.units
+            if fewer.group != more.group and fewer.kept - less >= less and grows:
+                counts[fewer.group] -= less
+                counts[more.group] += extra
+                return counts
+    return counts
+
+
 def top_units(scores: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` highest scores, ascending; the lower index wins a tie.
 

@@ -279,9 +279,12 @@ def test_the_text_to_train_on(
 ) -> None:
     text = "score{metric=random},prune-width{mlp=0.25},distill,distill{data=own.txt}"
     arguments = ["compress", str(model_folder), "-p", text, "--dry-run", "--json"]
-    assert run_command([*arguments, "--train", str(text_file)]) == 0
-    told = json.loads(capsys.readouterr().out)["pipeline"]
-    assert f"distill{{data={text_file}}},distill{{data=own.txt}}" in told.replace('"', "")
+    assert run_command([*arguments, "--train", str(text_file)]) == 3
+    told = json.loads(capsys.readouterr().out)
+    assert f"distill{{data={text_file}}},distill{{data=own.txt}}" in told["pipeline"].replace(
+        '"', ""
+    )
+    assert "own.txt" in " ".join(told["refused"])
     assert run_command([*arguments, "--train", str(tmp_path / "nothing.txt")]) == 2
     assert "nothing.txt is no file" in capsys.readouterr().err
     assert (

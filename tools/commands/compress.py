@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.graph import Program
+from secateur.graph import Program, SecateurError
 from secateur.passes import DataSpec, Hooks, Pass, Pipeline, samples
 from secateur.passes.training.plan import TrainingPass
 from secateur.runtime import (
@@ -26,6 +25,7 @@ from secateur.runtime import (
     to_transformers,
 )
 from secateur.runtime.resume.folder import RUN, is_at_work
+from secateur.runtime.save.disk import free_bytes
 from secateur.runtime.save.target import inputs_of
 from secateur.tools.commands import common as opening
 from secateur.tools.commands.calibration_text import choose_data, parse_sources, read_windows
@@ -40,6 +40,8 @@ from secateur.tools.report.console import BadInput, CommandConsole, before_work
 from secateur.tools.report.search import search_tables
 from secateur.tools.report.units import format_bytes
 
+REFUSED = 3
+"""Exit code of a dry run where the run would be refused."""
 NOTHING_DONE = "Nothing was done"
 MISFIT_HINT = (
     f"{NOTHING_DONE}. round_to={{hidden=8}} rounds the units kept of a family to a "
@@ -87,7 +89,12 @@ def compress_command(
         int | None, typer.Option(help="What all randomness derives from (default 0).")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only tell what would come out and what it takes.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only tell what would come out and what it takes; exit code 3 where the run "
+            "would be refused.",
+        ),
     ] = False,
     as_json: Json = False,
     add_biases: Annotated[
@@ -142,33 +149,31 @@ def compress_command(
         hooks = Hooks(frozenset(print_after or ()), time_passes, stop_after, voice.note)
         passes = replace(passes, seed=passes.seed if seed is None else seed, hooks=hooks)
         refuse_if(passes.requires(program))
-        took = time.perf_counter() - began
         plan = make_plan(
             program,
             passes,
             plan_config,
             tokens=spec.tokens,
             window=spec.window,
-            capture_seconds=took,
+            capture_seconds=time.perf_counter() - began,
+            disk_free=None if output is None else free_bytes(nearest_existing(output)),
         )
+        windows, calibration, faults = read_texts(program, passes, spec, dry_run=dry_run)
+        plan = replace(plan, refused=(*plan.refused, *passes.explain_packages(), *faults))
         if dry_run:
             voice.result(plan.to_json(), plan_tables(plan))
+            if plan.refused:
+                raise typer.Exit(REFUSED)
             return
         for one in plan.advice:
             voice.note(f"warning: {one.name}: {one.says} ({one.source})")
-        if plan.rounding_helps:
-            hint = MISFIT_HINT
-        else:
-            hint = NOTHING_DONE
-        refuse_if([f"{plan.misfit}. {hint}"] if plan.misfit else [])
-        refuse_if(_try_stock_class(program, passes, voice) if plan.doubt else [])
+        for warning in plan.warnings:
+            voice.note(f"warning: {warning}")
+        refuse_plan(plan)
+        if plan.depends:
+            voice.note(f"warning: {plan.depends}")
+        refuse_if(_try_stock_class(program, passes, plan, voice) if plan.doubt else [])
         assert output is not None
-        check_space(output, plan)
-        if passes.needs_data:
-            windows, calibration = read_windows(program, spec, passes.seed)
-        else:
-            windows = None
-            calibration = None
     with ExitStack() as held:
         with before_work():
             data_read = None
@@ -197,14 +202,31 @@ def compress_command(
         )
 
 
-def _try_stock_class(program: Program, passes: Pipeline, voice: CommandConsole) -> list[str]:
+def refuse_plan(plan: Plan) -> None:
+    """Stop before any work where the plan says that the run cannot end well.
+
+    Raises:
+        BadInput: with every reason, and what would help.
+    """
+    if plan.misfit and plan.offers:
+        hint = f" {plan.offers} {NOTHING_DONE}"
+    elif plan.misfit and plan.rounding_helps:
+        hint = f" {MISFIT_HINT}"
+    else:
+        hint = f" {NOTHING_DONE}"
+    refuse_if([f"{'; '.join(plan.refused)}.{hint}"] if plan.refused else [])
+
+
+def _try_stock_class(
+    program: Program, passes: Pipeline, plan: Plan, voice: CommandConsole
+) -> list[str]:
     """Why the stock class computes something else than a program of the planned shape, if it
     does."""
     with voice.waiting("comparing the stock class of this shape with what it has to compute"):
         try:
             to_transformers(passes.preview(program))
         except UnsupportedConfigError as error:
-            return [f"{error}. Nothing was done."]
+            return [" ".join(filter(None, [f"{error}.", plan.offers, "Nothing was done."]))]
     return []
 
 
@@ -256,6 +278,8 @@ def check_request(
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise BadInput("compress runs in one process: start it without torchrun")
+    if passes.needs_data:
+        refuse_if(passes.explain_sequences(spec.tokens // spec.window))
     if dry_run:
         return
     if output is None:
@@ -282,17 +306,6 @@ def check_writable(output: Path) -> None:
         ) from error
 
 
-def check_space(output: Path, plan: Plan) -> None:
-    """Whether the result fits on the disk, as far as can be known before it is there."""
-    free = shutil.disk_usage(nearest_existing(output)).free
-    if free < plan.after.bytes:
-        raise BadInput(
-            f"the result needs {format_bytes(plan.after.bytes)}, and "
-            f"{nearest_existing(output)} has "
-            f"{format_bytes(free)} free"
-        )
-
-
 def nearest_existing(output: Path) -> Path:
     """The nearest folder above an output that exists."""
     return next(
@@ -304,6 +317,32 @@ def refuse_if(reasons: list[str]) -> None:
     """Stop before any work if there is a reason to."""
     if reasons:
         raise BadInput("; ".join(reasons))
+
+
+def read_texts(
+    program: Program, passes: Pipeline, spec: DataSpec, *, dry_run: bool
+) -> tuple[TokenWindows | None, dict[str, Any] | None, list[str]]:
+    """Calibration windows, what the manifest will say of them, and what is wrong with the texts.
+
+    Args:
+        dry_run: texts that are not named are not missed, and no windows are kept.
+    """
+    faults = []
+    windows = None
+    calibration = None
+    if passes.needs_data and (spec.file is not None or not dry_run):
+        try:
+            windows, calibration = read_windows(program, spec, passes.seed)
+            faults += passes.explain_sequences(len(windows))
+        except SecateurError as error:
+            faults.append(str(error))
+    for one in passes.passes:
+        if isinstance(one, TrainingPass):
+            try:
+                one.check_text(program, passes.seed)
+            except SecateurError as error:
+                faults.append(f"{one.name}: {error}")
+    return windows, calibration, faults
 
 
 def result_json(

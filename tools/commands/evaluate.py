@@ -24,7 +24,7 @@ from secateur.tools.evaluate.tasks import TaskScore, read_tasks, run_tasks
 from secateur.tools.evaluate.texts import ScoredText, TextReport, score_text
 from secateur.tools.machine import describe_machine
 from secateur.tools.plan.advice import warn_same_text
-from secateur.tools.plan.plan import probe_gflops
+from secateur.tools.plan.job import probe_gflops
 from secateur.tools.report.console import BadInput, CommandConsole, before_work, log_to_stderr
 from secateur.tools.report.evaluation import draw_evaluation, evaluation_tables
 from secateur.tools.report.units import format_bytes, format_count, format_duration

@@ -4,6 +4,7 @@ and who says so."""
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ WAYS = (2, 4, 8)
 K_QUANTS = 256
 TENSOR_CORES = 64
 HELD_BACK = 5
+SHARE_TOLERANCE = 0.05
 DIGEST_CHARACTERS = 16
 
 
@@ -133,7 +135,7 @@ def _k_quants(s: Situation) -> str | None:
         return None
     return (
         f"{edit.kept} is no multiple of 256, as llama.cpp's k-quants want: "
-        f"{_rounding_advice(edit, 256)}"
+        f"{_advise_multiple(edit, (K_QUANTS,))}"
     )
 
 
@@ -143,7 +145,7 @@ def _tensor_cores(s: Situation) -> str | None:
         return None
     return (
         f"{edit.kept} is no multiple of 64, which is slow on tensor cores: "
-        f"{_rounding_advice(edit, 128)}"
+        f"{_advise_multiple(edit, (2 * TENSOR_CORES, TENSOR_CORES))}"
     )
 
 
@@ -161,8 +163,21 @@ def _first_uneven(s: Situation, multiple: int) -> PlannedEdit | None:
     return loss[0]
 
 
-def _rounding_advice(edit: PlannedEdit, multiple: int) -> str:
-    return f"round_to={{{edit.family}={multiple}}}"
+def _advise_multiple(edit: PlannedEdit, multiples: Sequence[int]) -> str:
+    """How to get a multiple that is still smaller than the group is now: by rounding where a
+    fraction was asked for, else by a number."""
+    for multiple in multiples:
+        nearest = multiple * math.floor(edit.kept / multiple + 0.5)
+        if edit.asked is not None and 0 < nearest < edit.units:
+            return f"round_to={{{edit.family}={multiple}}} keeps {nearest}"
+    multiple = multiples[-1]
+    below = edit.kept - edit.kept % multiple
+    if below:
+        return f"{edit.family}={below} keeps as many"
+    return (
+        f"no smaller multiple of {multiple} is left of its {edit.units}: leave {edit.family} "
+        "whole, or do without"
+    )
 
 
 def _warn_magnitude(s: Situation) -> str | None:
@@ -249,6 +264,29 @@ def _first_loss(
         if lost:
             return edit, lost
     return None
+
+
+def warn_shares(edits: Iterable[PlannedEdit]) -> Advice | None:
+    """The warning that whole heads, experts or layers make another share than was asked for.
+
+    Args:
+        edits: planned.
+    """
+    said = []
+    for edit in edits:
+        gone = 1 - edit.kept / edit.units
+        if edit.exact and edit.asked is not None and abs(gone - edit.asked) > SHARE_TOLERANCE:
+            said.append(
+                f"{edit.family}: {edit.asked:.0%} was asked for and {gone:.0%} goes "
+                f"({edit.units - edit.kept} of {edit.units})"
+            )
+    if not said:
+        return None
+    return Advice(
+        "another share than asked for",
+        "; ".join(dict.fromkeys(said)),
+        "units are whole, and rounded as round_to asks",
+    )
 
 
 # Calibrating and evaluating on the same text

@@ -3,59 +3,21 @@ is done."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-import torch
 from torch import Tensor, fx, nn
 
 from secateur.graph import Program
 from secateur.graph.capture.calls import accept_calls_of
 from secateur.graph.program import JSON
-from secateur.passes import Pass, Pipeline, PlannedEdit
-from secateur.runtime import ConfigPlan
-from secateur.runtime.stock.constants import describe_changes
-from secateur.runtime.stock.incompatibility import UnseenParametersError
-from secateur.tools.machine import resident_bytes
-from secateur.tools.plan.advice import Advice, advise, widest_input
+from secateur.passes import Pipeline, PlannedEdit
+from secateur.tools.machine import memory_bytes, resident_bytes
+from secateur.tools.plan.advice import Advice, advise, warn_shares, widest_input
 from secateur.tools.plan.footprint import Footprint, measure_footprint
-
-PROBE = 768
-DISK_BYTES_PER_SECOND = 300e6
-Stock = Callable[[Program], ConfigPlan | None]
-
-
-@dataclass(frozen=True)
-class PassShare:
-    """One pass's share of the job: seconds, and bytes beside the weights."""
-
-    name: str
-    seconds: float
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Job:
-    """Rough needs of the job itself.
-
-    peak_bytes: this process and its libraries, the weights before and after, and what the hungriest
-        pass holds beside
-        them: parameters and their gradients or moments, the activations of one sequence (kept for
-        the backward pass where there is one) or of all calibration tokens at one place of the
-        graph, and products of inputs.
-    seconds: from the counted FLOPs and the speed of a short matrix product on this machine, half of
-        which is taken to be reached; plus capture and disk.  Rough: expect a factor of two either
-        way.
-    gflops: the measured speed of that product, 1e9 a second, float32.
-    passes: what each takes.
-    """
-
-    tokens: int
-    peak_bytes: int
-    seconds: float
-    gflops: float
-    passes: tuple[PassShare, ...] = ()
+from secateur.tools.plan.job import Job, describe_excess, describe_full_disk, estimate_job
+from secateur.tools.plan.offers import offer_counts
+from secateur.tools.plan.stock import Stock, plan_fit
 
 
 @dataclass(frozen=True)
@@ -79,7 +41,11 @@ class Plan:
     misfit: why no stock class can hold the result and what would make it fit, or None.
     doubt: why one that holds it may compute something else, which only outputs can tell; or None.
     rounding_helps: whether other unit counts could make the misfit fit.
+    depends: what is measured decides whether a stock class holds the result; or None.
+    offers: counts near the planned ones that the stock class takes, as a sentence.
     advice: what practice warns of.
+    warnings: what of the job this machine does not have, and what the plan cannot tell.
+    refused: why the run would be refused; empty where it would begin.
     """
 
     pipeline: str
@@ -92,6 +58,10 @@ class Plan:
     sparse: tuple[SparseShare, ...] = ()
     doubt: str | None = None
     rounding_helps: bool = True
+    depends: str | None = None
+    offers: str = ""
+    warnings: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
     def to_json(self) -> JSON:
         """As JSON values."""
@@ -106,6 +76,7 @@ def make_plan(
     tokens: int = 0,
     window: int = 0,
     capture_seconds: float = 0.0,
+    disk_free: int | None = None,
 ) -> Plan:
     """Plan a pipeline on a Program; weights are not needed and not touched.
 
@@ -114,6 +85,7 @@ def make_plan(
             (``runtime.plan_config``).
         tokens, window: calibration tokens in all, and in one sequence.
         capture_seconds: what capturing took here.
+        disk_free: bytes free where the output goes, where that is known.
 
     Raises:
         PipelineError, EditError: the pipeline cannot run on this model; says why.
@@ -131,31 +103,70 @@ def make_plan(
         loaded = 0
     else:
         loaded = program.num_bytes
+    sparse = count_sparse(smaller)
     job = estimate_job(
         pipeline,
-        before,
-        after,
+        (before, after),
         tokens=tokens,
         window=window,
         capture_seconds=capture_seconds,
         process_bytes=max(0, resident_bytes() - loaded),
         width=widest_input(smaller, edits),
+        packed_bytes=packed_bytes(smaller),
     )
+    fit = plan_fit(pipeline, stages, edits, stock)
+    odd_shares = warn_shares(edits)
+    offers = ""
+    if odd_shares or fit.doubt or (fit.misfit and fit.rounding_helps):
+        offers = offer_counts(light, edits, stock)
     advice = advise(pipeline, stages, edits, job.tokens)
-    misfit, doubt, rounding_helps = _plan_stock(smaller, stock)
-    sparse = count_sparse(smaller)
+    if odd_shares:
+        advice.append(replace(odd_shares, says=f"{odd_shares.says}. {offers}".strip()))
+    warnings = describe_excess(pipeline, job, memory_bytes=memory_bytes())
+    warnings += describe_filling(pipeline, edits)
+    refused = describe_full_disk(pipeline, job, disk_free)
+    if fit.misfit:
+        refused.append(f"no stock class holds the result: {fit.misfit}")
     return Plan(
         pipeline.to_text(),
         before,
         after,
         tuple(edits),
         job,
-        misfit,
+        fit.misfit,
         tuple(advice),
         sparse,
-        doubt,
-        rounding_helps,
+        fit.doubt,
+        fit.rounding_helps,
+        fit.depends,
+        offers,
+        tuple(warnings),
+        tuple(refused),
     )
+
+
+def describe_filling(pipeline: Pipeline, edits: Sequence[PlannedEdit]) -> list[str]:
+    """What a plan cannot tell where layers of different sizes are brought to one again."""
+    names = [one.name for one in pipeline.passes]
+    uneven = any(not edit.exact and edit.family != "blocks" for edit in edits)
+    if "fill-widths" not in names or not uneven:
+        return []
+    return [
+        "the scores give each layer a size of its own, and fill-widths brings all to the widest: "
+        "the result is as large as that one, and larger than the average that is counted here"
+    ]
+
+
+def packed_bytes(program: Program) -> int:
+    """Bytes of the packed weights that would lie beside the result: of each 2:4 weight half the
+    values, and two bits for each of them."""
+    known = dict(program.named_parameters())
+    total = 0.0
+    for name, one in program.sparse.items():
+        if str(one.pattern) == "2:4":
+            kept = known[name].numel() / 2
+            total += kept * (known[name].element_size() + 0.25)
+    return round(total)
 
 
 def count_sparse(program: Program) -> tuple[SparseShare, ...]:
@@ -177,74 +188,6 @@ def count_sparse(program: Program) -> tuple[SparseShare, ...]:
     return tuple(shares.values())
 
 
-def estimate_job(
-    pipeline: Pipeline,
-    before: Footprint,
-    after: Footprint,
-    *,
-    tokens: int,
-    window: int,
-    capture_seconds: float = 0.0,
-    process_bytes: int = 0,
-    width: int = 0,
-) -> Job:
-    """Rough memory and time of running a pipeline.
-
-    Args:
-        process_bytes: what this process holds without the weights.
-        width: inputs of the widest op that is refitted.
-    """
-    speed = probe_gflops()
-    if not pipeline.needs_data:
-        tokens = 0
-    shares = list[PassShare]()
-    for step in pipeline.passes:
-        shares.append(_estimate_pass(step, before, tokens, window, width, speed))
-    hungriest = max((share.bytes for share in shares), default=0)
-    if after.parameters < before.parameters:
-        smaller = after.bytes
-    else:
-        smaller = 0
-    peak = process_bytes + before.bytes + max(smaller + hungriest, after.bytes)
-    disk = (before.bytes + 3 * after.bytes) / DISK_BYTES_PER_SECOND
-    seconds = sum(share.seconds for share in shares) + disk + capture_seconds
-    return Job(tokens, round(peak), round(seconds, 1), round(speed, 1), tuple(shares))
-
-
-def _estimate_pass(
-    step: Pass, before: Footprint, tokens: int, window: int, width: int, speed: float
-) -> PassShare:
-    """What one pass takes; speed: 1e9 FLOPs a second, half of which it is taken to reach."""
-    cost = step.cost
-    if cost.tokens is not None:
-        run_tokens = cost.tokens
-    elif step.needs_data:
-        run_tokens = tokens
-    else:
-        run_tokens = 0
-    extra_bytes = cost.bytes_per_parameter * before.parameters + cost.solves * 8 * width**2
-    if cost.holds:
-        extra_bytes += cost.holds * tokens * before.live_bytes_per_token
-    elif run_tokens:
-        token_bytes = 3 * before.largest_bytes_per_token
-        if cost.bytes_per_parameter:
-            token_bytes += before.activation_bytes_per_token
-        extra_bytes += window * token_bytes
-    seconds = cost.flops * before.flops_per_token * run_tokens / (0.5e9 * speed)
-    return PassShare(step.name, round(seconds, 1), round(extra_bytes))
-
-
-def probe_gflops(seconds: float = 0.2) -> float:
-    """Measured speed of a float32 matrix product on this machine, 1e9 FLOPs a second."""
-    a = torch.randn(PROBE, PROBE)
-    count = 0
-    start = time.perf_counter()
-    while (spent := time.perf_counter() - start) < seconds or count < 2:
-        a @ a
-        count += 1
-    return 2 * PROBE**3 * count / spent / 1e9
-
-
 def on_meta(program: Program) -> Program:
     """A copy of a Program without weights: the same graph over parameters of the same shapes on the
     meta device."""
@@ -261,16 +204,3 @@ def on_meta(program: Program) -> Program:
     gm.meta = dict(old.meta)
     accept_calls_of(gm, old)
     return program.replace(gm=gm)
-
-
-def _plan_stock(program: Program, stock: Stock) -> tuple[str | None, str | None, bool]:
-    """Misfit, doubt and whether rounding helps, as in Plan."""
-    if program.source.config is None:
-        return None, None, True
-    try:
-        plan = stock(program)
-    except ValueError as error:
-        return str(error), None, not isinstance(error, UnseenParametersError)
-    if plan is None:
-        return None, None, True
-    return None, describe_changes(plan.constants).strip() or None, True

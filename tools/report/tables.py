@@ -80,19 +80,29 @@ def plan_tables(plan: Plan) -> list[Table]:
             f"- {share.name}",
             f"{format_duration(share.seconds)}, {format_bytes(share.bytes)} beside the weights",
         )
-    if plan.misfit is None:
-        held = "yes"
-    else:
-        held = f"no: {plan.misfit}"
-    job.add_row(
-        "stock checkpoint",
-        f"perhaps: {plan.doubt} The run compares outputs first." if plan.doubt else held,
-    )
+    disk = f"{format_bytes(plan.job.disk_bytes)} at most, the result "
+    job.add_row("disk", disk + format_bytes(plan.job.result_bytes))
+    job.add_row("stock checkpoint", escape(_stock_text(plan)))
+    for warning in plan.warnings:
+        job.add_row("warning", escape(warning))
+    if plan.refused:
+        job.add_row("the run would be refused", escape("; ".join(plan.refused)))
     shown = []
     for table in (edits, sparse_table(plan)):
         if table.row_count:
             shown.append(table)
     return [sizes, *shown, job, *advice_tables(plan.advice)]
+
+
+def _stock_text(plan: Plan) -> str:
+    """Whether a stock class will hold the result, and what would make it fit."""
+    if plan.misfit is not None:
+        return f"no: {plan.misfit}. {plan.offers}".rstrip()
+    if plan.doubt is not None:
+        return f"perhaps: {plan.doubt} The run compares outputs first. {plan.offers}".rstrip()
+    if plan.depends is not None:
+        return f"it depends: {plan.depends}"
+    return "yes"
 
 
 def sparse_table(plan: Plan) -> Table:

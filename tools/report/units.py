@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+YEAR = 365 * 86400
 BYTE_SUFFIXES = ((1024**4, "TiB"), (1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB"))
 STUDENT_T = {
     2: 12.71,
@@ -36,9 +37,14 @@ def format_bytes(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """75.2 -> 1 min 15 s."""
+    """75.2 -> 1 min 15 s; days from two days on, years from two years on."""
+    if seconds >= 2 * YEAR:
+        return f"{seconds / YEAR:,.0f} years"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        days, hours = divmod(hours, 24)
+        return f"{days} days" + f" {hours} h" * bool(hours)
     parts = (
         [f"{hours} h"] * bool(hours)
         + [f"{minutes} min"] * bool(minutes)

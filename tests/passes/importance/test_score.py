@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,14 @@ from zoo.models import tiny_model
 from secateur.graph import CoupledGroup, Program, capture, coupled_groups
 from secateur.graph.errors import EditError, PipelineError
 from secateur.passes import Allocate, Context, Pipeline, PruneWidth, Score, samples
-from secateur.passes.importance import Activation, Importance, Magnitude, Random, Taylor
+from secateur.passes.importance import (
+    IMPORTANCES,
+    Activation,
+    Importance,
+    Magnitude,
+    Random,
+    Taylor,
+)
 from secateur.passes.importance.base import NORMALIZATIONS, aggregate_members
 
 
@@ -31,6 +40,19 @@ def test_one_finite_score_a_unit_of_every_free_group(
     )
     assert unseen == set() or isinstance(metric, Activation)
     assert scored.gm is llama.gm
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parametrize("metric", sorted(cls.name for cls in IMPORTANCES))
+def test_what_a_metric_sees_is_what_it_scores(
+    program_of: Callable[[str], Program], ids: Tensor, metric: str, kind: str
+) -> None:
+    program = program_of(kind)
+    score = Score(metric)
+    scored = score(program, Context(data=samples([ids], program)))
+    seen = score.preview(program)
+    assert set(seen.scores) == set(scored.scores)
+    assert seen.scores
 
 
 def test_aggregation_and_normalization_are_applied(llama: Program) -> None:

@@ -46,12 +46,12 @@ CASES: dict[str, tuple[str, str, str]] = {
     "k-quants do not fit": (
         f"{SCORE},prune-width{{mlp=896}}",
         f"{SCORE},prune-width{{mlp=0.25,round_to=256}}",
-        "round_to={mlp=256}",
+        "mlp=768 keeps as many",
     ),
     "tensor cores idle": (
         f"{SCORE},prune-width{{hidden=480}}",
         f"{SCORE},prune-width{{hidden=448}}",
-        "480 is no multiple of 64, which is slow on tensor cores: round_to={hidden=128}",
+        "480 is no multiple of 64, which is slow on tensor cores: hidden=448 keeps as many",
     ),
     "magnitude is worse than chance": (
         "score{metric=magnitude},prune-width{mlp=0.25}",
@@ -109,3 +109,23 @@ def test_evaluating_on_calibration_documents_is_warned_of() -> None:
         warn_same_text({}, ["one"]) is None
         and warn_same_text({"calibration": None}, ["one"]) is None
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "advice"),
+    [
+        ("0.26", "round_to={mlp=256} keeps 768"),
+        ("0.1", "mlp=768 keeps as many"),  # rounding to 256 would keep all 1024
+        ("700", "mlp=512 keeps as many"),
+    ],
+)
+def test_advice_never_undoes_the_pruning(asked: str, advice: str, model: Program) -> None:
+    text = f"{SCORE},prune-width{{mlp={asked}}}"
+    assert advice in warned(text, model)["k-quants do not fit"]
+
+
+def test_a_width_of_one_block_has_no_smaller_multiple() -> None:
+    with torch.device("meta"):
+        narrow = capture(tiny_model("llama", intermediate_size=256))
+    says = warned(f"{SCORE},prune-width{{mlp=0.25}}", narrow)["k-quants do not fit"]
+    assert "no smaller multiple of 256 is left of its 256" in says and "round_to" not in says

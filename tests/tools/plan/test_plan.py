@@ -13,14 +13,8 @@ from secateur.graph.errors import EditError
 from secateur.passes import Pipeline
 from secateur.runtime import plan_config
 from secateur.tools.plan.footprint import measure_footprint
-from secateur.tools.plan.plan import (
-    SparseShare,
-    count_sparse,
-    estimate_job,
-    make_plan,
-    on_meta,
-    probe_gflops,
-)
+from secateur.tools.plan.job import estimate_job, probe_gflops
+from secateur.tools.plan.plan import SparseShare, count_sparse, make_plan, on_meta
 
 TEXT = "score{metric=random},prune-width{mlp=0.25,kv_heads=1,hidden=0.25}"
 
@@ -122,7 +116,7 @@ def test_estimates_grow_with_the_work(llama: Program) -> None:
     size = measure_footprint(llama)
     jobs = {
         metric: estimate_job(
-            Pipeline.parse(f"score{{metric={metric}}}"), size, size, tokens=10**9, window=256
+            Pipeline.parse(f"score{{metric={metric}}}"), (size, size), tokens=10**9, window=256
         )
         for metric in ("random", "activation", "taylor")
     }
@@ -137,7 +131,7 @@ def test_each_pass_has_its_share(llama: Program) -> None:
     text = "score{metric=wanda},prune-width{mlp=0.25},repair,distill{tokens=5_000_000}".replace(
         "_", ""
     )
-    job = estimate_job(Pipeline.parse(text), size, size, tokens=mega, window=256, width=72)
+    job = estimate_job(Pipeline.parse(text), (size, size), tokens=mega, window=256, width=72)
     score, prune, repair, distill = job.passes
     assert [share.name for share in job.passes] == ["score", "prune-width", "repair", "distill"]
     assert (prune.seconds, prune.bytes) == (0, 0)
@@ -149,7 +143,7 @@ def test_each_pass_has_its_share(llama: Program) -> None:
     assert distill.seconds == pytest.approx(5 * 4 / 3 * repair.seconds, rel=0.1)
     assert job.peak_bytes >= repair.bytes + size.bytes
     held = [
-        estimate_job(Pipeline.parse(t), size, size, tokens=mega, window=256).passes[0].bytes
+        estimate_job(Pipeline.parse(t), (size, size), tokens=mega, window=256).passes[0].bytes
         for t in ("repair", "repair{offload=true}")
     ]
     assert held[1] < held[0] / 10
