@@ -280,7 +280,7 @@ class Pipeline(Pass):
         done = 0
         if checkpoints:
             done, program = checkpoints.restore(program)
-        for position, step in enumerate(self.passes[: self._number_of_passes], 1):
+        for position, step in enumerate(self.passes_to_run, 1):
             if position <= done:
                 continue
             start = time.perf_counter()
@@ -298,12 +298,12 @@ class Pipeline(Pass):
         return PassResult(program, modified=False)
 
     @property
-    def _number_of_passes(self) -> int:
-        """How many passes run: those up to the first that ``stop_after`` names."""
+    def passes_to_run(self) -> tuple[Pass, ...]:
+        """The passes up to the first that ``stop_after`` names."""
         names = [step.name for step in self.passes]
         if self.hooks.stop_after in names:
-            return names.index(self.hooks.stop_after) + 1
-        return len(names)
+            return self.passes[: names.index(self.hooks.stop_after) + 1]
+        return self.passes
 
     def record(self, result: PassResult, seed: int, seconds: float) -> Program:
         """The passes wrote the history themselves."""

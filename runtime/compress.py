@@ -34,6 +34,7 @@ def compress(
     check: bool = True,
     packed: bool = True,
     restart: bool = False,
+    keep_work: bool = False,
     tell: Callable[[str], None] = log.info,
 ) -> SaveReport:
     """Run a pipeline and save the result as a stock checkpoint.  A run that was killed goes on
@@ -45,6 +46,7 @@ def compress(
         data, progress, seed: as ``Pipeline.run``.
         overwrite, check, packed: as ``save``.
         restart: forget what an earlier run kept.
+        keep_work: leave the run's state beside the output, so that passes can be appended.
         tell: gets a line where the run goes on from something kept.
 
     Raises:
@@ -70,7 +72,7 @@ def compress(
     if batches is not None and pipeline.needs_data:
         read = samples(batches, program)
     with hold_work_folder(
-        output, program, pipeline, read, seed, restart=restart, tell=tell
+        output, program, pipeline, read, seed, restart=restart, keep_work=keep_work, tell=tell
     ) as work:
         overwrite = overwrite or work.made(output)
         check_target(output, overwrite=overwrite, inputs=inputs)

@@ -30,6 +30,11 @@ from secateur.runtime.resume.fingerprint import (
     list_differences,
     run_fingerprint,
 )
+from secateur.runtime.resume.prefix import (
+    count_common_passes,
+    describe_change,
+    list_prefix_differences,
+)
 from secateur.runtime.resume.state import rebuild_program, state_of
 from secateur.runtime.save.artifact import read_manifest
 from secateur.runtime.save.disk import explain_error, flush_tree, try_lock, write_synced
@@ -169,10 +174,14 @@ def hold_work_folder(
     seed: int,
     *,
     restart: bool = False,
+    keep_work: bool = False,
     tell: Callable[[str], None] = log.info,
 ) -> Iterator[Work]:
     """Hold the work folder of an output while a run goes on.  When the block ends well, the folder
     is removed; after an exception it stays, if anything is kept in it.
+
+    A run that was begun with other passes serves as far as its finished passes are those that are
+    asked for; what goes beyond them is dropped, and told.
 
     Args:
         output: the folder that the run makes.
@@ -180,6 +189,7 @@ def hold_work_folder(
         pipeline: the passes.
         data: calibration sequences that the passes will get.
         seed: that the passes will get.
+        keep_work: leave the folder when the block ends well, so that passes can be appended.
         restart: forget what an earlier run kept.
         tell: gets a line where the run goes on from something kept, and where something is kept for
             a next one.
@@ -194,12 +204,14 @@ def hold_work_folder(
     lock = _lock_folder(folder)
     finished = False
     try:
-        _begin_run(folder, begun_with, restart, tell)
+        _begin_run(folder, begun_with, pipeline, restart, tell)
         try:
             yield Work(folder, source, tell, _digest(begun_with))
             finished = True
         finally:
-            if finished or not _has_progress(folder):
+            if finished and keep_work:
+                tell(f"kept in {folder}: the same command with passes appended goes on from there")
+            elif finished or not _has_progress(folder):
                 _clear_folder(folder)
                 _remove_if_empty(folder, tell)
             else:
@@ -228,7 +240,13 @@ def _lock_folder(folder: Path) -> int:
         os.close(lock)  # the process before removed the folder between the two steps
 
 
-def _begin_run(folder: Path, now: JSON, restart: bool, tell: Callable[[str], None]) -> None:
+def _begin_run(
+    folder: Path,
+    now: JSON,
+    pipeline: Pipeline,
+    restart: bool,
+    tell: Callable[[str], None],
+) -> None:
     """Write what the run is begun with, or compare it with what is there."""
     file = folder / FINGERPRINT
     now = json.loads(json.dumps({"begun with": now, "code": code_digest()}))
@@ -245,24 +263,56 @@ def _begin_run(folder: Path, now: JSON, restart: bool, tell: Callable[[str], Non
     elif restart:
         _clear_folder(folder)
     else:
-        _compare_fingerprints(folder, _read_json(file), now, tell)
-    if not file.is_file():
+        _compare_fingerprints(folder, _read_json(file), now, pipeline, tell)
+    if not file.is_file() or _read_json(file).get("begun with") != now["begun with"]:
         part = folder / (FINGERPRINT + UNFINISHED)
         write_synced(part, json.dumps(now, indent=1) + "\n")
         os.replace(part, file)
         flush_tree(folder, deep=False)
 
 
-def _compare_fingerprints(folder: Path, then: JSON, now: JSON, tell: Callable[[str], None]) -> None:
-    """Refuse to go on with something else than what the run was begun with; a change of our own
-    code is told."""
+def _compare_fingerprints(
+    folder: Path,
+    then: JSON,
+    now: JSON,
+    pipeline: Pipeline,
+    tell: Callable[[str], None],
+) -> None:
+    """Refuse to go on with something else than what the run was begun with, unless other passes
+    come after those that are finished; a change of our own code is told."""
     if changed := list_differences(then.get("begun with"), now["begun with"]):
-        raise ResumeError(_refuse_changed(folder, changed))
+        _go_on_with_others(folder, then.get("begun with"), now["begun with"], pipeline, tell)
+        log.info("begun with something else: %s", "; ".join(changed))
     if then.get("code") != now["code"]:
         tell(
             "the sources of secateur have changed since this run began: its bits may differ from "
             "those of a whole run"
         )
+
+
+def _go_on_with_others(
+    folder: Path, then: Any, now: JSON, pipeline: Pipeline, tell: Callable[[str], None]
+) -> None:
+    """Drop what a kept run had begun of a pass that is no more asked for.
+
+    Raises:
+        ResumeError: a finished pass, or something that it depends on, is another now.
+    """
+    changed = list_differences(then, now)
+    if not isinstance(then, Mapping):
+        raise ResumeError(_refuse_changed(folder, changed))
+    common = min(count_common_passes(then, now), len(pipeline.passes_to_run))
+    finished = max((int(entry.partition("-")[0]) for entry in Journal(folder).names()), default=0)
+    if common < max(finished, 1):
+        raise ResumeError(_refuse_changed(folder, changed))
+    if differences := list_prefix_differences(then, now, pipeline, common):
+        raise ResumeError(_refuse_changed(folder, differences))
+    tell(describe_change(then, now, common))
+    for path in sorted(folder.iterdir()):
+        number, dash, name = path.name.partition("-")
+        if dash and number.isdigit() and int(number) > common and OURS.fullmatch(path.name):
+            tell(f"what pass {int(number)}, {name}, had begun is dropped")
+            _remove_path(path)
 
 
 def _has_progress(folder: Path) -> bool:

@@ -122,6 +122,10 @@ def compress_command(
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget what a killed run kept, and begin again.")
     ] = False,
+    keep_work: Annotated[
+        bool,
+        typer.Option("--keep-work", help="Keep the run's state, so that passes can be appended."),
+    ] = False,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
@@ -180,7 +184,14 @@ def compress_command(
             if windows is not None:
                 data_read = samples(windows, program)
             kept = hold_work_folder(
-                output, program, passes, data_read, passes.seed, restart=restart, tell=voice.note
+                output,
+                program,
+                passes,
+                data_read,
+                passes.seed,
+                restart=restart,
+                keep_work=keep_work,
+                tell=voice.note,
             )
             work = held.enter_context(kept)
             overwrite = overwrite or work.made(output)

@@ -105,11 +105,12 @@ class _Trial:
         )
         planned = self.kept.get("hidden", self.units["hidden"])
         offers = []
-        for count in (planned - planned % multiple, planned - planned % multiple + multiple):
+        below = planned - planned % multiple
+        for count in sorted((below, below + multiple), key=lambda size: abs(size - planned)):
             fits = 0 < count <= self.units["hidden"] and count != planned
             if fits and self.takes({**self.kept, "hidden": count}):
                 beside = " with the other counts as they are" if len(self.kept) > 1 else ""
-                offers.append(f"hidden={count}{beside} (round_to={{hidden=heads}} finds it)")
+                offers.append(f"hidden={count}{beside} (round_to={{hidden=heads}} gives such)")
                 break
         return offers
 

@@ -16,7 +16,7 @@ from runtime_models import SMALL, tiny
 
 from secateur.graph import Cut, Pattern, Program, Share, Sparse, capture, drop, with_parameters
 from secateur.graph.errors import ArtifactError
-from secateur.passes import Context, Hooks, Pass, PassResult, Pipeline, Sample, samples
+from secateur.passes import Context, Hooks, Pass, PassResult, Pipeline, PruneWidth, Sample, samples
 from secateur.passes.lowering.layers import linear_layers
 from secateur.passes.storage.journal import Journal
 from secateur.runtime.compress import compress
@@ -267,12 +267,16 @@ def test_a_damaged_checkpoint_is_worked_out_again(
 
 CHANGES: dict[str, tuple[Callable[[Pipeline], Pipeline], str]] = {
     "option": (
-        lambda p: replace(p, passes=(*p.passes[:2], Noise(scale=0.2), *p.passes[3:])),
-        "3 noise, scale: 0.1 then",
+        lambda p: replace(p, passes=(p.passes[0], PruneWidth(mlp=0.5), *p.passes[2:])),
+        "2 prune-width, mlp: 0.25 then, 0.5 now",
     ),
     "pass": (
-        lambda p: replace(p, passes=p.passes[:3]),
-        "passes, 4 score: metric ",
+        lambda p: replace(p, passes=(p.passes[0], *p.passes[2:])),
+        "passes, 2 prune-width: ",
+    ),
+    "fewer": (
+        lambda p: replace(p, passes=p.passes[:1]),
+        "passes, 2 prune-width: ",
     ),
     "stop": (
         lambda p: replace(p, hooks=Hooks(stop_after="score")),
@@ -297,6 +301,79 @@ def test_another_recipe_is_refused_and_told(
     told: list[str] = []
     finished(source, ids, changed(pipeline_of()), tmp_path, restart=True, told=told)
     assert told == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["appended", "changed", "removed"])
+def test_a_killed_run_goes_on_with_other_passes_after_the_finished_ones(
+    source: Program,
+    again: Program,
+    ids: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    forgetting(monkeypatch)
+    Noise.steps.clear()
+    began = pipeline_of()
+    other = {
+        "appended": replace(began, passes=(*began.passes, *Pipeline.parse("repair").passes)),
+        "changed": replace(began, passes=(*began.passes[:2], Noise(scale=0.2))),
+        "removed": replace(began, passes=began.passes[:3]),
+    }[kind]
+    whole = other.run(source, ids)
+    Noise.steps.clear()
+    with pytest.raises(Killed):
+        finished(source, ids, pipeline_of(killed_before=1), tmp_path)
+    told: list[str] = []
+    result = finished(again, ids, other, tmp_path, told=told)
+    assert hash_parameters(result) == hash_parameters(whole)
+    assert any("going on after pass 2, prune-width" in line for line in told)
+    says = {
+        "appended": "the passes are as before, and repair comes after them",
+        "changed": "the first 2 passes are as before; noise, score, prune-width gives way to noise",
+        "removed": "the first 3 passes are as before; score, prune-width gives way to nothing",
+    }
+    assert told[0] == says[kind]
+    dropped = "what pass 3, noise, had begun is dropped"
+    assert (dropped in told) == (kind == "changed")
+    assert Noise.steps == ([0, 0, 1, 2] if kind == "changed" else [0, 1, 2])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_passes_are_appended_to_a_finished_run_that_was_kept(
+    source: Program, again: Program, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    began = pipeline_of()
+    longer = replace(began, passes=(*began.passes, *Pipeline.parse("repair").passes))
+    whole = longer.run(source, ids)
+    told: list[str] = []
+    finished(source, ids, began, tmp_path, keep_work=True, told=told)
+    assert told == [
+        f"kept in {tmp_path / 'out.work'}: the same command with passes appended goes on from there"
+    ]
+    Noise.steps.clear()
+    result = finished(again, ids, longer, tmp_path, told=told)
+    assert any("going on after pass 5, prune-width" in line for line in told)
+    assert Noise.steps == [] and hash_parameters(result) == hash_parameters(whole)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_appended_passes_do_not_excuse_other_data_or_seed(
+    source: Program, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgetting(monkeypatch)
+    began = pipeline_of(killed_before=1)
+    with_data = replace(began, passes=(*Pipeline.parse("score").passes, *began.passes[1:]))
+    longer = replace(with_data, passes=(*with_data.passes, *Pipeline.parse("repair").passes))
+    with pytest.raises(Killed):
+        finished(source, ids, with_data, tmp_path)
+    with pytest.raises(ResumeError, match="calibration data, sha256"):
+        finished(source, ids + 1, longer, tmp_path)
+    with (
+        pytest.raises(ResumeError, match="seed: 0 then, 7 now"),
+        hold_work_folder(tmp_path / "out", source, longer, samples(ids, source), 7),
+    ):
+        pass
 
 
 def test_other_weights_data_and_seed_are_told(
