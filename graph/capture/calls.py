@@ -91,7 +91,7 @@ def _check_sizes(name: str, value: Any, fixed: list[int | None] | None) -> None:
             raise CaptureError(
                 f"{name} has shape {tuple(value.shape)}, but this model's code fixed {fixed} when "
                 "it was captured "
-                f"(None: free): capture it again with example_inputs of the shape to run"
+                "(None: free): in Python, capture it again with example_inputs of the shape to run"
             )
 
 
@@ -138,6 +138,7 @@ def _bind_arguments(
             fixed[n] = v
     if fixed:
         raise CaptureError(
-            f"captured without {list(fixed)}: capture again with example_inputs that hold them"
+            f"captured without {list(fixed)}: in Python, capture again with example_inputs "
+            "that hold them"
         )
     return (), bound

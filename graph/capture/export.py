@@ -156,8 +156,8 @@ def _example_inputs(
     main = getattr(model, "main_input_name", None)
     if config is None or main not in ("input_ids", "pixel_values"):
         raise CaptureError(
-            f"{type(model).__name__} does not say what it takes (main input {main!r}): pass "
-            "example_inputs, "
+            f"{type(model).__name__} does not say what it takes (main input {main!r}): in "
+            "Python, give capture example_inputs, "
             f"a dict by argument name out of {list(parameters)}"
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from secateur.graph.errors import SecateurError
+from secateur.graph.reading import lfs_pointer
 
 DOCUMENT_BREAK = "\n\n\n"
 PLAIN = frozenset({"", ".txt", ".text", ".md", ".rst"})
@@ -53,6 +54,13 @@ def read_documents(
     if path.is_dir():
         raise error(f"{path} is a folder: give the text files in it, one by one")
     try:
+        with path.open("rb") as stream:
+            beginning = stream.read(64)
+        if lfs_pointer(beginning):
+            raise error(
+                f"{path} is a git-lfs pointer and not the text: run `git lfs pull` where it was "
+                "cloned"
+            )
         rows = list(_iterate_rows(path, field, render, error))
     except OSError as failure:
         reason = failure.strerror or str(failure)

@@ -69,7 +69,10 @@ def split_held_out(sequences: Sequence[Sample], held_out: int) -> TrainingText:
     back = min(held_out, len(sequences) // 5)
     training = tuple(sequences[back:])
     if not training:
-        raise TextError("there is no sequence to train on: give calibration data or data=FILE")
+        raise TextError(
+            "there is no sequence to train on: give calibration text (--data), or the pass a "
+            "text of its own (data=FILE, or --train)"
+        )
     return TrainingText(training, tuple(sequences[:back]))
 
 

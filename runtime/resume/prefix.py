@@ -9,6 +9,7 @@ from secateur.passes import Pipeline
 from secateur.runtime.resume.fingerprint import list_differences
 
 JSON = dict[str, Any]
+NOTHING = "nothing"
 
 
 def count_common_passes(then: Mapping[str, Any], now: Mapping[str, Any]) -> int:
@@ -59,7 +60,7 @@ def describe_change(then: Mapping[str, Any], now: Mapping[str, Any], count: int)
     """
     added = _name_passes(_ordered_passes(now)[count:])
     gone = _name_passes(_ordered_passes(then)[count:])
-    if gone:
+    if gone != NOTHING:
         return f"the first {count} passes are as before; {gone} gives way to {added}"
     return f"the passes are as before, and {added} comes after them"
 
@@ -74,7 +75,7 @@ def _ordered_passes(fingerprint: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _name_passes(passes: list[tuple[str, Any]]) -> str:
     """Passes by name, or that there are none."""
-    return ", ".join(name.partition(" ")[2] for name, _ in passes) or "nothing"
+    return ", ".join(name.partition(" ")[2] for name, _ in passes) or NOTHING
 
 
 def _without(fingerprint: Mapping[str, Any], keys: set[str]) -> JSON:

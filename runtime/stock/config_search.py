@@ -99,8 +99,7 @@ def iterate_plans(
     if source.config is None or not isinstance(source.model, PreTrainedModel):
         raise UnsupportedConfigError(
             f"{type(source.model).__name__} is not a transformers model, so no stock class holds "
-            "it: keep it with "
-            "save_weights, or use the program itself"
+            "it: in Python, keep it with save_weights, or use the program itself"
         )
     check_unseen(program)
     first = first_names(source.model)

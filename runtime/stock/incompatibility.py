@@ -83,8 +83,8 @@ def sub_block_misfit(name: str, lost: Sequence[str]) -> str:
         "dropped from layers of "
         "which something stays. Drop whole blocks; or put the pass fill-dropped at the end, which "
         "brings them "
-        "back with an output of zero (opens everywhere, saves nothing); or keep the program with "
-        "save_weights"
+        "back with an output of zero (opens everywhere, saves nothing); or, in Python, keep the "
+        "program with save_weights"
     )
 
 

@@ -214,8 +214,8 @@ def _check_parameter(
         raise UnsupportedConfigError(
             f"{name} has shape {list(parameter.shape)} and the pruned stock class wants "
             f"{list(empty.shape)}: the "
-            "captured computation does not use it, so it was not pruned along. Capture with "
-            "inputs that use it"
+            "captured computation does not use it, so it was not pruned along. Leave "
+            "that width as it is, or in Python capture with example_inputs that use it"
         )
     return parameter
 

@@ -34,6 +34,7 @@ TEXT = (
     "score{metric=random},prune-width{mlp=0.25,kv_heads=2},"
     "score{metric=activation},prune-width{hidden=48},repair"
 )
+MORE = "score{metric=random},prune-width{mlp=60}"
 
 
 class Killed(BaseException):
@@ -316,7 +317,7 @@ def test_a_killed_run_goes_on_with_other_passes_after_the_finished_ones(
     Noise.steps.clear()
     began = pipeline_of()
     other = {
-        "appended": replace(began, passes=(*began.passes, *Pipeline.parse("repair").passes)),
+        "appended": replace(began, passes=(*began.passes, *Pipeline.parse(MORE).passes)),
         "changed": replace(began, passes=(*began.passes[:2], Noise(scale=0.2))),
         "removed": replace(began, passes=began.passes[:3]),
     }[kind]
@@ -329,7 +330,7 @@ def test_a_killed_run_goes_on_with_other_passes_after_the_finished_ones(
     assert hash_parameters(result) == hash_parameters(whole)
     assert any("going on after pass 2, prune-width" in line for line in told)
     says = {
-        "appended": "the passes are as before, and repair comes after them",
+        "appended": "the passes are as before, and score, prune-width comes after them",
         "changed": "the first 2 passes are as before; noise, score, prune-width gives way to noise",
         "removed": "the first 3 passes are as before; score, prune-width gives way to nothing",
     }
@@ -344,7 +345,7 @@ def test_passes_are_appended_to_a_finished_run_that_was_kept(
     source: Program, again: Program, ids: torch.Tensor, tmp_path: Path
 ) -> None:
     began = pipeline_of()
-    longer = replace(began, passes=(*began.passes, *Pipeline.parse("repair").passes))
+    longer = replace(began, passes=(*began.passes, *Pipeline.parse(MORE).passes))
     whole = longer.run(source, ids)
     told: list[str] = []
     finished(source, ids, began, tmp_path, keep_work=True, told=told)
