@@ -7,6 +7,7 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -42,9 +43,9 @@ def messages() -> Iterator[tuple[str, str]]:
 def known_options() -> set[str]:
     """Every option of every command."""
     options = set()
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    for command in commands.values():
-        for parameter in command.params:
+    group: Any = typer.main.get_command(app)
+    for name in group.list_commands(None):
+        for parameter in group.get_command(None, name).params:
             options.update([*parameter.opts, *parameter.secondary_opts])
     return options
 
