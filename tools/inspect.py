@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from secateur.graph import CoupledGroup, Program, SecateurError, coupled_groups
+from secateur.graph.program import JSON
 from secateur.tools.plan.footprint import Footprint, measure_footprint
-
-JSON = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class FamilySummary:
-    """Groups of one family.  units: (units of a group, how many such groups).  locked: reason ->
-    number of groups."""
+    """Groups of one family.
+
+    units: units of a group -> number of such groups.
+    locked: reason -> number of groups.
+    """
 
     family: str
     groups: int
@@ -28,6 +29,7 @@ class FamilySummary:
 @dataclass(frozen=True)
 class Inspection:
     """What ``secateur inspect`` tells.
+
     sparse: pattern -> number of weights that a manifest says hold it.
     """
 
@@ -42,31 +44,36 @@ class Inspection:
 
     def to_json(self) -> JSON:
         """As JSON values."""
-        found = asdict(self)
-        for family in found["families"]:
+        values = asdict(self)
+        for family in values["families"]:
             family["units"] = {str(units): count for units, count in family["units"].items()}
-        return found
+        return values
 
 
 def inspect_program(program: Program) -> Inspection:
     """Look at a Program; weights are not needed."""
     groups = coupled_groups(program)
-    families = dict.fromkeys(group.family for group in groups)
+    by_family: dict[str, list[CoupledGroup]] = {}
+    for group in groups:
+        by_family.setdefault(group.family, []).append(group)
+    families = []
+    for family, members in by_family.items():
+        families.append(_summarize_family(program, family, members))
+    folder = None
+    if program.source.folder is not None:
+        folder = str(program.source.folder)
     dtypes = Counter[str]()
     for _, parameter in program.named_parameters():
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
     return Inspection(
         model=type(program.source.model).__name__,
-        folder=None if program.source.folder is None else str(program.source.folder),
+        folder=folder,
         dtypes=dict(dtypes),
         footprint=measure_footprint(program),
         blocks=tuple(layer_paths(groups)),
-        families=tuple(
-            _summarize_family(program, family, [g for g in groups if g.family == family])
-            for family in families
-        ),
+        families=tuple(families),
         nodes=len(program.gm.graph.nodes),
-        sparse=dict(Counter(str(one.pattern) for one in program.sparse.values())),
+        sparse=dict(Counter(str(weight.pattern) for weight in program.sparse.values())),
     )
 
 
@@ -88,10 +95,14 @@ def groups_of_block(program: Program, index: int) -> tuple[str, list[CoupledGrou
     if not -len(paths) <= index < len(paths):
         raise SecateurError(f"there is no block {index}: the model has blocks 0..{len(paths) - 1}")
     path = paths[index]
-    touching = [
-        g for g in groups if g.block == path or any(is_inside(m.parameter, path) for m in g.members)
-    ]
-    return path, sorted(touching, key=lambda g: (g.block != path, groups.index(g)))
+    inner = list[CoupledGroup]()
+    outer = list[CoupledGroup]()
+    for group in groups:
+        if group.block == path:
+            inner.append(group)
+        elif any(is_inside(member.parameter, path) for member in group.members):
+            outer.append(group)
+    return path, inner + outer
 
 
 def is_inside(parameter: str, path: str) -> bool:
@@ -101,12 +112,10 @@ def is_inside(parameter: str, path: str) -> bool:
 
 def _summarize_family(program: Program, family: str, groups: list[CoupledGroup]) -> FamilySummary:
     named = dict(program.named_parameters())
-    touched = {
-        member.parameter
-        for group in groups
-        for member in group.members
-        if member.parameter in named
-    }
+    touched = set[str]()
+    for group in groups:
+        touched.update(member.parameter for member in group.members)
+    touched &= named.keys()
     locked = Counter(group.locked for group in groups if group.locked is not None)
     units = Counter(group.units for group in groups)
     parameters = sum(named[name].numel() for name in touched)

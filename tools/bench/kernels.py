@@ -78,12 +78,11 @@ class KernelRow:
 
     def timing(self) -> Timing | None:
         """As ``lower`` wants it; None for what is torch's and not dense, or was not timed."""
-        own = self.form.startswith("ours") or self.kind == DENSE
+        is_usable = self.form.startswith("ours") or self.kind == DENSE
+        ms = 0.0
         if self.seconds:
             ms = 1e3 * self.seconds.median
-        else:
-            ms = 0.0
-        if own and ms:
+        if is_usable and ms:
             return Timing(self.kind, *self.shape, self.batch, self.dtype, round(ms, 6))
         return None
 
@@ -102,8 +101,6 @@ def numbers_of(kind: str, weight: Tensor) -> Tensor:
     """A weight with the zeros and on the grid that a kind wants."""
     if kind.startswith(SPARSE):
         weight = two_of_four(weight)
-    else:
-        weight = weight
     bits = {INT8: 8, SPARSE_INT8: 8, INT4: 4, SPARSE_INT4: 4}.get(kind)
     if bits:
         return grid_of(weight, bits).round_to_grid(weight)
@@ -116,23 +113,22 @@ def _pack_form(kind: str) -> Callable[[Tensor], PackedLinear]:
         shape = (weight.shape[0], weight.shape[1])
         row = LayerPlan("w.weight", kind, shape, 0, 0, 0.0, 0.0, False, "")
         layer = pack_weight(row, weight, weight.dtype)
-        return PackedLinear(
-            kind, shape[1], {n: t.clone() for n, t in layer.tensors.items()}, None, [shape[0]]
-        )
+        tensors = {name: tensor.clone() for name, tensor in layer.tensors.items()}
+        return PackedLinear(kind, shape[1], tensors, None, [shape[0]])
 
     return make_packed
 
 
 def _dense_product(weight: Tensor) -> Product:
-    held = weight.clone()
-    return lambda x: F.linear(x, held)
+    own_weight = weight.clone()
+    return lambda x: F.linear(x, own_weight)
 
 
 def _grid_of(weight: Tensor) -> Grid:
     """The grid that ``numbers_of`` put a weight on."""
-    found = find_grid(weight)
-    assert found is not None, "numbers_of gives numbers on a grid"
-    return found
+    grid = find_grid(weight)
+    assert grid is not None, "numbers_of gives numbers on a grid"
+    return grid
 
 
 def _torch_int8(weight: Tensor) -> Product:
@@ -147,18 +143,18 @@ def _torch_int4(weight: Tensor) -> Product:
     raised = (grid.to_codes(weight).int() + 8).contiguous()
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(raised, 1)
     scale = grid.scale_NG.t().to(weight.dtype)
-    pairs = torch.stack(
-        [scale, torch.zeros_like(scale)], -1
-    ).contiguous()  # [groups, N, (scale, zero)]
+    # [groups, N, (scale, zero)]
+    pairs = torch.stack([scale, torch.zeros_like(scale)], -1).contiguous()
     return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 128, pairs)
 
 
 def _torch_24(weight: Tensor) -> Product:
-    held = torch.sparse.to_sparse_semi_structured(weight)
-    return lambda x: F.linear(x, held)
+    sparse = torch.sparse.to_sparse_semi_structured(weight)
+    return lambda x: F.linear(x, sparse)
 
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16 = torch.bfloat16
+FP32 = torch.float32
 FORMS: Mapping[str, tuple[Form, ...]] = MappingProxyType(
     {
         "cpu": (
@@ -200,15 +196,20 @@ def bench_kernels(
     """Every form on every shape and batch, all forms of one shape in turns.
 
     Args:
+        shapes: [N, K] of the weights.
+        batches: rows of x.
+        device: where all runs.
         bandwidth: bytes a second of reading memory, for the share.
+        rounds: counted rounds; in each, all take turns.
+        seed: of the numbers.
+        progress: reporter of long work.
         forms: None is all of the device's. A form whose check is red is not timed; its row says
             why.
     """
     rows = list[KernelRow]()
+    chosen = FORMS[device.type]
     if forms is not None:
         chosen = tuple(forms)
-    else:
-        chosen = FORMS[device.type]
     for n, k in shapes:
         draws = torch.Generator().manual_seed(seed)
         weight = torch.randn(n, k, generator=draws) / k**0.5
@@ -234,14 +235,14 @@ def _one_shape(
         rows[form.name], work = _check_product(form, weight, x)
         if work is not None:
             works[form.name] = work
-    found = time_in_turns(
+    spreads = time_in_turns(
         works,
         x.device,
         rounds=rounds,
         progress=progress,
         description=f"{shape[0]}x{shape[1]} B{batch}",
     )
-    for name, spread in found.items():
+    for name, spread in spreads.items():
         share = rows[name].nbytes / spread.median / bandwidth
         rows[name] = replace(rows[name], seconds=spread, share=share)
     return list(rows.values())
@@ -252,7 +253,7 @@ def _check_product(
 ) -> tuple[KernelRow, Callable[[], int] | None]:
     """The row of a form without its times, and the work to be timed if the product is right."""
     numbers = numbers_of(form.kind, weight).to(form.dtype)
-    given = x.to(form.dtype)
+    operand = x.to(form.dtype)
     shape = (weight.shape[0], weight.shape[1])
     row = KernelRow(
         form=form.name,
@@ -268,38 +269,37 @@ def _check_product(
     )
     try:
         product = form.make(numbers)
-        error = relative_error(product(given), given, numbers)
+        error = relative_error(product(operand), operand, numbers)
     except (RuntimeError, NotImplementedError, ValueError) as failed:
         return replace(row, fault=f"does not run: {str(failed).splitlines()[0][:120]}"), None
     if isinstance(product, PackedLinear):
         row = replace(row, backend=backend_of(product))
     row = replace(row, error=error)
     if not error <= TOLERANCE[form.dtype]:
-        return replace(
-            row, fault=f"wrong: relative error {error:.2g}, allowed {TOLERANCE[form.dtype]:g}"
-        ), None
-    again = (
-        (lambda: copy.deepcopy(product))
-        if isinstance(product, PackedLinear)
-        else (lambda: form.make(numbers))
-    )
-    copies = [product, *(again() for _ in range(copies_needed(row.nbytes, x.device) - 1))]
+        fault = f"wrong: relative error {error:.2g}, allowed {TOLERANCE[form.dtype]:g}"
+        return replace(row, fault=fault), None
+    copies = [product]
+    while len(copies) < copies_needed(row.nbytes, x.device):
+        if isinstance(product, PackedLinear):
+            copies.append(copy.deepcopy(product))
+        else:
+            copies.append(form.make(numbers))
 
     def run_product() -> int:
-        for one in copies:
-            one(given)
+        for multiply in copies:
+            multiply(operand)
         return len(copies)
 
     return row, run_product
 
 
-def relative_error(found: Tensor, x: Tensor, weight: Tensor) -> float:
+def relative_error(output: Tensor, x: Tensor, weight: Tensor) -> float:
     """Largest difference to the product in float64, over its largest number; infinite where not
     finite."""
     wanted = F.linear(x.double(), weight.double())
-    if found.shape != wanted.shape or not bool(found.isfinite().all()):
+    if output.shape != wanted.shape or not bool(output.isfinite().all()):
         return float("inf")
-    return float((found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+    return float((output.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
 
 
 def timings_of(rows: Iterable[KernelRow]) -> list[Timing]:

@@ -39,9 +39,13 @@ of one model differ threefold."""
 class Steps(Protocol):
     """Something that decodes.  Both give the logits [B, V] of the next token."""
 
-    def prefill(self, ids_BT: Tensor) -> Tensor: ...
+    def prefill(self, ids_BT: Tensor) -> Tensor:
+        """Begin anew with prompts."""
+        ...
 
-    def decode(self, ids_B1: Tensor) -> Tensor: ...
+    def decode(self, ids_B1: Tensor) -> Tensor:
+        """Add a token to each."""
+        ...
 
 
 class EagerSteps:
@@ -52,16 +56,17 @@ class EagerSteps:
         self.model: Any = model
         self.cache: Any = None
         takes = inspect.signature(self.model.forward).parameters
+        self.last = dict[str, int]()
         if "logits_to_keep" in takes:
             self.last = {"logits_to_keep": 1}
-        else:
-            self.last = {}
 
     def prefill(self, ids_BT: Tensor) -> Tensor:
+        """Logits after a prompt; what was in the cache is forgotten."""
         self.cache = None
         return self.decode(ids_BT)
 
     def decode(self, ids_B1: Tensor) -> Tensor:
+        """Logits after one more token."""
         out = self.model(input_ids=ids_B1, past_key_values=self.cache, use_cache=True, **self.last)
         self.cache = out.past_key_values
         logits: Tensor = out.logits[:, -1]
@@ -127,16 +132,26 @@ def list_candidates(
 ) -> list[BenchCandidate]:
     """What is timed: each dense folder in each dtype, each lowered one in its own, eager and, if
     wanted, compiled."""
-    found = list[BenchCandidate]()
+    engines = ["eager"]
+    if compiled:
+        engines.append("compiled")
+    candidates = list[BenchCandidate]()
     for name, folder in folders.items():
-        for dtype in dtypes if not lowered[name] else [None]:
-            for by in ("eager", "compiled") if compiled else ("eager",):
-                if dtype:
-                    label = f"{name} {dtype} {by}"
-                else:
-                    label = f"{name} packed {by}"
-                found.append(BenchCandidate(label, folder, dtype, lowered[name], by == "compiled"))
-    return found
+        forms: Sequence[str | None] = dtypes
+        if lowered[name]:
+            forms = [None]
+        for dtype in forms:
+            for engine in engines:
+                candidates.append(
+                    BenchCandidate(
+                        name=f"{name} {dtype or 'packed'} {engine}",
+                        folder=folder,
+                        dtype=dtype,
+                        packed=lowered[name],
+                        compiled=engine == "compiled",
+                    )
+                )
+    return candidates
 
 
 @torch.no_grad()
@@ -155,25 +170,33 @@ def bench_model(
     model.
 
     Args:
+        chosen: the models.
         prompt_BT: int64.
         bandwidth: bytes a second of reading memory.
+        new_tokens: tokens to decode in each round.
+        rounds: counted rounds; one before them warms up.
         work: where packages are made and kept.
+        progress: reporter of long work.
+        tell: gets a line for each compilation.
     """
-    loaded = [
-        _load_candidate(one, prompt_BT, new_tokens, work, tell)
-        for one in progress(chosen, "loading", len(chosen))
-    ]
-    sound = [one for one in loaded if not one.row.fault]
-    times: dict[str, list[tuple[float, float]]] = {one.candidate.name: [] for one in sound}
+    loaded = list[_Loaded]()
+    for candidate in progress(chosen, "loading", len(chosen)):
+        loaded.append(_load_candidate(candidate, prompt_BT, new_tokens, work, tell))
+    sound = [model for model in loaded if not model.row.fault]
+    times: dict[str, list[tuple[float, float]]] = {model.candidate.name: [] for model in sound}
     for turn in progress(range(rounds + 1), "timing", rounds + 1):
-        for one in sound if turn % 2 else sound[::-1]:
-            seconds = _run_once(one.steps, prompt_BT, new_tokens)
+        order = sound
+        if turn % 2 == 0:
+            order = sound[::-1]
+        for model in order:
+            seconds = _run_once(model.steps, prompt_BT, new_tokens)
             if turn:
-                times[one.candidate.name].append(seconds)
-    return [
-        _measure_row(one, times.get(one.candidate.name, []), prompt_BT, new_tokens, bandwidth)
-        for one in loaded
-    ]
+                times[model.candidate.name].append(seconds)
+    rows = list[ModelRow]()
+    for model in loaded:
+        seconds_of_model = times.get(model.candidate.name, [])
+        rows.append(_measure_row(model, seconds_of_model, prompt_BT, new_tokens, bandwidth))
+    return rows
 
 
 def _load_candidate(
@@ -201,7 +224,8 @@ def _load_candidate(
         packaged = _make_package(candidate, engine, prompt, new_tokens, work, tell)
         steps = packaged
         row = replace(row, engine="compiled ahead of time", weight_bytes=packaged.nbytes)
-    row = replace(row, **_tokens_like_dense(candidate, steps, engine, prompt, new_tokens))
+    tokens_equal, fault = _tokens_like_dense(candidate, steps, engine, prompt, new_tokens)
+    row = replace(row, tokens_equal=tokens_equal, fault=fault)
     if candidate.compiled:
         del engine
     return _Loaded(candidate, steps, replace(row, resident_bytes=max(0, resident_bytes() - before)))
@@ -214,10 +238,11 @@ def _describe_candidate(candidate: BenchCandidate, engine: StockEngine) -> Model
     forms: dict[str, int] = {}
     for layer in engine.layers:
         forms[layer.kind] = forms.get(layer.kind, 0) + 1
-    shapes = dict(engine.model.named_modules())
-    elements = sum(
-        shapes[layer.layer].in_features * shapes[layer.layer].out_features for layer in body
-    )
+    modules = dict(engine.model.named_modules())
+    elements = 0
+    for layer in body:
+        module = modules[layer.layer]
+        elements += module.in_features * module.out_features
     return ModelRow(
         name=candidate.name,
         dtype=str(engine.model.dtype).removeprefix("torch."),
@@ -247,11 +272,9 @@ def _make_package(
     on."""
     length = prompt.shape[1] + new_tokens
     files = sorted(candidate.folder.rglob("*.safetensors"))
-    depends = [
-        str(candidate),
-        describe_target(prompt.device.type),
-        *(f"{f}{f.stat().st_mtime_ns}" for f in files),
-    ]
+    depends = [str(candidate), describe_target(prompt.device.type)]
+    for file in files:
+        depends.append(f"{file}{file.stat().st_mtime_ns}")
     digest = hashlib.sha256("|".join(depends).encode()).hexdigest()[:8]
     plain = candidate.name.replace(" ", "-").replace(":", "")
     folder = work / f"{plain}-{len(prompt)}x{length}-{digest}"
@@ -263,11 +286,11 @@ def _make_package(
 
 def _tokens_like_dense(
     candidate: BenchCandidate, steps: Steps, engine: StockEngine, prompt: Tensor, new_tokens: int
-) -> dict[str, Any]:
+) -> tuple[str, str]:
     """Whether the tokens are those of the dense-shaped model in the same dtype: the stock
     checkpoint, run eagerly."""
     if not candidate.packed and not candidate.compiled:
-        return {"tokens_equal": "is the reference"}
+        return "is the reference", ""
     base = EagerSteps(engine.model)
     dtype = str(engine.model.dtype).removeprefix("torch.")
     if candidate.packed:
@@ -276,7 +299,8 @@ def _tokens_like_dense(
         exact = EagerSteps(base.model)
     else:
         exact = _make_dense_steps(candidate, prompt, "float32")
-    return compare_tokens(exact, base, steps, prompt, new_tokens)
+    compared = compare_tokens(exact, base, steps, prompt, new_tokens)
+    return compared["tokens_equal"], compared.get("fault", "")
 
 
 def _make_dense_steps(candidate: BenchCandidate, prompt: Tensor, dtype: str) -> EagerSteps:
@@ -288,7 +312,7 @@ def _make_dense_steps(candidate: BenchCandidate, prompt: Tensor, dtype: str) -> 
 
 def compare_tokens(
     exact: Steps, base: Steps, other: Steps, prompt: Tensor, new_tokens: int
-) -> dict[str, Any]:
+) -> dict[str, str]:
     """Force the base's greedy tokens along all three; the other must choose the same, but for ties.
 
     Two roundings of one computation differ, and neither is the truth.  So what the base itself is
@@ -298,42 +322,54 @@ def compare_tokens(
 
     Args:
         exact: the dense-shaped model in float32.
-        base: the same in the dtype of the other. Each keeps its own
-        cache: three different objects.
+        base: the same in the dtype of the other.
+        other: to be compared; each of the three keeps its own cache.
+        prompt: int64 [B, T].
+        new_tokens: tokens to force along.
 
     Returns:
         tokens_equal, and fault where they are not, or logits lie too far off.
     """
     assert len({id(exact), id(base), id(other)}) == 3, "each is stepped on its own"
-    wanted, found, truth = (one.prefill(prompt).float() for one in (base, other, exact))
+    wanted = base.prefill(prompt).float()
+    logits = other.prefill(prompt).float()
+    truth = exact.prefill(prompt).float()
     picked = list[tuple[bool, float]]()
     noise = list[float]()
     apart = list[float]()
     for _ in range(new_tokens):
         token = wanted.argmax(-1, keepdim=True)
-        choice = found.argmax(-1, keepdim=True)
+        choice = logits.argmax(-1, keepdim=True)
         size = truth.abs().amax(1)
         margin = (truth.gather(1, token) - truth.gather(1, choice))[:, 0] / size
         picked += zip((token == choice)[:, 0].tolist(), margin.tolist(), strict=True)
         noise.append(_largest_difference(wanted, truth, size))
-        apart.append(_largest_difference(found, truth, size))
-        wanted, found, truth = (one.decode(token).float() for one in (base, other, exact))
-    tie, allowed = (SLACK * one + TOLERANCE[torch.float32] for one in (max(noise), fmean(noise)))
+        apart.append(_largest_difference(logits, truth, size))
+        wanted = base.decode(token).float()
+        logits = other.decode(token).float()
+        truth = exact.decode(token).float()
+    tie = SLACK * max(noise) + TOLERANCE[torch.float32]
     equal = sum(same for same, _ in picked)
     ties = sum(not same and margin < tie for same, margin in picked)
-    told = f"{equal + ties} of {len(picked)}" + (f" ({ties} ties)" if ties else "")
-    faults = [f"other tokens than its dense-shaped model: {told}"] * (equal + ties < len(picked))
+    tokens_equal = f"{equal + ties} of {len(picked)}"
+    if ties:
+        tokens_equal += f" ({ties} ties)"
+    faults = list[str]()
+    if equal + ties < len(picked):
+        faults.append(f"other tokens than its dense-shaped model: {tokens_equal}")
     far = fmean(apart)
-    faults += [f"logits on average {far:.2g} off those in float32, {allowed:.2g} allowed"] * (
-        not far <= allowed
-    )
-    return {"tokens_equal": told, **({"fault": "; ".join(faults)} if faults else {})}
+    allowed = SLACK * fmean(noise) + TOLERANCE[torch.float32]
+    if not far <= allowed:
+        faults.append(f"logits on average {far:.2g} off those in float32, {allowed:.2g} allowed")
+    if faults:
+        return {"tokens_equal": tokens_equal, "fault": "; ".join(faults)}
+    return {"tokens_equal": tokens_equal}
 
 
-def _largest_difference(found: Tensor, truth: Tensor, size: Tensor) -> float:
+def _largest_difference(logits: Tensor, truth: Tensor, size: Tensor) -> float:
     """Largest difference of two rows of logits, relative to the largest logit; infinite where not
     finite."""
-    return float(((found - truth).abs().amax(1) / size).nan_to_num(float("inf")).max())
+    return float(((logits - truth).abs().amax(1) / size).nan_to_num(float("inf")).max())
 
 
 def _run_once(steps: Steps, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
@@ -347,16 +383,20 @@ def _run_once(steps: Steps, prompt: Tensor, new_tokens: int) -> tuple[float, flo
 
 
 def _measure_row(
-    one: _Loaded,
+    model: _Loaded,
     times: list[tuple[float, float]],
     prompt: Tensor,
     new_tokens: int,
     bandwidth: float,
 ) -> ModelRow:
     if not times:
-        return one.row
+        return model.row
     batch, length = prompt.shape
-    prefill, decode = (Spread.from_seconds(list(seconds)) for seconds in zip(*times, strict=True))
-    share = one.row.linear_bytes * new_tokens / decode.median / bandwidth
-    rates = prefill.rate(batch * length), decode.rate(batch * new_tokens)
-    return replace(one.row, prefill=rates[0], decode=rates[1], share=share)
+    prefill = Spread.from_seconds([seconds for seconds, _ in times])
+    decode = Spread.from_seconds([seconds for _, seconds in times])
+    return replace(
+        model.row,
+        prefill=prefill.rate(batch * length),
+        decode=decode.rate(batch * new_tokens),
+        share=model.row.linear_bytes * new_tokens / decode.median / bandwidth,
+    )

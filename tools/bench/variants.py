@@ -51,20 +51,22 @@ def make_variants(
         assert program is not None
         tell(f"making {name} by magnitude, for timing only")
         sparse, text = RECIPES[name]
-        made = Pipeline.parse(text.replace("OPTIONS", options)).run(
-            all_24(program) if sparse else program
-        )
-        save(made, folders[name], check=False)
+        source = program
+        if sparse:
+            source = all_24(program)
+        variant = Pipeline.parse(text.replace("OPTIONS", options)).run(source)
+        save(variant, folders[name], check=False)
     return folders
 
 
 def all_24(program: Program) -> Program:
     """The program with the weights of all linear layers but heads and tables 2:4."""
-    known = parameter_values(program)
-    layers = [one for one in linear_layers(program)[0] if not one.head and not one.looked_up]
-    return with_parameters(
-        program, {one.parameter: two_of_four(known[one.parameter]) for one in layers}
-    )
+    values = parameter_values(program)
+    sparse = {}
+    for layer in linear_layers(program)[0]:
+        if not layer.head and not layer.looked_up:
+            sparse[layer.parameter] = two_of_four(values[layer.parameter])
+    return with_parameters(program, sparse)
 
 
 def _is_there(folder: Path) -> bool:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
-from secateur.passes.lowering.cost import keep_timings, read_timings, stream_bandwidth, weight_bytes
+from secateur.graph.program import JSON
+from secateur.passes.lowering.cost import (
+    Timing,
+    keep_timings,
+    read_timings,
+    stream_bandwidth,
+    weight_bytes,
+)
 from secateur.passes.lowering.lower import DTYPES
 from secateur.runtime.open.checkpoint import read_json
 from secateur.runtime.packed.store import has_packed
@@ -29,7 +37,8 @@ from secateur.tools.report.units import format_duration
 FILES = ("speed.json", "speed.md", "speed.png")
 DEFAULT_SHAPES = "4096x4096,11008x4096"
 WORK = Path(".cache/secateur/bench")
-COMPILE_SECONDS, VARIANT_SECONDS = 150, 60
+COMPILE_SECONDS = 150
+VARIANT_SECONDS = 60
 
 
 def bench_command(
@@ -88,7 +97,11 @@ def bench_command(
     """Time products and whole models in turns: dense (strongest of torch), quantized, 2:4, pruned;
     checked first."""
     voice = opening.start_command(as_json, verbose)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not device:
+        device = "cpu"
+        if torch.cuda.is_available():
+            device = "cuda"
+    where = torch.device(device)
     with before_work():
         sizes = read_shapes(shapes)
         batches = read_ints(batch, "--batch")
@@ -111,28 +124,31 @@ def bench_command(
     kernels = bench_kernels(
         sizes, batches, where, bandwidth, rounds=rounds, progress=voice.progress
     )
-    found: list[ModelRow] = []
+    measured: list[ModelRow] = []
     if folders:
         work.mkdir(parents=True, exist_ok=True)
         first = next(iter(folders.values()))
         with voice.waiting("making variants"):
             folders |= make_variants(first, wanted, work, packed_dtype, head, voice.note)
-        chosen = list_candidates(
-            folders, {n: has_packed(f) for n, f in folders.items()}, dtypes, compiled
-        )
-        prompt = prompt_for(folders, batches[0], prompt_tokens, where)
-        options: dict[str, Any] = {"new_tokens": new_tokens, "rounds": rounds, "work": work}
-        found = bench_model(
-            chosen, prompt, bandwidth, **options, progress=voice.progress, tell=voice.note
+        lowered = {name: has_packed(folder) for name, folder in folders.items()}
+        measured = bench_model(
+            list_candidates(folders, lowered, dtypes, compiled),
+            prompt_for(folders, batches[0], prompt_tokens, where),
+            bandwidth,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            work=work,
+            progress=voice.progress,
+            tell=voice.note,
         )
     if keep:
         voice.note(f"kept for the pass lower: {keep_timings(merge_timings(kernels))}")
-    write_report(voice, facts, kernels, found, output, overwrite=overwrite)
+    write_report(voice, facts, kernels, measured, output, overwrite=overwrite)
 
 
 def write_report(
     voice: CommandConsole,
-    facts: dict[str, Any],
+    facts: JSON,
     kernels: list[KernelRow],
     models: list[ModelRow],
     output: Path | None,
@@ -152,21 +168,32 @@ def write_report(
             draw_bench(kernels, models, part)
         voice.note(f"written: {output / FILES[0]}, {FILES[1]}, {FILES[2]}")
     voice.result(to_json(facts, kernels, models), bench_tables(kernels, models))
-    red = [f"{row.form} {row.shape} B{row.batch}: {row.fault}" for row in kernels if row.fault]
-    for line in red + [f"{row.name}: {row.fault}" for row in models if row.fault]:
-        voice.note(f"not timed: {line}")
+    for kernel in kernels:
+        if kernel.fault:
+            product = f"{kernel.form} {kernel.shape} B{kernel.batch}"
+            voice.note(f"not timed: {product}: {kernel.fault}")
+    for model in models:
+        if model.fault:
+            voice.note(f"not timed: {model.name}: {model.fault}")
 
 
-def merge_timings(rows: list[KernelRow]) -> list[Any]:
+def merge_timings(rows: list[KernelRow]) -> list[Timing]:
     """New timings, and those kept before of products that were not timed now."""
-    new = timings_of(rows)
-    keys = {(t.kind, t.n, t.k, t.batch, t.dtype) for t in new}
-    return [*new, *(t for t in read_timings() if (t.kind, t.n, t.k, t.batch, t.dtype) not in keys)]
+    timings = timings_of(rows)
+    products = {_timed_product(timing) for timing in timings}
+    for timing in read_timings():
+        if _timed_product(timing) not in products:
+            timings.append(timing)
+    return timings
+
+
+def _timed_product(timing: Timing) -> tuple[str, int, int, int, str]:
+    return (timing.kind, timing.n, timing.k, timing.batch, timing.dtype)
 
 
 def machine_facts(
     where: torch.device, bandwidth: float, rounds: int, prompt: int, new: int
-) -> dict[str, Any]:
+) -> JSON:
     """What the numbers were measured on, and how."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -185,9 +212,8 @@ def prompt_for(
     """[batch, tokens] ids that every model has."""
     configs = [read_json(checkpoint_in(folder) / "config.json") for folder in folders.values()]
     below = min(config.get("vocab_size", 256) for config in configs)
-    return torch.randint(0, below, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(
-        where
-    )
+    draws = torch.Generator().manual_seed(0)
+    return torch.randint(0, below, (batch, tokens), generator=draws).to(where)
 
 
 def read_shapes(text: str) -> list[tuple[int, int]]:
@@ -198,9 +224,9 @@ def read_shapes(text: str) -> list[tuple[int, int]]:
     """
     try:
         pairs = []
-        for one in text.split(","):
+        for shape in text.split(","):
             if text != "none":
-                pairs.append(tuple(int(n) for n in one.split("x")))
+                pairs.append(tuple(int(size) for size in shape.split("x")))
         if any(len(pair) != 2 or min(pair) < 8 for pair in pairs):
             raise ValueError
     except ValueError:
@@ -217,24 +243,24 @@ def read_ints(text: str, option: str) -> list[int]:
         BadInput: something else.
     """
     try:
-        found = [int(one) for one in text.split(",")]
-        if min(found) < 1:
+        numbers = [int(number) for number in text.split(",")]
+        if min(numbers) < 1:
             raise ValueError
     except ValueError:
         raise BadInput(f"{option} {text!r}: expected numbers from 1, like 1,4,16") from None
-    return found
+    return numbers
 
 
-def read_names(text: str, known: Any, option: str) -> list[str]:
+def read_names(text: str, known: Collection[str], option: str) -> list[str]:
     """Names of a closed set, separated by commas.
 
     Raises:
         BadInput: an unknown one.
     """
     names = []
-    for one in text.split(","):
-        if one.strip():
-            names.append(one.strip())
+    for part in text.split(","):
+        if part.strip():
+            names.append(part.strip())
     for name in names:
         if name not in known:
             raise BadInput(f"{option}: {name!r} is unknown; known: {', '.join(known)}")
@@ -253,11 +279,13 @@ def check_models(models: list[Path], variants: list[str]) -> dict[str, Path]:
         if not (checkpoint_in(folder) / "config.json").is_file():
             raise BadInput(f"{folder} holds no model (config.json)")
     names = [folder.name for folder in models]
-    unique = [
-        name if names.count(name) == 1 else str(folder)
-        for name, folder in zip(names, models, strict=True)
-    ]
-    return dict(zip(unique, models, strict=True))
+    by_name: dict[str, Path] = {}
+    for folder in models:
+        name = folder.name
+        if names.count(name) > 1:
+            name = str(folder)
+        by_name[name] = folder
+    return by_name
 
 
 def plan_bench(
@@ -270,41 +298,40 @@ def plan_bench(
     rounds: int,
     new_tokens: int,
     where: torch.device,
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[JSON, list[str]]:
     """What would be timed and roughly how long, as JSON and as lines."""
     bandwidth = stream_bandwidth(where)
     forms = [form.name for form in FORMS[where.type]]
-    products = sum(
-        4 * max(weight_bytes("dense", n, k, torch.float32), 128 << 20) / bandwidth
-        for n, k in shapes
-    )
-    seconds = products * len(forms) * len(batches) * (rounds + 1)
-    lowered = {
-        **{n: has_packed(f) for n, f in folders.items()},
-        **{v: v != "pruned" for v in variants},
-    }
-    places = {**folders, **{v: Path(v) for v in variants}}
+    seconds = 0.0
+    for n, k in shapes:
+        read_bytes = max(weight_bytes("dense", n, k, torch.float32), 128 << 20)
+        seconds += 4 * read_bytes / bandwidth
+    seconds = seconds * len(forms) * len(batches) * (rounds + 1)
+    places = dict(folders)
+    lowered = {name: has_packed(folder) for name, folder in folders.items()}
+    for variant in variants:
+        places[variant] = Path(variant)
+        lowered[variant] = variant != "pruned"
+    chosen: list[BenchCandidate] = []
     if folders:
-        chosen: list[BenchCandidate] = list_candidates(places, lowered, dtypes, compiled)
-    else:
-        chosen = []
-    largest = max(
-        (sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in folders.values()),
-        default=0,
-    )
+        chosen = list_candidates(places, lowered, dtypes, compiled)
+    largest = max(map(_stored_bytes, folders.values()), default=0)
     seconds += len(chosen) * (rounds + 3) * new_tokens * 3 * largest / bandwidth
-    seconds += sum(COMPILE_SECONDS for one in chosen if one.compiled) + VARIANT_SECONDS * len(
-        variants
-    )
-    told = {
+    seconds += COMPILE_SECONDS * sum(candidate.compiled for candidate in chosen)
+    seconds += VARIANT_SECONDS * len(variants)
+    facts = {
         "forms": forms,
         "shapes": [list(shape) for shape in shapes],
         "batches": batches,
-        "models": [one.name for one in chosen],
+        "models": [candidate.name for candidate in chosen],
         "seconds": round(seconds),
     }
     lines = []
-    for name, value in told.items():
+    for name, value in facts.items():
         if name != "seconds":
             lines.append(f"{name}: {value}")
-    return told, [*lines, f"roughly {format_duration(seconds)} on a quiet machine"]
+    return facts, [*lines, f"roughly {format_duration(seconds)} on a quiet machine"]
+
+
+def _stored_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

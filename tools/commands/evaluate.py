@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.graph.program import JSON
 from secateur.passes.calibration.seq2seq import decoder_start
 from secateur.passes.calibration.windows import beginning_token
 from secateur.passes.opening import open_tokenizer
@@ -96,48 +98,47 @@ def evaluate_command(
                 inputs=[*models, reference, *(text or ()), *(tasks or ())],
             )
         names = name_models(models, reference)
+        wanted_tasks = list[JSON]()
         if tasks:
-            found_tasks = read_tasks(tasks)
-        else:
-            found_tasks = []
+            wanted_tasks = read_tasks(tasks)
+        documents = list[str]()
         if text:
             documents = read_documents(text)
-        else:
-            documents = []
-        opened = {
-            n: open_one(m, voice, where, dtype, weights=not dry_run) for n, m in names.items()
-        }
-        tokenizers = {n: tokenizer_beside(names[n], model) for n, model in opened.items()}
+        opened: dict[str, PreTrainedModel] = {}
+        tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        for name, path in names.items():
+            opened[name] = open_one(path, voice, where, dtype, weights=not dry_run)
+        for name, path in names.items():
+            tokenizers[name] = tokenizer_beside(path, opened[name])
         what = None
         if documents:
             start = shared_decoder_start(opened)
             what = tokenize_shared(documents, tokenizers, tokens, window, stride, bos, start)
+        windows = 0
         if what is not None:
-            spans = what.window_spans()
-        else:
-            spans = []
+            windows = len(what.window_spans())
     for name, path in names.items():
         if (known := warn_same_text(read_history(path), documents)) is not None:
             voice.note(f"warning: {name}: {known.says} ({known.source})")
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in opened.items()}
     if dry_run:
-        voice.result(
-            *plan_evaluation(
-                opened, sizes, what, len(spans), [task["task"] for task in found_tasks]
-            )
-        )
+        task_names = [task["task"] for task in wanted_tasks]
+        voice.result(*plan_evaluation(opened, sizes, what, windows, task_names))
         return
-    against = next((n for n, m in names.items() if m == reference), None)
+    against = None
+    for name, path in names.items():
+        if against is None and path == reference:
+            against = name
     report = None
     if what is not None:
         report = score_text(opened, what, reference=against, seed=seed, progress=voice.progress)
     scored: dict[str, list[TaskScore]] = {}
-    if found_tasks:
+    if wanted_tasks:
         first = next(iter(tokenizers.values()))
         scored = run_tasks(
             opened,
             first,
-            found_tasks,
+            wanted_tasks,
             reference=against,
             limit=limit,
             batch=batch,
@@ -167,19 +168,20 @@ def check_request(
 
 def name_models(models: Sequence[str], reference: str | None) -> dict[str, str]:
     """A short name for each model, the reference first where it is none of them."""
-    paths = list(
-        dict.fromkeys(
-            [*([reference] if reference is not None and reference not in models else []), *models]
-        )
-    )
+    paths = list(dict.fromkeys(models))
+    if reference is not None and reference not in models:
+        paths.insert(0, reference)
     short = [Path(path).name or path for path in paths]
-    return {
-        name if short.count(name) == 1 else path: path
-        for name, path in zip(short, paths, strict=True)
-    }
+    names: dict[str, str] = {}
+    for name, path in zip(short, paths, strict=True):
+        if short.count(name) == 1:
+            names[name] = path
+        else:
+            names[path] = path
+    return names
 
 
-def read_history(model: str) -> Mapping[str, Any]:
+def read_history(model: str) -> JSON:
     """What a model's manifest tells of how it was made; nothing for models of other origin."""
     if (Path(model) / MANIFEST).is_file():
         return read_manifest(model).figures
@@ -188,7 +190,7 @@ def read_history(model: str) -> Mapping[str, Any]:
 
 def open_one(
     model: str, voice: CommandConsole, where: torch.device, dtype: str, *, weights: bool
-) -> Any:
+) -> PreTrainedModel:
     """A model on its device, or its shapes alone."""
     with voice.waiting(f"opening {model}"):
         opened: Any = open_with_branches(model, weights=weights, dtype=dtype)
@@ -199,21 +201,23 @@ def open_one(
             f"{model} is a {type(opened).__name__}: perplexity and tasks need a causal "
             "language model"
         )
-    return opened.eval()
+    ready: PreTrainedModel = opened.eval()
+    return ready
 
 
-def tokenizer_beside(model: str, opened: Any) -> Any:
+def tokenizer_beside(model: str, opened: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model."""
     if Path(model).is_dir():
         folder = str(checkpoint_in(Path(model)))
     else:
         folder = str(getattr(opened, "name_or_path", model))
-    return open_tokenizer(folder, BadInput)
+    tokenizer: PreTrainedTokenizerBase = open_tokenizer(folder, BadInput)
+    return tokenizer
 
 
 def tokenize_shared(
     documents: list[str],
-    tokenizers: dict[str, Any],
+    tokenizers: dict[str, PreTrainedTokenizerBase],
     tokens: int | None,
     window: int,
     stride: int | None,
@@ -225,12 +229,12 @@ def tokenize_shared(
     Raises:
         BadInput: two models cut the text into other tokens, or --bos is no id.
     """
-    streams = {
-        name: token_stream(documents, tokenizer, tokens=tokens)[0]
-        for name, tokenizer in tokenizers.items()
-    }
-    (first, stream), *others = streams.items()
-    for name, other in others:
+    streams: dict[str, torch.Tensor] = {}
+    for name, tokenizer in tokenizers.items():
+        streams[name] = token_stream(documents, tokenizer, tokens=tokens)[0]
+    first = next(iter(streams))
+    stream = streams[first]
+    for name, other in streams.items():
         if not torch.equal(stream, other):
             raise BadInput(
                 f"{first} and {name} cut the text into other tokens: evaluate them one at a time"
@@ -241,7 +245,7 @@ def tokenize_shared(
     )
 
 
-def shared_decoder_start(opened: dict[str, Any]) -> int | None:
+def shared_decoder_start(opened: dict[str, PreTrainedModel]) -> int | None:
     """The first token of the decoders, or None where the models have no encoder.
 
     Raises:
@@ -260,7 +264,7 @@ def shared_decoder_start(opened: dict[str, Any]) -> int | None:
     return next(iter(starts.values()))
 
 
-def choose_beginning(bos: str, tokenizer: Any) -> int | None:
+def choose_beginning(bos: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id before every window, or None."""
     if bos == "auto":
         return beginning_token(tokenizer)
@@ -272,30 +276,29 @@ def choose_beginning(bos: str, tokenizer: Any) -> int | None:
 
 
 def plan_evaluation(
-    opened: dict[str, Any],
+    opened: dict[str, PreTrainedModel],
     sizes: dict[str, int],
     text: ScoredText | None,
     windows: int,
     tasks: list[str],
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[JSON, list[str]]:
     """What would be measured, as JSON and as lines."""
-    held = sum(
-        p.numel() * p.element_size() for model in opened.values() for p in model.parameters()
-    )
+    weight_bytes = 0
+    for model in opened.values():
+        weight_bytes += sum(p.numel() * p.element_size() for p in model.parameters())
+    fed = 0
     if text is not None:
         fed = windows * text.window
-    else:
-        fed = 0
     seconds = 2 * sum(sizes.values()) * fed / (probe_gflops() * 1e9 / 2)
     facts = {
         "parameters": sizes,
-        "weight_bytes": held,
+        "weight_bytes": weight_bytes,
         "windows": windows,
         "tokens": fed,
         "tasks": tasks,
     }
-    lines = [f"{name}: {format_count(found)} parameters" for name, found in sizes.items()]
-    lines.append(f"weights of all models at once: {format_bytes(held)}")
+    lines = [f"{name}: {format_count(size)} parameters" for name, size in sizes.items()]
+    lines.append(f"weights of all models at once: {format_bytes(weight_bytes)}")
     if text is not None:
         lines.append(
             f"text: {fed:,} tokens in {windows} windows of {text.window}, about "
@@ -311,11 +314,17 @@ def to_json(
     sizes: dict[str, int],
     text: TextReport | None,
     tasks: dict[str, list[TaskScore]],
-) -> dict[str, Any]:
+) -> JSON:
     """What ``evaluate --json`` tells."""
+    text_values = None
+    if text is not None:
+        text_values = text.to_json()
+    scores_by_model: JSON = {}
+    for name, scores in tasks.items():
+        scores_by_model[name] = [asdict(score) for score in scores]
     return {
         "models": {name: {"path": path, "parameters": sizes[name]} for name, path in names.items()},
-        "text": None if text is None else text.to_json(),
-        "tasks": {name: [asdict(score) for score in scores] for name, scores in tasks.items()},
+        "text": text_values,
+        "tasks": scores_by_model,
         "machine": describe_machine(),
     }

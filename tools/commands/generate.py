@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
+from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from secateur.graph.program import JSON
 from secateur.graph.reading import reason_of
 from secateur.passes.lowering.lower import DTYPES
 from secateur.passes.opening import open_tokenizer
@@ -77,10 +79,9 @@ def generate_command(
     """Go on from a prompt, with the text as it comes and tokens a second at the end."""
     voice = opening.start_command(as_json, verbose)
     with before_work():
+        text = prompt
         if prompt == "-":
             text = sys.stdin.read()
-        else:
-            text = prompt
         tokenizer = read_tokenizer(model)
         ids = prompt_ids(tokenizer, text, chat)
         with voice.waiting(f"opening {model}"):
@@ -95,16 +96,16 @@ def generate_command(
                 compiled=compiled,
                 trust_code=trust_code,
             )
-    told = describe_engine(engine)
-    voice.note(f"{told['engine']}, weights {format_bytes(told['weight_bytes'])}")
+    facts = describe_engine(engine)
+    voice.note(f"{facts['engine']}, weights {format_bytes(facts['weight_bytes'])}")
     if dry_run:
         voice.result(
-            {**told, "prompt_tokens": ids.shape[1], "max_new_tokens": max_new_tokens},
+            {**facts, "prompt_tokens": ids.shape[1], "max_new_tokens": max_new_tokens},
             engine_tables(engine),
         )
         return
     writer = Writer(tokenizer, quiet=as_json)
-    found = engine.generate(
+    generation = engine.generate(
         ids.to(engine.device),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -112,8 +113,11 @@ def generate_command(
         on_token=writer.token,
     )
     writer.end()
-    voice.result(result_json(found, tokenizer, text, told), engine_tables(engine) if layers else [])
-    voice.note(speed_line(found))
+    tables = list[Table]()
+    if layers:
+        tables = engine_tables(engine)
+    voice.result(result_json(generation, tokenizer, text, facts), tables)
+    voice.note(speed_line(generation))
 
 
 def package_command(
@@ -145,28 +149,31 @@ def package_command(
         if is_package(Path(model).expanduser()):
             raise BadInput(f"{model} is a package already")
         with voice.waiting(f"opening {model}"):
-            engine = open_engine(
-                model, dtype=check_dtype(dtype), packed=False if dense else None, compiled=False
-            )
+            packed = None
+            if dense:
+                packed = False
+            engine = open_engine(model, dtype=check_dtype(dtype), packed=packed, compiled=False)
         assert isinstance(engine, StockEngine)
-    told = {**describe_engine(engine), "length": length, "batch": batch, "output": str(output)}
+    facts = {**describe_engine(engine), "length": length, "batch": batch, "output": str(output)}
     voice.note(
-        f"packaging {told['engine']}: two compilations, a minute or more each for a large graph"
+        f"packaging {facts['engine']}: two compilations, a minute or more each for a large graph"
     )
     if dry_run:
-        voice.result(told, engine_tables(engine))
+        voice.result(facts, engine_tables(engine))
         return
     source = None
     if Path(model).is_dir():
         source = Path(model)
-    options: dict[str, Any] = {
-        "length": length,
-        "batch": batch,
-        "source": source,
-        "overwrite": overwrite,
-    }
-    facts = write_package(engine.model, output, **options, tell=voice.note)
-    voice.result({**told, "compiled_for": facts.compiled_for}, [])
+    package = write_package(
+        engine.model,
+        output,
+        length=length,
+        batch=batch,
+        source=source,
+        overwrite=overwrite,
+        tell=voice.note,
+    )
+    voice.result({**facts, "compiled_for": package.compiled_for}, [])
     voice.note(f"written: {output}")
 
 
@@ -174,13 +181,15 @@ class Writer:
     """Writes text to stdout as soon as its letters are whole."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, quiet: bool) -> None:
-        self.tokenizer, self.quiet = tokenizer, quiet
-        self.ids, self.shown = list[int](), ""
+        self.tokenizer = tokenizer
+        self.quiet = quiet
+        self.ids = list[int]()
+        self.shown = ""
 
     def token(self, column: Tensor) -> None:
         """One more token of the first sequence."""
         self.ids.append(int(column.flatten()[0]))
-        text: Any = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
         if not self.quiet and not text.endswith("\ufffd"):
             sys.stdout.write(text[len(self.shown) :])
             sys.stdout.flush()
@@ -189,7 +198,7 @@ class Writer:
     def end(self) -> None:
         """What is left, and the end of the line."""
         if not self.quiet:
-            text: Any = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+            text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
             sys.stdout.write(text[len(self.shown) :] + "\n")
             sys.stdout.flush()
 
@@ -200,13 +209,12 @@ def read_tokenizer(model: str) -> PreTrainedTokenizerBase:
     Raises:
         BadInput: there is none that opens.
     """
-    here = Path(model).expanduser()
-    if here.is_dir():
-        name = str(checkpoint_in(here))
-    else:
-        name = model
-    found: PreTrainedTokenizerBase = open_tokenizer(name, BadInput)
-    return found
+    folder = Path(model).expanduser()
+    name = model
+    if folder.is_dir():
+        name = str(checkpoint_in(folder))
+    tokenizer: PreTrainedTokenizerBase = open_tokenizer(name, BadInput)
+    return tokenizer
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> Tensor:
@@ -225,18 +233,17 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> Ten
             raise BadInput(
                 f"the model has no chat template that works: {reason_of(error)}"
             ) from error
-    ids: Any = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
     if not ids:
         raise BadInput("the prompt is empty: give --prompt with some text")
     return torch.tensor([ids])
 
 
-def describe_engine(engine: Engine) -> dict[str, Any]:
+def describe_engine(engine: Engine) -> JSON:
     """What would run."""
+    layers = list[JSON]()
     if isinstance(engine, StockEngine):
         layers = layers_json(engine.layers)
-    else:
-        layers = []
     return {
         "engine": engine.name,
         "device": str(engine.device),
@@ -245,7 +252,7 @@ def describe_engine(engine: Engine) -> dict[str, Any]:
     }
 
 
-def engine_tables(engine: Engine) -> list[Any]:
+def engine_tables(engine: Engine) -> list[Table]:
     """What each layer runs on, for people."""
     if isinstance(engine, StockEngine):
         return layer_tables(engine.layers)
@@ -253,27 +260,28 @@ def engine_tables(engine: Engine) -> list[Any]:
 
 
 def result_json(
-    found: Generation, tokenizer: PreTrainedTokenizerBase, prompt: str, told: dict[str, Any]
-) -> dict[str, Any]:
+    generation: Generation, tokenizer: PreTrainedTokenizerBase, prompt: str, facts: JSON
+) -> JSON:
     """What ``generate --json`` tells."""
-    new = found.ids[0, found.prompt_tokens :].tolist()
-    times = {"prefill_seconds": found.prefill_seconds, "decode_seconds": found.decode_seconds}
-    text = tokenizer.decode(new, skip_special_tokens=True)
-    counts = {
-        "prompt_tokens": found.prompt_tokens,
-        "new_tokens": found.new_tokens,
-        "tokens_per_s": found.tokens_per_s,
+    new = generation.ids[0, generation.prompt_tokens :].tolist()
+    return {
+        "prompt": prompt,
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "ids": new,
+        "prompt_tokens": generation.prompt_tokens,
+        "new_tokens": generation.new_tokens,
+        "tokens_per_s": generation.tokens_per_s,
+        "prefill_seconds": generation.prefill_seconds,
+        "decode_seconds": generation.decode_seconds,
+        **facts,
     }
-    return {"prompt": prompt, "text": text, "ids": new, **counts, **times, **told}
 
 
-def speed_line(found: Generation) -> str:
+def speed_line(generation: Generation) -> str:
     """One line about the speed, with what it was measured on."""
-    first = f"{found.prompt_tokens} prompt tokens in {found.prefill_seconds:.2f} s"
-    return (
-        f"{first}, {found.new_tokens} new tokens, {found.tokens_per_s:.1f} tokens/s after the "
-        "first, batch 1"
-    )
+    prompt = f"{generation.prompt_tokens} prompt tokens in {generation.prefill_seconds:.2f} s"
+    speed = f"{generation.tokens_per_s:.1f} tokens/s after the first"
+    return f"{prompt}, {generation.new_tokens} new tokens, {speed}, batch 1"
 
 
 def check_dtype(name: str | None) -> str | None:

@@ -37,7 +37,7 @@ def verify_command(
     with before_work():
         if not folder.expanduser().is_dir():
             verify_folder(folder)  # says what is wrong with it
-    found = verify_folder(folder, quick=quick, progress=voice.progress)
-    voice.result(found.to_json(), verification_tables(found))
-    if not found.green:
+    verification = verify_folder(folder, quick=quick, progress=voice.progress)
+    voice.result(verification.to_json(), verification_tables(verification))
+    if not verification.green:
         raise typer.Exit(FAILED)

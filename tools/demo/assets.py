@@ -29,10 +29,9 @@ from secateur.runtime.open.classes import silence_transformers
 log = logging.getLogger(__name__)
 
 MIN_CHARACTERS = 120  # shorter leads are stubs and redirects
-HELD_OUT, CALIBRATION = (
-    range(10),
-    range(25, 35),
-)  # of a hundred buckets; the others stay free for training
+# Of a hundred buckets; the others stay free for training.
+HELD_OUT = range(10)
+CALIBRATION = range(25, 35)
 
 
 class AssetError(SecateurError):
@@ -119,9 +118,9 @@ def _check_hash(path: Path, sha256: str) -> None:
             "and retry"
         )
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise AssetError(f"{path}: SHA-256 {found}, expected {sha256}: remove the file and retry")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
+        raise AssetError(f"{path}: SHA-256 {digest}, expected {sha256}: remove the file and retry")
 
 
 def make_checkpoint(cache: Path) -> Path:
@@ -153,13 +152,11 @@ def _to_dense_model(gguf: Path) -> Any:
     import torch
     import transformers
 
-    options = getattr(
-        transformers, "GgufConfig", None
-    )  # newer releases keep the packed blocks unless told otherwise
+    # newer releases keep the packed blocks unless told otherwise
+    options = getattr(transformers, "GgufConfig", None)
+    unpack = {}
     if options:
         unpack = {"quantization_config": options(dequantize=True)}
-    else:
-        unpack = {}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpack
     )
@@ -224,7 +221,7 @@ def split_leads(leads: dict[str, str]) -> DemoText:
     """Calibration and held-out documents out of {title: lead}; leads that repeat another's text are
     left out."""
     seen: set[str] = set()
-    found: dict[range, list[tuple[str, str]]] = {CALIBRATION: [], HELD_OUT: []}
+    parts: dict[range, list[tuple[str, str]]] = {CALIBRATION: [], HELD_OUT: []}
     for title in sorted(leads):
         lead = re.sub(r"\s+", " ", leads[title]).strip()
         if len(lead) < MIN_CHARACTERS or lead in seen:
@@ -232,9 +229,10 @@ def split_leads(leads: dict[str, str]) -> DemoText:
         seen.add(lead)
         digest = hashlib.sha256(f"wiki/{title}".encode()).digest()
         bucket = int.from_bytes(digest[:8], "big") % 100
-        for part, documents in found.items():
+        for part, documents in parts.items():
             if bucket in part:
                 documents.append((digest.hex(), lead))
     return DemoText(
-        *([lead for _, lead in sorted(found[part])] for part in (CALIBRATION, HELD_OUT))
+        calibration=[lead for _, lead in sorted(parts[CALIBRATION])],
+        held_out=[lead for _, lead in sorted(parts[HELD_OUT])],
     )

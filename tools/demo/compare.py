@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import secateur
+from secateur.graph.program import JSON
 from secateur.passes.base import Progress, no_progress
 from secateur.passes.opening import open_tokenizer
 from secateur.runtime.open.classes import silence_transformers
@@ -70,9 +71,9 @@ class Comparison:
     before: ModelMeasures
     after: ModelMeasures
     size: DemoSize
-    calibration: dict[str, Any]
-    history: list[dict[str, Any]]
-    proof: dict[str, Any]
+    calibration: JSON
+    history: list[JSON]
+    proof: JSON
     saved_to: str
     seconds: dict[str, float]
     peak_memory_bytes: int
@@ -133,7 +134,7 @@ def _compress_model(
     seconds: dict[str, float],
     progress: Progress,
     overwrite: bool,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[list[JSON], JSON]:
     """Capture, run the pipeline, save; the steps that were applied, and what the saved folder was
     proved to be."""
     with _record_seconds(seconds, "capture"):
@@ -197,10 +198,9 @@ def answer_question(model: Any, tokenizer: Any, question: str, new_tokens: int) 
     asked = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    said = model.generate(**asked, max_new_tokens=new_tokens, do_sample=False)
-    return str(
-        tokenizer.decode(said[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
-    ).strip()
+    output = model.generate(**asked, max_new_tokens=new_tokens, do_sample=False)
+    answer = output[0, asked["input_ids"].shape[1] :]
+    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
 @contextmanager

@@ -8,11 +8,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from secateur.graph.program import JSON
 from secateur.runtime.save.target import new_file
 from secateur.tools.demo.compare import ANSWER_TOKENS, QUESTION, Comparison, ModelMeasures
 from secateur.tools.evaluate.measures import Speed
@@ -20,7 +20,8 @@ from secateur.tools.machine import describe_machine
 from secateur.tools.report import units
 
 FILES = ("report.json", "report.md", "result.png")
-BEFORE_COLOUR, AFTER_COLOUR = "#b8b2a7", "#3f7d58"
+BEFORE_COLOUR = "#b8b2a7"
+AFTER_COLOUR = "#3f7d58"
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,19 @@ ROWS = (
 
 def table_cells(comparison: Comparison) -> list[tuple[str, str, str, str]]:
     """(name, before, after, change) of each row."""
-    found = []
+    cells = []
     for row in ROWS:
-        before, after = (row.value(m) for m in (comparison.before, comparison.after))
-        old, new = (
-            row.write(row.value(m)) + row.spread(m) for m in (comparison.before, comparison.after)
+        before = row.value(comparison.before)
+        after = row.value(comparison.after)
+        cells.append(
+            (
+                row.name,
+                row.write(before) + row.spread(comparison.before),
+                row.write(after) + row.spread(comparison.after),
+                units.format_change(before, after),
+            )
         )
-        found.append((row.name, old, new, units.format_change(before, after)))
-    return found
+    return cells
 
 
 def protocol_notes(comparison: Comparison) -> list[str]:
@@ -94,16 +100,16 @@ def protocol_notes(comparison: Comparison) -> list[str]:
 
 def make_table(comparison: Comparison) -> Table:
     """The numbers, a row each."""
-    shown = Table(title="before and after")
-    shown.add_column("")
+    table = Table(title="before and after")
+    table.add_column("")
     for name in ("before", "after", "change"):
-        shown.add_column(name, justify="right")
+        table.add_column(name, justify="right")
     for row in table_cells(comparison):
-        shown.add_row(*row)
-    return shown
+        table.add_row(*row)
+    return table
 
 
-def for_a_terminal(comparison: Comparison) -> list[Any]:
+def for_a_terminal(comparison: Comparison) -> list[Table | str]:
     """All that is shown at the end, in order."""
     return [
         make_table(comparison),
@@ -115,16 +121,14 @@ def for_a_terminal(comparison: Comparison) -> list[Any]:
 
 def list_answers(comparison: Comparison) -> list[str]:
     """What each model says to the same question, a line each, and how long the whole took."""
-    said = [
-        (name, m.answer) for name, m in (("before", comparison.before), ("after", comparison.after))
-    ]
-    took = ", ".join(
-        f"{name} {units.format_duration(value)}" for name, value in comparison.seconds.items()
-    )
+    durations = []
+    for name, seconds in comparison.seconds.items():
+        durations.append(f"{name} {units.format_duration(seconds)}")
     return [
         f"asked: {QUESTION}",
-        *(f"{name}: {escape(text)}" for name, text in said),
-        f"took: {took}",
+        f"before: {escape(comparison.before.answer)}",
+        f"after: {escape(comparison.after.answer)}",
+        f"took: {', '.join(durations)}",
     ]
 
 
@@ -136,16 +140,16 @@ def to_markdown(comparison: Comparison) -> str:
         *table_cells(comparison),
     ]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    said = []
-    for name, m in (("before", comparison.before), ("after", comparison.after)):
-        said.append(f"> **{name}**: {m.answer}\n")
+    answers = [
+        f"> **before**: {comparison.before.answer}\n",
+        f"> **after**: {comparison.after.answer}\n",
+    ]
     asked = f"Asked (chat template, greedy, at most {ANSWER_TOKENS} tokens): {QUESTION}"
-    return "\n".join(
-        [*lines, "", *(f"- {note}" for note in protocol_notes(comparison)), "", asked, "", *said]
-    )
+    notes = [f"- {note}" for note in protocol_notes(comparison)]
+    return "\n".join([*lines, "", *notes, "", asked, "", *answers])
 
 
-def to_json(comparison: Comparison) -> dict[str, Any]:
+def to_json(comparison: Comparison) -> JSON:
     """Everything, with the machine and the day."""
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {"date": day, "machine": describe_machine(), **dataclasses.asdict(comparison)}

@@ -31,7 +31,9 @@ class Tokenizer(Protocol):
 
     eos_token_id: int | None
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any:
+        """Cut texts into tokens; the result holds their ids under ``input_ids``."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,24 +97,25 @@ def measure_perplexity(
     began = time.perf_counter()
     losses: list[torch.Tensor] = []
     dtype = "unknown"
-    for start, end, first in progress(
-        list(window_spans(len(stream), window, stride, bos is not None)), "perplexity"
-    ):
+    spans = list(window_spans(len(stream), window, stride, bos is not None))
+    for start, end, first in progress(spans, "perplexity"):
         ids = stream[start:end]
         logits, dtype = _window_logits(model, ids, bos)
         targets = ids[first:]
-        kept = ~torch.isin(targets, torch.tensor(unscored, dtype=ids.dtype))
-        losses.append(token_losses(logits[-len(targets) :], targets)[kept])
+        scored = ~torch.isin(targets, torch.tensor(unscored, dtype=ids.dtype))
+        losses.append(token_losses(logits[-len(targets) :], targets)[scored])
+    loss = torch.empty(0)
     if losses:
         loss = torch.cat(losses)
-    else:
-        loss = torch.empty(0)
     if loss.numel() < 2 or not torch.isfinite(loss).all():
         raise EvaluationError(
             f"{loss.numel()} tokens scored of {len(stream)}; need two or more, all with a "
             "finite loss"
         )
     nll = loss.double().mean().item()
+    beginning = "no beginning token"
+    if bos is not None:
+        beginning = f"beginning token {bos} before each window"
     return Perplexity(
         value=math.exp(min(nll, 700.0)),
         nll=nll,
@@ -122,7 +123,7 @@ def measure_perplexity(
         tokens=loss.numel(),
         window=window + (bos is not None),
         stride=stride,
-        bos="no beginning token" if bos is None else f"beginning token {bos} before each window",
+        bos=beginning,
         unscored=unscored,
         dtype=dtype,
         seconds=time.perf_counter() - began,
@@ -202,13 +203,12 @@ class Speed:
     @property
     def protocol(self) -> str:
         """One line to print beside the number."""
-        load = f"{self.prompt_tokens} prompt tokens" + (
-            f", {self.new_tokens} new" if self.phase == "decode" else ""
-        )
+        load = f"{self.prompt_tokens} prompt tokens"
+        if self.phase == "decode":
+            load += f", {self.new_tokens} new"
+        where = self.device
         if self.device == "cpu":
             where = f"{self.device}, {self.threads} threads"
-        else:
-            where = self.device
         return (
             f"batch {self.batch}, {load}, {self.dtype}, {where}, median of {self.runs} "
             "interleaved runs"
@@ -283,12 +283,14 @@ def _measure_speeds(
         device = torch.cuda.get_device_name(prompt.device)
     else:
         device = prompt.device.type
-    found = {}
-    for phase, tokens, seconds in zip(
-        ("prefill", "decode"), (length, new_tokens), zip(*times, strict=True), strict=True
+    prefill_seconds, decode_seconds = zip(*times, strict=True)
+    speeds = {}
+    for phase, tokens, seconds in (
+        ("prefill", length, prefill_seconds),
+        ("decode", new_tokens, decode_seconds),
     ):
         rates = sorted(batch * tokens / s for s in seconds)
-        found[phase] = Speed(
+        speeds[phase] = Speed(
             phase=phase,
             tokens_per_s=statistics.median(rates),
             slowest=rates[0],
@@ -301,4 +303,4 @@ def _measure_speeds(
             dtype=dtype,
             device=device,
         )
-    return found
+    return speeds

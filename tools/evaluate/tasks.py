@@ -71,11 +71,12 @@ def read_tasks(paths: Sequence[Path]) -> list[JSON]:
         EvaluationError: no file, not YAML, code (``!function``), an unknown field, a source that is
             no local file.
     """
-    files = [
-        file
-        for path in paths
-        for file in (sorted(path.glob("*.yaml")) if path.is_dir() else [path])
-    ]
+    files = list[Path]()
+    for path in paths:
+        if path.is_dir():
+            files += sorted(path.glob("*.yaml"))
+        else:
+            files.append(path)
     if not files:
         raise EvaluationError(f"no task file (.yaml) in {', '.join(map(str, paths))}")
     tasks = [_read_task(file) for file in files]
@@ -99,9 +100,10 @@ def _read_task(file: Path) -> JSON:
         raise EvaluationError(f"{file}: expected a map with 'task: NAME'")
     _check_task(task, file)
     options = dict(task["dataset_kwargs"])
-    options["data_files"] = {
-        split: _data_files(found, file) for split, found in options["data_files"].items()
-    }
+    data_files: JSON = {}
+    for split, names in options["data_files"].items():
+        data_files[split] = _data_files(names, file)
+    options["data_files"] = data_files
     return {**task, "dataset_kwargs": options}
 
 
@@ -138,11 +140,10 @@ def _check_task(task: JSON, file: Path) -> None:
             )
 
 
-def _data_files(found: Any, file: Path) -> list[str]:
-    if isinstance(found, list):
-        names = found
-    else:
-        names = [found]
+def _data_files(entry: object, file: Path) -> list[str]:
+    names = [entry]
+    if isinstance(entry, list):
+        names = entry
     paths = [file.parent / str(name) for name in names]
     for path in paths:
         if not path.is_file():
@@ -165,7 +166,13 @@ def run_tasks(
 
     Args:
         models: causal language models of transformers, by name.
+        tokenizer: of all of them.
+        tasks: as ``read_tasks`` gives them.
+        reference: name of the model that the others are compared with, or None.
         limit: only so many items of each task.
+        batch: items that run at once.
+        seed: of the draws of examples, and of the resampling behind the intervals.
+        note: gets a line for each model.
 
     Raises:
         EvaluationError: lm-eval is not installed, or refuses a task.
@@ -173,10 +180,10 @@ def run_tasks(
     lm_eval, wrap = _import_harness()
     raw: dict[str, JSON] = {}
     with tempfile.TemporaryDirectory(prefix="secateur-tasks-") as cache, _silence_harness(lm_eval):
-        local = [
-            {**task, "dataset_kwargs": {**task["dataset_kwargs"], "cache_dir": cache}}
-            for task in tasks
-        ]
+        local = list[JSON]()
+        for task in tasks:
+            options = {**task["dataset_kwargs"], "cache_dir": cache}
+            local.append({**task, "dataset_kwargs": options})
         for name, model in models.items():
             note(f"tasks on {name}")
             try:
@@ -186,10 +193,11 @@ def run_tasks(
                 raise EvaluationError(
                     f"lm-eval cannot run {names}: {type(error).__name__}: {error}"
                 ) from error
-    return {
-        name: list(_iterate_scores(found, raw.get(reference or ""), name == reference, seed))
-        for name, found in raw.items()
-    }
+    base = raw.get(reference or "")
+    scores: dict[str, list[TaskScore]] = {}
+    for name, results in raw.items():
+        scores[name] = list(_iterate_scores(results, base, name == reference, seed))
+    return scores
 
 
 def _import_harness() -> tuple[Any, Any]:
@@ -238,7 +246,7 @@ def _run_tasks(
     wrapped = wrap(
         pretrained=model, tokenizer=tokenizer, batch_size=batch, device=str(model.device)
     )
-    found: JSON = lm_eval.simple_evaluate(
+    results: JSON = lm_eval.simple_evaluate(
         model=wrapped,
         tasks=tasks,
         task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
@@ -249,45 +257,41 @@ def _run_tasks(
         torch_random_seed=seed,
         fewshot_random_seed=seed,
     )
-    return found
+    return results
 
 
-def _iterate_scores(
-    found: JSON, base: JSON | None, is_base: bool, seed: int
-) -> Iterator[TaskScore]:
-    for task, results in found["results"].items():
+def _iterate_scores(run: JSON, base: JSON | None, is_base: bool, seed: int) -> Iterator[TaskScore]:
+    for task, results in run["results"].items():
         for key, value in results.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            items = len(found["samples"][task])
-            shots = int(found["n-shot"].get(task) or 0)
-            values = _by_item(found, task, metric, value)
+            items = len(run["samples"][task])
+            shots = int(run["n-shot"].get(task) or 0)
+            values = _by_item(run, task, metric, value)
             others = None
             if base is not None and not is_base:
                 others = _by_item(base, task, metric, base["results"][task][key])
             bootstrap = Bootstrap(torch.arange(items), seed)
-            if (
-                values is None
-            ):  # the metric is no mean of items: a normal interval from lm-eval's standard error
+            if values is None:
+                # the metric is no mean of items: a normal interval from lm-eval's standard error
                 spread = results.get(f"{metric}_stderr,{kind}")
+                half = float("nan")
                 if isinstance(spread, float):
                     half = 1.96 * spread
-                else:
-                    half = float("nan")
                 result = Interval(float(value), value - half, value + half)
             else:
                 result = bootstrap.interval(values)
             difference = None
             if not (values is None or others is None):
                 difference = bootstrap.interval(values - others)
-            better = bool(found["higher_is_better"].get(task, {}).get(metric, True))
+            better = bool(run["higher_is_better"].get(task, {}).get(metric, True))
             yield TaskScore(task, metric, result, items, shots, better, difference)
 
 
-def _by_item(found: JSON, task: str, metric: str, value: float) -> torch.Tensor | None:
+def _by_item(run: JSON, task: str, metric: str, value: float) -> torch.Tensor | None:
     """The metric of each item, where its mean is the metric of the task."""
-    items = sorted(found["samples"][task], key=lambda item: int(item["doc_id"]))
+    items = sorted(run["samples"][task], key=lambda item: int(item["doc_id"]))
     numbers = [item.get(metric) for item in items]
     if not all(isinstance(number, int | float) for number in numbers):
         return None

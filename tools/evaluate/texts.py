@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.graph.program import JSON
 from secateur.passes.base import Progress, no_progress
 from secateur.passes.calibration.kl import CHUNK, KL, token_kl
 from secateur.passes.calibration.seq2seq import DECODER_INPUT, split_window
@@ -29,9 +30,8 @@ from secateur.tools.evaluate.measures import (
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 DRAWN_AT_ONCE = 4_000_000  # clusters that are drawn at once, 8 bytes each and some more
-FEW = (
-    10  # with fewer documents than this, windows are resampled instead; with fewer windows, tokens
-)
+FEW = 10
+"""With fewer documents than this, windows are resampled instead; with fewer windows, tokens."""
 CURVE = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 
 
@@ -103,9 +103,12 @@ class TextScores:
     agreement: Interval | None = None
     curve: tuple[tuple[float, float], ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JSON:
         """Plain values."""
-        return {**asdict(self), "kl": None if self.kl is None else self.kl.to_json()}
+        values = asdict(self)
+        if self.kl is not None:
+            values["kl"] = self.kl.to_json()
+        return values
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class TextReport:
     tokens: int
     reference: str | None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JSON:
         """Plain values."""
         return {
             "protocol": self.protocol,
@@ -240,16 +243,16 @@ def _collect_values(
     """Take from logits [n, vocabulary] what is wanted of the scored positions, some of them at a
     time."""
     seen.dtype = str(logits.dtype).removeprefix("torch.")
-    for at in scored.split(CHUNK):
-        part = logits[at.to(logits.device)]
-        losses = token_losses(part, targets[at].to(logits.device)).cpu()
+    for positions in scored.split(CHUNK):
+        part = logits[positions.to(logits.device)]
+        losses = token_losses(part, targets[positions].to(logits.device)).cpu()
         if not bool(losses.isfinite().all()):
             raise EvaluationError(
                 "a loss is not finite: the model's weights or its dtype are at fault"
             )
         seen.losses.append(losses)
         if against is not None:
-            wanted = against[at.to(against.device)].to(logits.device)
+            wanted = against[positions.to(against.device)].to(logits.device)
             seen.kls.append(token_kl(wanted, part).cpu())
             seen.agrees.append((wanted.argmax(-1) == part.argmax(-1)).float().cpu())
 
@@ -262,7 +265,7 @@ def _summarize_models(
     base = None
     if reference is not None:
         base = torch.cat(seen[reference].losses).double()
-    return {name: _summarize_model(found, base, bootstrap) for name, found in seen.items()}
+    return {name: _summarize_model(values, base, bootstrap) for name, values in seen.items()}
 
 
 def _summarize_model(seen: _TokenValues, base: Tensor | None, bootstrap: Bootstrap) -> TextScores:
@@ -308,10 +311,12 @@ class Bootstrap:
             [sums[drawn].sum(1) / self.sizes[drawn].sum(1) for drawn in self._draw_clusters()]
         )
         tail = (1 - CONFIDENCE) / 2
-        found = [float(values.mean()), float(means.quantile(tail)), float(means.quantile(1 - tail))]
+        middle = float(values.mean())
+        low = float(means.quantile(tail))
+        high = float(means.quantile(1 - tail))
         if exponential:
-            return Interval(*(math.exp(min(x, 700.0)) for x in found))
-        return Interval(*found)
+            return Interval(*(math.exp(min(x, 700.0)) for x in (middle, low, high)))
+        return Interval(middle, low, high)
 
     def _draw_clusters(self) -> Iterator[Tensor]:
         """Numbers of clusters, [some resamples, clusters] at a time; the same ones in every
@@ -329,8 +334,14 @@ def tail_concentration(values: Tensor) -> tuple[tuple[float, float], ...]:
     """(part of the tokens, worst first; part of the sum that they carry), at fixed parts."""
     running = values.sort(descending=True).values.cumsum(0)
     total = float(running[-1])
-    at = [max(1, math.ceil(part * len(values))) for part in CURVE]
-    return tuple((n / len(values), float(running[n - 1]) / total if total else 0.0) for n in at)
+    curve = list[tuple[float, float]]()
+    for part in CURVE:
+        count = max(1, math.ceil(part * len(values)))
+        carried = 0.0
+        if total:
+            carried = float(running[count - 1]) / total
+        curve.append((count / len(values), carried))
+    return tuple(curve)
 
 
 def _describe_protocol(text: ScoredText, documents: int, cluster: Tensor, resampled: str) -> str:

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from secateur.graph.program import JSON
 from secateur.tools.bench.kernels import KernelRow
 from secateur.tools.bench.models import ModelRow
 from secateur.tools.bench.timing import Spread
 from secateur.tools.report.picture import save_figure
 from secateur.tools.report.units import format_bytes
 
-OURS, THEIRS = "#2f7f4f", "#8a8a8a"
+OURS = "#2f7f4f"
+THEIRS = "#8a8a8a"
 Cells = list[list[str]]
+Bars = list[tuple[str, float]]
+Panel = tuple[str, Bars, str]
+"""Title, bars, and the unit with which way is better."""
 KERNEL_HEAD = [
     "shape",
     "rows",
@@ -42,50 +46,71 @@ MODEL_HEAD = [
 
 def kernel_cells(rows: Sequence[KernelRow]) -> Cells:
     """One row of cells for each measurement."""
-    return [
-        [
-            f"{row.shape[0]}x{row.shape[1]}",
-            str(row.batch),
-            row.form,
-            _span_text(row.seconds, 1e6) if row.seconds else row.fault,
-            f"{row.share:.0%}" if row.share is not None else "",
-            *(_ratio_text(rows, row, base) for base in ("torch fp32", "torch bf16")),
-            row.backend,
-        ]
-        for row in rows
-    ]
+    cells: Cells = []
+    for row in rows:
+        time = row.fault
+        if row.seconds:
+            time = _span_text(row.seconds, 1e6)
+        cells.append(
+            [
+                f"{row.shape[0]}x{row.shape[1]}",
+                str(row.batch),
+                row.form,
+                time,
+                _share_text(row.share),
+                _ratio_text(rows, row, "torch fp32"),
+                _ratio_text(rows, row, "torch bf16"),
+                row.backend,
+            ]
+        )
+    return cells
+
+
+def _share_text(share: float | None) -> str:
+    if share is None:
+        return ""
+    return f"{share:.0%}"
 
 
 def model_cells(rows: Sequence[ModelRow]) -> Cells:
     """One row of cells for each model."""
-    return [
-        [
-            row.name,
-            row.engine,
-            f"{row.prefill.median:.0f}" if row.prefill else row.fault,
-            _span_text(row.decode, 1.0) if row.decode else "",
-            f"{row.share:.0%}" if row.share is not None else "",
-            format_bytes(row.weight_bytes),
-            f"{row.body_bytes / row.dense_bytes:.4f}" if row.dense_bytes else "",
-            row.tokens_equal,
-        ]
-        for row in rows
-    ]
+    cells: Cells = []
+    for row in rows:
+        prefill = row.fault
+        if row.prefill:
+            prefill = f"{row.prefill.median:.0f}"
+        decode = ""
+        if row.decode:
+            decode = _span_text(row.decode, 1.0)
+        of_dense = ""
+        if row.dense_bytes:
+            of_dense = f"{row.body_bytes / row.dense_bytes:.4f}"
+        cells.append(
+            [
+                row.name,
+                row.engine,
+                prefill,
+                decode,
+                _share_text(row.share),
+                format_bytes(row.weight_bytes),
+                of_dense,
+                row.tokens_equal,
+            ]
+        )
+    return cells
 
 
 def bench_tables(kernels: Sequence[KernelRow], models: Sequence[ModelRow]) -> list[Table]:
     """What was measured, for a terminal."""
-    found = []
+    tables = []
     if kernels:
-        found.append(_make_table("one product", KERNEL_HEAD, kernel_cells(kernels)))
+        tables.append(_make_table("one product", KERNEL_HEAD, kernel_cells(kernels)))
     if models:
-        found.append(_make_table("whole models", MODEL_HEAD, model_cells(models)))
-    return found
+        tables.append(_make_table("whole models", MODEL_HEAD, model_cells(models)))
+    return tables
 
 
-def to_markdown(
-    facts: dict[str, Any], kernels: Sequence[KernelRow], models: Sequence[ModelRow]
-) -> str:
+def to_markdown(facts: JSON, kernels: Sequence[KernelRow], models: Sequence[ModelRow]) -> str:
     """What was measured, for a page, with the machine and the protocol."""
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     for title, head, cells in (
@@ -98,9 +123,7 @@ def to_markdown(
     return "\n".join(["# Speed", "", *lines, ""])
 
 
-def to_json(
-    facts: dict[str, Any], kernels: Sequence[KernelRow], models: Sequence[ModelRow]
-) -> dict[str, Any]:
+def to_json(facts: JSON, kernels: Sequence[KernelRow], models: Sequence[ModelRow]) -> JSON:
     """Everything that was measured."""
     return {
         **facts,
@@ -115,15 +138,7 @@ def draw_bench(kernels: Sequence[KernelRow], models: Sequence[ModelRow], file: P
     Raises:
         SecateurError: neither .png nor .svg, or it cannot be written.
     """
-    groups = list(dict.fromkeys((row.shape, row.batch) for row in kernels if row.seconds))
-    panels: list[tuple[str, list[tuple[str, float]], str]] = []
-    for shape, batch in groups:
-        same = [r for r in kernels if (r.shape, r.batch) == (shape, batch) and r.seconds]
-        bars = [(r.form, 1e6 * r.seconds.median) for r in same if r.seconds]
-        panels.append((f"{shape[0]}x{shape[1]}, {batch} rows", bars, "us, shorter is better"))
-    if any(row.decode for row in models):
-        bars = [(row.name, row.decode.median) for row in models if row.decode]
-        panels.append(("decode", bars, "tokens/s, longer is better"))
+    panels = _bench_panels(kernels, models)
     tall = sum(0.3 * len(bars) + 0.9 for _, bars, _ in panels) or 1.0
     figure = Figure(figsize=(8, tall), layout="constrained")
     ratios = [len(bars) + 2 for _, bars, _ in panels] or [1]
@@ -134,10 +149,7 @@ def draw_bench(kernels: Sequence[KernelRow], models: Sequence[ModelRow], file: P
     ):
         names = [name for name, _ in bars]
         values = [value for _, value in bars]
-        colours = [
-            OURS if name.startswith("ours") or " packed " in name else THEIRS for name in names
-        ]
-        drawn = axes.barh(names, values, color=colours)
+        drawn = axes.barh(names, values, color=[_bar_colour(name) for name in names])
         axes.bar_label(drawn, [f"{value:.4g}" for value in values], padding=3, fontsize=8)
         axes.invert_yaxis()
         axes.set_title(f"{title}  ({unit})", fontsize=9, loc="left")
@@ -147,19 +159,41 @@ def draw_bench(kernels: Sequence[KernelRow], models: Sequence[ModelRow], file: P
     save_figure(figure, file)
 
 
+def _bench_panels(kernels: Sequence[KernelRow], models: Sequence[ModelRow]) -> list[Panel]:
+    bars_of_product: dict[tuple[tuple[int, int], int], Bars] = {}
+    for row in kernels:
+        if row.seconds:
+            bar = (row.form, 1e6 * row.seconds.median)
+            bars_of_product.setdefault((row.shape, row.batch), []).append(bar)
+    panels: list[Panel] = []
+    for (shape, batch), bars in bars_of_product.items():
+        panels.append((f"{shape[0]}x{shape[1]}, {batch} rows", bars, "us, shorter is better"))
+    decode_bars = [(row.name, row.decode.median) for row in models if row.decode]
+    if decode_bars:
+        panels.append(("decode", decode_bars, "tokens/s, longer is better"))
+    return panels
+
+
+def _bar_colour(name: str) -> str:
+    if name.startswith("ours") or " packed " in name:
+        return OURS
+    return THEIRS
+
+
 def _ratio_text(rows: Sequence[KernelRow], row: KernelRow, base: str) -> str:
-    same = []
-    for r in rows:
-        if (r.form, r.shape, r.batch) == (base, row.shape, row.batch):
-            same.append(r)
-    if not same or not same[0].seconds or not row.seconds:
-        return ""
-    return f"{same[0].seconds.median / row.seconds.median:.2f}"
+    """How many times faster a form is than a base on the same product; empty where unknown."""
+    for other in rows:
+        if (other.form, other.shape, other.batch) == (base, row.shape, row.batch):
+            if not other.seconds or not row.seconds:
+                return ""
+            return f"{other.seconds.median / row.seconds.median:.2f}"
+    return ""
 
 
-def _span_text(found: Spread, scale: float) -> str:
-    middle, low, high = (f"{x * scale:.1f}" for x in (found.median, found.low, found.high))
-    return f"{middle} [{low}, {high}]"
+def _span_text(spread: Spread, scale: float) -> str:
+    low = spread.low * scale
+    high = spread.high * scale
+    return f"{spread.median * scale:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def _make_table(title: str, head: Sequence[str], cells: Cells) -> Table:

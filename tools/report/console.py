@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -23,12 +23,15 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from secateur.graph import SecateurError
 from secateur.graph.reading import printable, reason_of
 
 T = TypeVar("T")
-FAILED, BAD_INPUT, INTERNAL = 1, 2, 70
+FAILED = 1
+BAD_INPUT = 2
+INTERNAL = 70
 
 
 class BadInput(SecateurError):
@@ -37,7 +40,10 @@ class BadInput(SecateurError):
 
 @dataclass(frozen=True)
 class CommandConsole:
-    """Where a command writes.  as_json: stdout carries one JSON document and nothing else."""
+    """Where a command writes.
+
+    as_json: stdout carries one JSON document and nothing else.
+    """
 
     as_json: bool = False
 
@@ -50,7 +56,7 @@ class CommandConsole:
         """A line for the person who waits."""
         self.err.print(text, markup=False)
 
-    def result(self, value: Any, tables: Iterable[Any]) -> None:
+    def result(self, value: object, tables: Iterable[Table | str]) -> None:
         """The result: JSON, or tables for a person."""
         if self.as_json:
             sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
@@ -90,10 +96,9 @@ def before_work() -> Iterator[None]:
 
 def report_error(error: BaseException, *, as_json: bool, debug: bool) -> int:
     """Say what went wrong; returns the exit code."""
+    code = FAILED
     if isinstance(error, BadInput):
         code = BAD_INPUT
-    else:
-        code = FAILED
     err = Console(stderr=True, highlight=False, soft_wrap=True)
     if debug:
         err.print_exception()
@@ -116,10 +121,9 @@ def report_internal(error: Exception, *, as_json: bool, debug: bool) -> int:
     if debug:
         err.print_exception()
     frames = traceback.extract_tb(error.__traceback__)
+    place = "an unknown place"
     if frames:
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
-    else:
-        place = "an unknown place"
     text = f"internal error: {type(error).__name__}: {reason_of(error)} ({place})"
     err.print(printable(text), markup=False, style="red")
     err.print(
@@ -139,4 +143,6 @@ def log_to_stderr(verbose: bool) -> None:
     logger.handlers = [
         RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
     ]
-    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    logger.setLevel(logging.WARNING)
+    if verbose:
+        logger.setLevel(logging.INFO)

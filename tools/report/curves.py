@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from secateur.graph import SecateurError
@@ -18,6 +18,7 @@ STYLES = ("solid", "dashed", "dotted", "dashdot")
 @dataclass(frozen=True)
 class Panel:
     """One picture beside others.
+
     title: what it shows.
     key: of the records.
     unit: at its y axis.
@@ -54,15 +55,10 @@ def draw_curves(runs: Runs, panels: Sequence[Panel], file: Path, title: str = ""
         raise SecateurError("there is no curve to draw: no run has a record")
     figure = Figure(figsize=(6.2 * len(panels), 4.6), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for at, (label, group) in enumerate(runs.items()):
-            _draw_group(
-                axes,
-                panel.key,
-                label,
-                group,
-                COLOURS[at % len(COLOURS)],
-                STYLES[at // len(COLOURS) % 4],
-            )
+        for place, (label, group) in enumerate(runs.items()):
+            colour = COLOURS[place % len(COLOURS)]
+            style = STYLES[place // len(COLOURS) % 4]
+            _draw_group(axes, panel.key, label, group, colour, style)
         if panel.level is not None:
             axes.axhline(
                 panel.level[0],
@@ -74,7 +70,8 @@ def draw_curves(runs: Runs, panels: Sequence[Panel], file: Path, title: str = ""
         axes.set_title(panel.title, fontsize=11)
         axes.set_xlabel("tokens trained on")
         axes.set_ylabel(panel.unit)
-        axes.set_yscale("log" if panel.logarithmic else "linear")
+        if panel.logarithmic:
+            axes.set_yscale("log")
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
@@ -89,41 +86,36 @@ def draw_curves(runs: Runs, panels: Sequence[Panel], file: Path, title: str = ""
 
 
 def _draw_group(
-    axes: Any, key: str, label: str, group: Sequence[Any], colour: str, style: str
+    axes: Axes,
+    key: str,
+    label: str,
+    group: Sequence[Sequence[Mapping[str, float]]],
+    colour: str,
+    style: str,
 ) -> None:
-    lines = [[(row["tokens"], row[key]) for row in run if key in row] for run in group]
-    lines = [line for line in lines if line]
-    if not lines:
+    lines = list[tuple[list[float], list[float]]]()
+    for run in group:
+        rows = [row for row in run if key in row]
+        if rows:
+            lines.append(([row["tokens"] for row in rows], [row[key] for row in rows]))
+    if len(lines) == 1:
+        axes.plot(*lines[0], color=colour, linestyle=style, linewidth=1.8, alpha=1.0, label=label)
+    if len(lines) <= 1:
         return
-    alone = len(lines) == 1
-    for line in lines:
-        axes.plot(
-            *zip(*line, strict=True),
-            color=colour,
-            linestyle=style,
-            linewidth=1.8 if alone else 0.7,
-            alpha=1.0 if alone else 0.6,
-            label=label if alone else None,
-        )
-    places = {tuple(x for x, _ in line) for line in lines}
-    if not alone and len(places) == 1:
-        means = []
-        for values in zip(*([y for _, y in line] for line in lines), strict=True):
-            means.append(sum(values) / len(lines))
-        axes.plot(
-            next(iter(places)),
-            means,
-            color=colour,
-            linestyle=style,
-            linewidth=2.2,
-            label=f"{label}, mean of {len(lines)}",
-        )
-    elif not alone:
-        axes.plot(
-            [],
-            [],
-            color=colour,
-            linestyle=style,
-            linewidth=2.2,
-            label=f"{label}, {len(lines)} runs",
-        )
+    for tokens, values in lines:
+        axes.plot(tokens, values, color=colour, linestyle=style, linewidth=0.7, alpha=0.6)
+    places = lines[0][0]
+    means = list[float]()
+    thick_label = f"{label}, {len(lines)} runs"
+    if all(tokens == places for tokens, _ in lines):
+        for values_there in zip(*(values for _, values in lines), strict=True):
+            means.append(sum(values_there) / len(lines))
+        thick_label = f"{label}, mean of {len(lines)}"
+    axes.plot(
+        places[: len(means)],
+        means,
+        color=colour,
+        linestyle=style,
+        linewidth=2.2,
+        label=thick_label,
+    )

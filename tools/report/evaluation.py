@@ -34,28 +34,22 @@ def evaluation_tables(
 
 
 def _text_table(parameters: Mapping[str, int], text: TextReport) -> Table:
-    compared = text.reference is not None
-    table = _make_table(
-        "text",
-        [
-            "model",
-            "parameters",
-            "perplexity",
-            *(["to reference", "same top 1"] if compared else []),
-        ],
-    )
+    columns = ["model", "parameters", "perplexity"]
+    if text.reference is not None:
+        columns += ["to reference", "same top 1"]
+    table = _make_table("text", columns)
     for name, scores in text.models.items():
-        found = [scores.ratio, scores.agreement]
-        if compared:
-            against = []
-            for one in found:
-                against.append(interval_text(one, 3) if one is not None else "")
-        else:
-            against = []
-        table.add_row(
-            name, format_count(parameters[name]), interval_text(scores.perplexity, 2), *against
-        )
+        cells = [name, format_count(parameters[name]), interval_text(scores.perplexity, 2)]
+        if text.reference is not None:
+            cells += [_optional_interval(scores.ratio), _optional_interval(scores.agreement)]
+        table.add_row(*cells)
     return table
+
+
+def _optional_interval(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    return interval_text(interval, 3)
 
 
 def _distance_table(text: TextReport) -> Table:
@@ -80,31 +74,28 @@ def _task_table(tasks: Tasks) -> Table:
 
 
 def _task_cell(score: TaskScore) -> str:
+    result = interval_text(score.result, 3)
     if score.difference is None:
-        against = ""
-    else:
-        against = f"\ndifference {interval_text(score.difference, 3, signed=True)}"
-    return interval_text(score.result, 3) + against
+        return result
+    return f"{result}\ndifference {interval_text(score.difference, 3, signed=True)}"
 
 
 def _task_protocol(tasks: Tasks) -> str:
-    lines = dict.fromkeys(
-        f"{s.task}: {s.items} items, {s.shots} shots" for s in next(iter(tasks.values()))
-    )
+    lines = dict[str, None]()
+    for score in next(iter(tasks.values())):
+        lines[f"{score.task}: {score.items} items, {score.shots} shots"] = None
     return (
         f"protocol: {'; '.join(lines)}; intervals: 95%, items resampled, differences on "
         "the same items"
     )
 
 
-def interval_text(found: Interval, digits: int, signed: bool = False) -> str:
+def interval_text(interval: Interval, digits: int, signed: bool = False) -> str:
     """14.38 [14.02, 14.77]."""
+    shape = f".{digits}f"
     if signed:
-        sign = "+"
-    else:
-        sign = ""
-    value, low, high = (f"{x:{sign}.{digits}f}" for x in (found.value, found.low, found.high))
-    return f"{value} [{low}, {high}]"
+        shape = "+" + shape
+    return f"{interval.value:{shape}} [{interval.low:{shape}}, {interval.high:{shape}}]"
 
 
 def _make_table(title: str, columns: Sequence[str]) -> Table:
@@ -123,25 +114,29 @@ def draw_evaluation(text: TextReport, file: Path) -> None:
     if file.suffix.lower() not in CANVASES:
         raise SecateurError(f"{file.name}: a picture ends in {' or '.join(CANVASES)}")
     figure = Figure(figsize=(11, 1.8 + max(2.2, 0.45 * len(text.models))), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    perplexities, damages = figure.subplots(1, 2)
     names = list(text.models)
-    for at, (name, scores) in enumerate(text.models.items()):
-        found = scores.perplexity
-        colour = COLOURS[at % len(COLOURS)]
-        spread = [[max(0.0, found.value - found.low)], [max(0.0, found.high - found.value)]]
-        left.errorbar([found.value], [at], xerr=spread, fmt="o", color=colour, capsize=4)
+    for row, (name, scores) in enumerate(text.models.items()):
+        interval = scores.perplexity
+        colour = COLOURS[row % len(COLOURS)]
+        below = max(0.0, interval.value - interval.low)
+        above = max(0.0, interval.high - interval.value)
+        spread = [[below], [above]]
+        perplexities.errorbar(
+            [interval.value], [row], xerr=spread, fmt="o", color=colour, capsize=4
+        )
         if scores.curve:
             worst, carried = zip(*scores.curve, strict=True)
-            right.plot(worst, carried, color=colour, marker=".", label=name)
-    left.set_yticks(range(len(names)), names)
-    left.set_ylim(len(names) - 0.5, -0.5)
-    left.set_xlabel("perplexity, 95 % interval")
-    right.set_xscale("log")
-    right.set_xlabel("part of the tokens, worst first")
-    right.set_ylabel("part of the KL they carry")
-    if right.lines:
-        right.legend(frameon=False)
+            damages.plot(worst, carried, color=colour, marker=".", label=name)
+    perplexities.set_yticks(range(len(names)), names)
+    perplexities.set_ylim(len(names) - 0.5, -0.5)
+    perplexities.set_xlabel("perplexity, 95 % interval")
+    damages.set_xscale("log")
+    damages.set_xlabel("part of the tokens, worst first")
+    damages.set_ylabel("part of the KL they carry")
+    if damages.lines:
+        damages.legend(frameon=False)
     else:
-        right.text(0.5, 0.5, "no reference", ha="center", transform=right.transAxes)
+        damages.text(0.5, 0.5, "no reference", ha="center", transform=damages.transAxes)
     figure.suptitle(text.protocol, fontsize=8)
     save_figure(figure, file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from rich.table import Table
@@ -17,22 +16,20 @@ def layer_tables(layers: Sequence[LayerReport]) -> list[Table]:
     table = Table(title="what runs where", title_justify="left")
     for column in ("layers", "form", "op", "kernel", "bytes", "dense", "why"):
         table.add_column(column, overflow="fold")
-    alike = Counter((row.kind, row.op, row.backend, _short_reason(row.reason)) for row in layers)
-    for (kind, op, backend, why), times in alike.items():
-        same = [
-            r
-            for r in layers
-            if (r.kind, r.op, r.backend, _short_reason(r.reason)) == (kind, op, backend, why)
-        ]
-        held = sum(r.bytes for r in same)
-        dense = sum(r.dense_bytes for r in same)
+    alike: dict[tuple[str, str, str, str], list[LayerReport]] = {}
+    for row in layers:
+        key = (row.kind, row.op, row.backend, _short_reason(row.reason))
+        alike.setdefault(key, []).append(row)
+    for (kind, op, backend, why), rows in alike.items():
+        packed_bytes = sum(row.bytes for row in rows)
+        dense_bytes = sum(row.dense_bytes for row in rows)
         table.add_row(
-            f"{times} x {_last_part(same[0].layer)}",
+            f"{len(rows)} x {_last_part(rows[0].layer)}",
             kind,
             op,
             backend,
-            format_bytes(held),
-            format_bytes(dense),
+            format_bytes(packed_bytes),
+            format_bytes(dense_bytes),
             why,
         )
     if layers:
@@ -50,16 +47,14 @@ def plan_table(plan: Lowering) -> Table:
     for row in plan.layers:
         groups.setdefault((row.kind, tuple(row.shape), _last_part(row.layer)), []).append(row)
     for (kind, shape, name), rows in groups.items():
-        cells = [f"{_sum_field(rows, 'ms'):.3f}", f"{_sum_field(rows, 'dense_ms'):.3f}"]
-        cells += [
-            format_bytes(_sum_field(rows, "bytes")),
-            format_bytes(_sum_field(rows, "dense_bytes")),
-        ]
         table.add_row(
             f"{len(rows)} x {name}",
             str(list(shape)),
             kind,
-            *cells,
+            f"{_sum_field(rows, 'ms'):.3f}",
+            f"{_sum_field(rows, 'dense_ms'):.3f}",
+            format_bytes(_sum_field(rows, "bytes")),
+            format_bytes(_sum_field(rows, "dense_bytes")),
             _short_reason(rows[0].reason),
         )
     return table

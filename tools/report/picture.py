@@ -33,19 +33,21 @@ def draw_groups(groups: Sequence[CoupledGroup], path: str, file: Path) -> None:
     if file.suffix.lower() not in CANVASES:
         raise SecateurError(f"{file.name}: a picture ends in {' or '.join(CANVASES)}")
     graph = membership_graph(groups, path)
-    left = [node for node, side in graph.nodes(data="side") if side == "group"]
-    right = [node for node, side in graph.nodes(data="side") if side == "parameter"]
-    figure = Figure(figsize=(11, 1.2 + 0.42 * max(len(left), len(right), 4)), layout="constrained")
+    columns: dict[str, list[str]] = {"group": [], "parameter": []}
+    for node, side in graph.nodes(data="side"):
+        columns[side].append(node)
+    rows = max(len(columns["group"]), len(columns["parameter"]), 4)
+    figure = Figure(figsize=(11, 1.2 + 0.42 * rows), layout="constrained")
     axes = figure.add_subplot()
-    places = {**_place_column(left, 0.0), **_place_column(right, 1.0)}
-    colours = {node: COLOURS[i % len(COLOURS)] for i, node in enumerate(left)}
-    for one, other, data in graph.edges(data=True):
-        if one in colours:
-            group = one
-            parameter = other
+    places = _place_column(columns["group"], 0.0) | _place_column(columns["parameter"], 1.0)
+    colours = {node: COLOURS[i % len(COLOURS)] for i, node in enumerate(columns["group"])}
+    for first, second, data in graph.edges(data=True):
+        if first in colours:
+            group = first
+            parameter = second
         else:
-            group = other
-            parameter = one
+            group = second
+            parameter = first
         xs, ys = zip(places[group], places[parameter], strict=True)
         style = ROLE_STYLES.get(data["role"], "solid")
         axes.plot(xs, ys, linestyle=style, color=colours[group], linewidth=1.6, alpha=0.8)
@@ -53,7 +55,10 @@ def draw_groups(groups: Sequence[CoupledGroup], path: str, file: Path) -> None:
         label = graph.nodes[node]["label"]
         colour = colours.get(node, "#333333")
         box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": colour}
-        axes.text(x, y, label, ha="right" if x == 0 else "left", va="center", fontsize=9, bbox=box)
+        side = "left"
+        if x == 0:
+            side = "right"
+        axes.text(x, y, label, ha=side, va="center", fontsize=9, bbox=box)
     for role, style in ROLE_STYLES.items():
         axes.plot([], [], linestyle=style, color="#333333", label=role.replace("_", " "))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, frameon=False)
@@ -68,26 +73,20 @@ def membership_graph(groups: Sequence[CoupledGroup], path: str) -> nx.MultiGraph
     role."""
     graph = nx.MultiGraph()
     for group in groups:
-        members = []
-        for m in group.members:
-            if is_inside(m.parameter, path):
-                members.append(m)
+        members = [m for m in group.members if is_inside(m.parameter, path)]
+        lock = ""
         if group.locked:
             lock = f"\nlocked: {group.locked}"
-        else:
-            lock = ""
         if members:
+            reach = ", across layers"
             if group.block:
                 reach = ""
-            else:
-                reach = ", across layers"
             label = f"{group.family}: {group.units} units{reach}{_shorten_label(lock)}"
             graph.add_node(group.name, side="group", label=label)
         for member in members:
+            name = member.parameter
             if path:
-                name = member.parameter.removeprefix(path + ".")
-            else:
-                name = member.parameter
+                name = name.removeprefix(path + ".")
             graph.add_node(member.parameter, side="parameter", label=name)
             graph.add_edge(group.name, member.parameter, dim=member.dim, role=member.role)
     return graph

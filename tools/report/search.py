@@ -4,49 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from secateur.graph import Program, SecateurError
+from secateur.graph.program import JSON
 from secateur.tools.report.picture import CANVASES, save_figure
 
 
-def search_table(figures: Mapping[str, Any]) -> Table:
-    """The candidates of a ``search`` step, the least damage first.  figures: of the step in a
-    Program's history."""
-    table = Table(
-        title=f"{len(figures['candidates'])} of {figures['within']:,} shapes within the budget"
-    )
-    distilled = any("kl_distilled" in row for row in figures["candidates"])
-    for column in (
-        "shape",
-        figures["budget"],
-        "KL",
-        "+-",
-        *(["KL distilled"] if distilled else []),
-        "",
-    ):
+def search_table(figures: JSON) -> Table:
+    """The candidates of a ``search`` step, the least damage first.
+
+    Args:
+        figures: of the step in a Program's history.
+    """
+    candidates = figures["candidates"]
+    table = Table(title=f"{len(candidates)} of {figures['within']:,} shapes within the budget")
+    columns = ["shape", figures["budget"], "KL", "+-"]
+    distilled = any("kl_distilled" in row for row in candidates)
+    if distilled:
+        columns.append("KL distilled")
+    for column in (*columns, ""):
         table.add_column(column)
     front = pareto_front(figures)
-    for row in sorted(figures["candidates"], key=row_damage):
-        marks = []
-        for word, holds in {
-            "chosen": row["shape"] == figures["chosen"],
-            "front": row in front,
-        }.items():
-            if holds:
-                marks.append(word)
+    for row in sorted(candidates, key=row_damage):
         cells = [
             describe_shape(row["shape"]),
             f"{row['cost']:,.6g}",
             f"{row['kl']:.4f}",
             f"{row['stderr']:.4f}",
         ]
-        cells += (
-            [f"{row['kl_distilled']:.4f}" if "kl_distilled" in row else ""] if distilled else []
-        )
+        if "kl_distilled" in row:
+            cells.append(f"{row['kl_distilled']:.4f}")
+        elif distilled:
+            cells.append("")
+        marks = []
+        if row["shape"] == figures["chosen"]:
+            marks.append("chosen")
+        if row in front:
+            marks.append("front")
         table.add_row(*cells, ", ".join(marks))
     return table
 
@@ -56,19 +53,21 @@ def search_tables(program: Program) -> list[Table]:
     return [search_table(step.figures) for step in program.history if step.name == "search"]
 
 
-def pareto_front(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def pareto_front(figures: JSON) -> list[JSON]:
     """The candidates that no cheaper one beats, the cheapest first."""
-    front: list[Mapping[str, Any]] = []
+    front: list[JSON] = []
     for row in sorted(figures["candidates"], key=lambda row: (row["cost"], row_damage(row))):
         if not front or row_damage(row) < row_damage(front[-1]):
             front.append(row)
     return front
 
 
-def row_damage(row: Mapping[str, Any]) -> float:
+def row_damage(row: JSON) -> float:
     """The KL of a candidate, after distillation where it was distilled."""
-    found: float = row.get("kl_distilled", row["kl"])
-    return found
+    damage: float = row["kl"]
+    if "kl_distilled" in row:
+        damage = row["kl_distilled"]
+    return damage
 
 
 def describe_shape(shape: Mapping[str, int]) -> str:
@@ -76,7 +75,7 @@ def describe_shape(shape: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in shape.items())
 
 
-def draw_search(figures: Mapping[str, Any], file: Path) -> None:
+def draw_search(figures: JSON, file: Path) -> None:
     """KL against cost of every candidate, the Pareto front as a line.  file: .png or .svg.
 
     Raises:

@@ -15,24 +15,24 @@ from secateur.tools.report.units import format_bytes, format_count
 COLOURS: Mapping[Level, str] = {"ok": "green", "note": "dim", "warning": "yellow", "fault": "red"}
 
 
-def verification_tables(found: Verification) -> list[Table | str]:
+def verification_tables(verification: Verification) -> list[Table | str]:
     """What is stored, what each check found, and one line for it all."""
-    if any(one.over for one in found.tensors):
-        tables = [_tensor_table(found.tensors)]
-    else:
-        tables = []
-    table = Table(title=escape(str(found.folder)), title_justify="left")
+    tables: list[Table | str] = []
+    if any(census.over for census in verification.tensors):
+        tables.append(_tensor_table(verification.tensors))
+    table = Table(title=escape(str(verification.folder)), title_justify="left")
     for column in ("check", "", "found", "what to do"):
         table.add_column(column, overflow="fold")
-    for outcome in found.outcomes:
-        for at, one in enumerate(outcome.findings):
-            level = f"[{COLOURS[one.level]}]{one.level}[/]"
-            if one.level in ("warning", "fault"):
-                mend = escape(one.mend)
-            else:
-                mend = ""
-            table.add_row(outcome.check if at == 0 else "", level, escape(one.says), mend)
-    return [*tables, table, _summary_line(found)]
+    for outcome in verification.outcomes:
+        check = outcome.check
+        for finding in outcome.findings:
+            level = f"[{COLOURS[finding.level]}]{finding.level}[/]"
+            mend = ""
+            if finding.level in ("warning", "fault"):
+                mend = escape(finding.mend)
+            table.add_row(check, level, escape(finding.says), mend)
+            check = ""  # stands in the first row of its findings alone
+    return [*tables, table, _summary_line(verification)]
 
 
 def _tensor_table(tensors: Sequence[Census]) -> Table:
@@ -40,31 +40,46 @@ def _tensor_table(tensors: Sequence[Census]) -> Table:
     table = Table(title="matrices", title_justify="left")
     for column in ("", "name", "shape", "type", "zeros", "pattern"):
         table.add_column(column, overflow="fold")
-    for name, ones in group_by_family(one for one in tensors if one.over).items():
-        shapes = Counter(str(list(one.shape)) for one in ones)
-        held = Counter(one.pattern or "none" for one in ones)
-        zeros = sum(one.zeros for one in ones) / max(sum(one.numel for one in ones), 1)
+    for name, family in group_by_family(census for census in tensors if census.over).items():
+        shapes = dict[str, None]()
+        dtypes = dict[str, None]()
+        patterns = Counter[str]()
+        zeros = 0
+        numbers = 0
+        for census in family:
+            shapes[str(list(census.shape))] = None
+            dtypes[census.dtype] = None
+            patterns[census.pattern or "none"] += 1
+            zeros += census.zeros
+            numbers += census.numel
+        shape = f"{len(shapes)} shapes"
         if len(shapes) == 1:
             shape = next(iter(shapes))
-        else:
-            shape = f"{len(shapes)} shapes"
-        patterns = ", ".join(
-            f"{times} x {pattern}" if len(held) > 1 else pattern for pattern, times in held.items()
+        listed = next(iter(patterns))
+        if len(patterns) > 1:
+            listed = ", ".join(f"{times} x {pattern}" for pattern, times in patterns.items())
+        table.add_row(
+            f"{len(family)} x",
+            escape(name),
+            shape,
+            ", ".join(dtypes),
+            f"{zeros / max(numbers, 1):.2%}",
+            listed,
         )
-        dtypes = ", ".join(dict.fromkeys(one.dtype for one in ones))
-        table.add_row(f"{len(ones)} x", escape(name), shape, dtypes, f"{zeros:.2%}", patterns)
     return table
 
 
-def _summary_line(found: Verification) -> str:
-    faults = len(found.faults)
-    if found.green:
+def _summary_line(verification: Verification) -> str:
+    faults = len(verification.faults)
+    if verification.green:
         verdict = "[green]green[/]"
     else:
-        verdict = f"[red]red: {faults} fault{'s' if faults > 1 else ''}[/]"
-    numbers = sum(one.numel for one in found.tensors)
-    read = (
-        f"{format_count(numbers)} numbers, {format_bytes(found.num_bytes)} read and counted at "
-        f"{found.gbps:.2f} GB/s"
-    )
-    return f"{verdict}; {read}, {found.seconds:.1f} s in all"
+        noun = "fault"
+        if faults > 1:
+            noun = "faults"
+        verdict = f"[red]red: {faults} {noun}[/]"
+    numbers = sum(census.numel for census in verification.tensors)
+    size = format_bytes(verification.num_bytes)
+    speed = f"{verification.gbps:.2f} GB/s"
+    counting = f"{format_count(numbers)} numbers, {size} read and counted at {speed}"
+    return f"{verdict}; {counting}, {verification.seconds:.1f} s in all"
