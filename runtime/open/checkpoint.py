@@ -62,6 +62,12 @@ def read_checkpoint(folder: Path) -> dict[str, TensorRecord]:
     """Every tensor of a folder's safetensors file or shards, after checking that the files can hold
     them.
 
+    Args:
+        folder: of a model.
+
+    Returns:
+        What the headers say of each tensor, by its name.
+
     Raises:
         SourceError: only pickled weights, no weights, a shard is missing, a file is truncated or
             corrupted.
@@ -84,6 +90,12 @@ def read_checkpoint(folder: Path) -> dict[str, TensorRecord]:
 def read_header(file: Path) -> dict[str, TensorRecord]:
     """The tensors of one safetensors file.  Checks that the header is whole, that the ranges of the
     tensors fit their shapes, follow each other without gap or overlap, and end where the file ends.
+
+    Args:
+        file: a safetensors file.
+
+    Returns:
+        What the header says of each tensor, by its name.
 
     Raises:
         SourceError: says what is wrong with the file.
@@ -153,6 +165,9 @@ def _read_shards(folder: Path) -> dict[str, TensorRecord]:
 
 def read_json(file: Path) -> JSON:
     """A JSON object from a file.
+
+    Args:
+        file: to be read.
 
     Raises:
         SourceError: unreadable, not JSON, or not an object.

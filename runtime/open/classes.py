@@ -40,6 +40,11 @@ def model_class(
     """The transformers class that `architectures` names, or else the causal language model of this
     configuration.
 
+    Args:
+        config: of the model.
+        architectures: class names, as config.json has them; the first that transformers has is
+            taken.
+
     Raises:
         SourceError: the named class is not one of transformers', or belongs to another
             configuration.
@@ -65,14 +70,24 @@ def model_class(
 
 
 def build_on_meta(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """The class with every parameter and buffer on the meta device, in eval mode."""
+    """The class with every parameter and buffer on the meta device, in eval mode.
+
+    Args:
+        cls: the stock class.
+        config: of the model; its dtype is that of the parameters.
+    """
     with _quiet_build(config), torch.device("meta"):
         return _tie_weights(cls(config))
 
 
 def build_with_buffers(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """The class with parameters on the meta device and the buffers that its constructor computes,
-    in eval mode."""
+    in eval mode.
+
+    Args:
+        cls: the stock class.
+        config: of the model; its dtype is that of the parameters.
+    """
     with _quiet_build(config), _parameters_on_meta():
         return _tie_weights(cls(config))
 

@@ -19,7 +19,11 @@ FIGURE = "sparse"
 
 
 def to_json(sparse: SparseWeights) -> dict[str, JSON]:
-    """Pattern and metric by parameter name; tensors are left out."""
+    """Pattern and metric by parameter name; tensors are left out.
+
+    Args:
+        sparse: by parameter name.
+    """
     values: dict[str, JSON] = {}
     for name, weight in sparse.items():
         values[name] = {"pattern": str(weight.pattern), "metric": weight.metric}
@@ -28,6 +32,9 @@ def to_json(sparse: SparseWeights) -> dict[str, JSON]:
 
 def from_json(value: Mapping[str, Mapping[str, str]]) -> SparseWeights:
     """The inverse of ``to_json``.
+
+    Args:
+        value: pattern and metric by parameter name.
 
     Raises:
         PatternError: a pattern does not parse.
@@ -42,6 +49,10 @@ def from_json(value: Mapping[str, Mapping[str, str]]) -> SparseWeights:
 def make_declaration(program: Program, holder: nn.Module) -> dict[str, JSON]:
     """What stands in the manifest, under the names that the stock model which holds the parameters
     gives them.
+
+    Args:
+        program: with sparse weights, or none.
+        holder: the stock model over the program's parameters.
 
     Raises:
         ArtifactError: the stock model does not hold one as a parameter of its own.
@@ -59,6 +70,9 @@ def make_declaration(program: Program, holder: nn.Module) -> dict[str, JSON]:
 def read_declared(folder: Path) -> SparseWeights:
     """The sparse weights of an artifact; none where the folder is no artifact, or nothing in it is
     sparse.
+
+    Args:
+        folder: of an artifact, or any other.
 
     Raises:
         ArtifactError: the manifest is damaged.

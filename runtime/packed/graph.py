@@ -31,6 +31,10 @@ def lower_graph(program: Program, plan: Lowering) -> fx.GraphModule:
     Layers that read one value become one product and slices of it.  Weights that only packed
     products read are gone.
 
+    Args:
+        program: with weights.
+        plan: which layers are packed, and how.
+
     Raises:
         ArtifactError: a weight is not in its planned form any more.
     """

@@ -77,6 +77,8 @@ def pack_weight(row: LayerPlan, weight_NK: Tensor, dtype: torch.dtype) -> Packed
     """A weight in the form that a plan wants, proved to be the same numbers.
 
     Args:
+        row: the plan of the layer.
+        weight_NK: [N, K], in any float dtype.
         dtype: of the values of forms without integers.
 
     Raises:
@@ -140,7 +142,14 @@ def _pack_tensors(
 def unpack_weight(
     kind: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Tensor:
-    """The dense weight [N, K] of packed tensors."""
+    """The dense weight [N, K] of packed tensors.
+
+    Args:
+        kind: the packed form.
+        shape: (N, K).
+        tensors: values, and mask and scale where the form has them.
+        dtype: of the result.
+    """
     weight: Tensor = torch.ops.secateur.weight_24(
         tensors["values"], tensors.get("mask"), tensors.get("scale"), dtype
     )
@@ -152,7 +161,16 @@ def pack_layers(
 ) -> tuple[list[PackedLayer], Lowering]:
     """The packed weights of a program, under the names of the stock model that holds its
     parameters, and the plan that
-    could be carried out: a layer that no ``nn.Linear`` holds stays dense, with the reason."""
+    could be carried out: a layer that no ``nn.Linear`` holds stays dense, with the reason.
+
+    Args:
+        program: with weights.
+        plan: as ``lower`` chose.
+        holder: the stock model over the program's parameters.
+
+    Returns:
+        The packed layers, and the plan that was carried out.
+    """
     parameters = dict(program.named_parameters())
     owners = {}
     for name, module in holder.named_modules():
@@ -185,6 +203,8 @@ def write_packed(program: Program, holder: nn.Module, folder: Path) -> JSON:
     pass made 2:4.
 
     Args:
+        program: with weights.
+        folder: of the checkpoint.
         holder: the stock model over the program's parameters.
 
     Returns:
@@ -203,7 +223,13 @@ def write_packed(program: Program, holder: nn.Module, folder: Path) -> JSON:
 
 
 def write_layers(layers: Iterable[PackedLayer], plan: Lowering, folder: Path) -> None:
-    """The packed tensors as safetensors, and the plan as JSON."""
+    """The packed tensors as safetensors, and the plan as JSON.
+
+    Args:
+        layers: the packed weights.
+        plan: of all layers.
+        folder: to be made.
+    """
     folder.mkdir()
     tensors = dict[str, Tensor]()
     for layer in layers:
@@ -217,6 +243,9 @@ def write_layers(layers: Iterable[PackedLayer], plan: Lowering, folder: Path) ->
 def read_layers(folder: Path) -> tuple[list[PackedLayer], Lowering]:
     """What ``write_layers`` wrote, checked.
 
+    Args:
+        folder: as ``write_layers`` made it.
+
     Raises:
         ArtifactError: damaged, of another version, or tensors that do not fit the plan.
     """
@@ -226,6 +255,10 @@ def read_layers(folder: Path) -> tuple[list[PackedLayer], Lowering]:
 
 def load_layers(folder: Path, plan: Lowering) -> Iterator[tuple[LayerPlan, PackedLayer]]:
     """The packed weights of a plan, one after another, checked.
+
+    Args:
+        folder: as ``write_layers`` made it.
+        plan: that is kept there.
 
     Raises:
         ArtifactError: damaged, or tensors that do not fit the plan.
@@ -256,6 +289,9 @@ def load_layers(folder: Path, plan: Lowering) -> Iterator[tuple[LayerPlan, Packe
 
 def read_plan(folder: Path) -> Lowering:
     """The plan that ``write_layers`` wrote.
+
+    Args:
+        folder: as ``write_layers`` made it.
 
     Raises:
         ArtifactError: damaged, or of another version.
@@ -303,6 +339,11 @@ def lower_model(model: nn.Module, layers: Iterable[PackedLayer], plan: Lowering)
     """Put packed weights where a stock model's linear layers stand; layers that share an input
     become one product.
 
+    Args:
+        model: to be changed.
+        layers: packed weights by the names of its modules.
+        plan: which layers share an input.
+
     Raises:
         ArtifactError: the model has no such layer, or one of another shape.
     """
@@ -338,6 +379,9 @@ def _find_linear(model: nn.Module, layer: PackedLayer) -> nn.Linear:
 def load_lowered(folder: Path) -> PreTrainedModel:
     """The stock model of a folder on the packed weights beside it, in the dtype of its plan.
 
+    Args:
+        folder: of a checkpoint with packed weights beside it.
+
     Raises:
         ArtifactError: damaged, or weights that do not fit the model.
         SourceError: its checkpoint is not sound.
@@ -357,6 +401,7 @@ def runs_packed(folder: Path, asked: bool | None) -> bool:
     """Whether a folder's model is to run on its packed weights.
 
     Args:
+        folder: of a checkpoint.
         asked: None means as a ``lower`` pass chose, and dense where none did.
 
     Raises:
@@ -377,6 +422,7 @@ def running(model: nn.Module, plan: Lowering | None = None) -> list[LayerReport]
     """What each linear layer of a model runs on, dense ones too: nothing falls back unseen.
 
     Args:
+        model: stock, packed or not.
         plan: where the reasons are; without it they are empty.
     """
     reasons = dict[str, str]()

@@ -36,6 +36,10 @@ class PackedLayer:
 def stack_layers(layers: Sequence[PackedLayer], biases: Sequence[Tensor | None]) -> list[nn.Module]:
     """The modules of layers that read one input, in order: the first holds the tensors of all.
 
+    Args:
+        layers: in the order of their rows.
+        biases: [N] of each layer, or None.
+
     Raises:
         ValueError: they differ in kind or inputs, or some have a bias and others none.
     """
@@ -60,7 +64,11 @@ def stack_layers(layers: Sequence[PackedLayer], biases: Sequence[Tensor | None])
 
 
 def rearrange_for_gpu(model: nn.Module) -> None:
-    """Lay the packed weights of a model that stands on a CUDA device out for its tensor cores."""
+    """Lay the packed weights of a model that stands on a CUDA device out for its tensor cores.
+
+    Args:
+        model: changed in place.
+    """
     for _, module in iterate_packed_modules(model):
         if isinstance(module, PackedLinear):
             module.arrange_for_gpu()

@@ -383,7 +383,13 @@ class PackagedEngine:
 
 def choose_token(logits_BV: Tensor, temperature: float, draws: torch.Generator) -> Tensor:
     """The next token [B]: the likeliest, or one drawn from the softmax of logits over
-    temperature."""
+    temperature.
+
+    Args:
+        logits_BV: of the next token.
+        temperature: 0 takes the likeliest.
+        draws: generator on the device of the logits.
+    """
     if temperature <= 0:
         return logits_BV.argmax(-1)
     probabilities_BV = (logits_BV.float() / temperature).softmax(-1)

@@ -290,14 +290,22 @@ class PackagedModel:
         return sum(tensor.nbytes for tensor in tensors.values())
 
     def prefill(self, ids_BT: Tensor) -> Tensor:
-        """Logits after a prompt; what was in the cache is forgotten."""
+        """Logits after a prompt; what was in the cache is forgotten.
+
+        Args:
+            ids_BT: int64; B is that of the package.
+        """
         self.position = 0
         if ids_BT.shape[1] == 1:
             return self.decode(ids_BT)
         return self._run_step("prefill", ids_BT)
 
     def decode(self, ids_B1: Tensor) -> Tensor:
-        """Logits after one more token."""
+        """Logits after one more token.
+
+        Args:
+            ids_B1: int64; B is that of the package.
+        """
         return self._run_step("decode", ids_B1)
 
     def _run_step(self, name: str, ids: Tensor) -> Tensor:
@@ -456,7 +464,11 @@ def _relative_difference(outputs: Tensor, wanted: Tensor) -> float:
 @contextmanager
 def widen_model(model: nn.Module) -> Iterator[None]:
     """The model with its 16-bit tensors in float32 while the block runs; the very same tensors come
-    back."""
+    back.
+
+    Args:
+        model: changed in place, and back.
+    """
     tensors: dict[int, Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and tensor.itemsize == 2:

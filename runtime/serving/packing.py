@@ -25,6 +25,9 @@ from secateur.runtime.packed.store import pack_weight
 def plan_of_manifest(manifest: JSON) -> Lowering:
     """The plan that the last ``lower`` of an artifact left in its manifest.
 
+    Args:
+        manifest: as JSON.
+
     Raises:
         ArtifactError: the artifact was never lowered.
     """
@@ -41,7 +44,12 @@ def plan_of_manifest(manifest: JSON) -> Lowering:
 
 def find_planned_kind(plan: Lowering, names: Sequence[str]) -> tuple[str, str]:
     """(form, reason) for a weight that stacks the rows of some layers: theirs, if it is one and the
-    same."""
+    same.
+
+    Args:
+        plan: of the artifact.
+        names: of the layers whose rows are stacked.
+    """
     known = {row.layer.removesuffix(".weight"): row for row in plan.layers}
     missing = [name for name in names if name not in known]
     if missing:
@@ -57,6 +65,11 @@ def make_packed_linear(kind: str, name: str, weight_NK: Tensor) -> tuple[PackedL
 
     A shard along the inputs may cut groups of scales, and a cast may have moved numbers off their
     grid: then the layer stays dense, which is right whatever its numbers are.
+
+    Args:
+        kind: the planned form.
+        name: of the layer, for messages.
+        weight_NK: as the server loaded it.
     """
     dtype = weight_NK.dtype
     shape = (weight_NK.shape[0], weight_NK.shape[1])
@@ -80,7 +93,16 @@ def make_packed_linear(kind: str, name: str, weight_NK: Tensor) -> tuple[PackedL
 
 
 def multiply_packed(module: PackedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight^T + bias`` of a packed weight, the bias held by the server."""
+    """``x @ weight^T + bias`` of a packed weight, the bias held by the server.
+
+    Args:
+        module: holds the packed weight [N, K].
+        x: [..., K].
+        bias: [N], or None.
+
+    Returns:
+        [..., N].
+    """
     product: Tensor = module(x)
     if bias is None:
         return product
@@ -91,6 +113,12 @@ def warm_up(
     module: PackedLinear, dtype: torch.dtype, batches: Sequence[int] = (1, 16, 256)
 ) -> None:
     """Run a product of each batch once, so that no kernel is compiled or tested while a CUDA graph
-    is captured."""
+    is captured.
+
+    Args:
+        module: of a packed weight.
+        dtype: of its input.
+        batches: rows of the input.
+    """
     for batch in batches:
         module(torch.zeros(batch, module.in_features, dtype=dtype, device=module.values.device))

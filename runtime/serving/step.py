@@ -40,7 +40,12 @@ class GivenLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write T new keys and values after those that are there; returns the whole."""
+        """Write T new keys and values after those that are there; returns the whole.
+
+        Args:
+            key_states: [B, H, T, D].
+            value_states: [B, H, T, D].
+        """
         places = torch.arange(key_states.shape[-2], device=self.device) + self.position
         self.keys.index_copy_(2, places, key_states)
         self.values.index_copy_(2, places, value_states)
@@ -97,6 +102,9 @@ class DecodeStep(nn.Module):
 def cache_shapes(model: PreTrainedModel) -> HeadShapes:
     """(H, D) of keys and of values of each layer.
 
+    Args:
+        model: with weights.
+
     Raises:
         ValueError: a layer keeps something else than all its keys and values (a window, a state),
             or none at all.
@@ -122,7 +130,15 @@ def cache_shapes(model: PreTrainedModel) -> HeadShapes:
 def make_empty_cache(
     shapes: HeadShapes, batch: int, length: int, dtype: torch.dtype, device: str | torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values [B, H, S, D] of each layer, zeros."""
+    """Keys and values [B, H, S, D] of each layer, zeros.
+
+    Args:
+        shapes: (H, D) of keys and of values of each layer.
+        batch: B.
+        length: S.
+        dtype: of all tensors.
+        device: of all tensors.
+    """
 
     keys = list[Tensor]()
     values = list[Tensor]()

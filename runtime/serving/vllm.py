@@ -124,7 +124,12 @@ def make_config_class() -> type:
 
 def split_stacked_name(prefix: str, mapping: dict[str, list[str]]) -> list[str]:
     """The checkpoint's layers in one of vLLM's: ``a.qkv_proj`` is ``a.q_proj``, ``a.k_proj`` and
-    ``a.v_proj``."""
+    ``a.v_proj``.
+
+    Args:
+        prefix: of vLLM's layer.
+        mapping: names of the parts by the name of the whole.
+    """
     path, _, leaf = prefix.rpartition(".")
     names = list(mapping.get(leaf, [leaf]))
     if not path:

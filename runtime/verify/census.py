@@ -176,7 +176,11 @@ def census_of_file(
 
 def group_by_family(tensors: Iterable[Census]) -> dict[str, list[Census]]:
     """Tensors whose names differ in whole numbers only, together:
-    ``layers.*.mlp.up_proj.weight``."""
+    ``layers.*.mlp.up_proj.weight``.
+
+    Args:
+        tensors: any number of counted tensors.
+    """
     families: dict[str, list[Census]] = {}
     for census in tensors:
         parts = census.name.split(".")

@@ -67,7 +67,12 @@ OURS: tuple[Callable[[Path], Iterable[Claim]], ...] = (from_manifest, from_plan)
 
 def sparsity_configs(value: object, path: str = "") -> dict[str, JSON]:
     """Every ``sparsity_config`` in a configuration, by its place: compressed-tensors nests it in
-    others."""
+    others.
+
+    Args:
+        value: a configuration, or a part of one.
+        path: of that part, dotted.
+    """
     configs: dict[str, JSON] = {}
     if not isinstance(value, Mapping):
         return configs
@@ -84,6 +89,14 @@ def sparsity_configs(value: object, path: str = "") -> dict[str, JSON]:
 
 def from_config(source: str, value: JSON, model: nn.Module) -> list[Claim] | Overall:
     """What one ``sparsity_config`` says of the modules of a class.
+
+    Args:
+        source: where it stands, for messages.
+        value: the ``sparsity_config``.
+        model: the stock class, on the meta device.
+
+    Returns:
+        A claim for each weight, or one about the share of zeros in all of them.
 
     Raises:
         SourceError: it does not say what is sparse, or in which pattern.

@@ -105,7 +105,12 @@ class Verification:
 
 
 def limit_findings(findings: Sequence[Finding], what: str) -> list[Finding]:
-    """The first few findings of one kind, and how many more there are."""
+    """The first few findings of one kind, and how many more there are.
+
+    Args:
+        findings: of one kind.
+        what: the plural of what they are about.
+    """
     limited = list(findings[:SHOWN])
     more = len(findings) - SHOWN
     if more > 0:
@@ -116,7 +121,13 @@ def limit_findings(findings: Sequence[Finding], what: str) -> list[Finding]:
 
 
 def describe_place(census: Census, where: tuple[int, int], width: int = 1) -> str:
-    """``row 3, columns 8-11 of layers.0.up.weight in model.safetensors``."""
+    """``row 3, columns 8-11 of layers.0.up.weight in model.safetensors``.
+
+    Args:
+        census: of the tensor.
+        where: (row, first column).
+        width: columns of a group.
+    """
     row, column = where
     if width == 1:
         columns = f"column {column}"

@@ -37,6 +37,10 @@ def picture_calls(program: Program, raised: TransformersModel) -> tuple[tuple[Ca
     or router reads them; where that class does not answer a text as the program does, nothing is
     compared, and the picture has to run.
 
+    Args:
+        program: that is saved.
+        raised: its stock model.
+
     Returns:
         Calls for the fresh process; figures, empty where every parameter was captured.
 
@@ -102,6 +106,9 @@ def zero_filled(program: Program) -> dict[str, Tensor] | None:
     """The program's parameters in the shapes of its source, with zeros where something was removed.
 
     None where the edits do not say from which places a weight came.
+
+    Args:
+        program: edited.
     """
     source = program
     if program.cut:

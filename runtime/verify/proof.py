@@ -110,7 +110,15 @@ def _put_call(
 
 def prove_folder(folder: Path, expected: ExpectedFolder) -> tuple[list[str], JSON]:
     """Open a folder in a fresh process with plain transformers: what differs from the expected, and
-    figures."""
+    figures.
+
+    Args:
+        folder: of a checkpoint.
+        expected: what the process must find.
+
+    Returns:
+        Faults, a sentence each, and figures of the process.
+    """
     with tempfile.TemporaryDirectory(prefix="secateur-probe-") as probe:
         expected.write_for_process(Path(probe))
         command = [sys.executable, "-P", str(Path(reload.__file__)), str(folder), probe]
@@ -134,7 +142,12 @@ def prove_folder(folder: Path, expected: ExpectedFolder) -> tuple[list[str], JSO
 
 def loader_name(config: PretrainedConfig, cls: type) -> str:
     """The Auto class that leads from a configuration to a model class, or else that class
-    itself."""
+    itself.
+
+    Args:
+        config: of the model.
+        cls: its class.
+    """
     for name in AUTO_CLASSES:
         mapping = getattr(transformers, name)._model_mapping
         if type(config) in mapping and mapping[type(config)] is cls:

@@ -28,7 +28,15 @@ TIE = 1e-3
 
 def prove_reload(folder: Path, probe: Path) -> JSON:
     """Load with the stock class and compare keys, every parameter bit for bit, outputs, and
-    generated tokens."""
+    generated tokens.
+
+    Args:
+        folder: of the model.
+        probe: folder with ``probe.json`` and ``probe.safetensors``.
+
+    Returns:
+        ``faults``, and figures.
+    """
     spec = json.loads((probe / "probe.json").read_text("utf-8"))
     tensors = load_file(probe / "probe.safetensors")
     started = time.perf_counter()
@@ -69,7 +77,14 @@ def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def hash_tensor(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and bytes."""
+    """SHA-256 of a tensor's dtype, shape and bytes.
+
+    Args:
+        tensor: on any device.
+
+    Returns:
+        Hex digits.
+    """
     data = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode())
     digest.update(data.view(-1).view(torch.uint8).numpy().data)

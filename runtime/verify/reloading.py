@@ -30,7 +30,11 @@ MEND = (
 
 
 def check_reload(subject: Subject) -> Iterator[Finding]:
-    """Parameters and outputs of a fresh process, and outputs on the packed weights."""
+    """Parameters and outputs of a fresh process, and outputs on the packed weights.
+
+    Args:
+        subject: the folder.
+    """
     if subject.model is None:
         yield Finding("note", "no stock class, so nothing was run")
         return

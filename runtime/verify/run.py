@@ -107,7 +107,11 @@ def find_stored_faults(folder: Path, sparse: SparseWeights) -> list[str]:
     written.
 
     Args:
+        folder: of the checkpoint.
         sparse: by the names that the weights are stored under.
+
+    Returns:
+        A sentence for each fault.
     """
     claims = []
     for name, weight in sparse.items():

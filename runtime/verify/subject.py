@@ -135,7 +135,11 @@ class Subject:
 
     def stored_name(self, name: str) -> str | None:
         """Under which name a parameter is stored: its own, or one that it is tied to, with or
-        without the prefix that transformers gives the inner model."""
+        without the prefix that transformers gives the inner model.
+
+        Args:
+            name: of the parameter in the class, or in what a file claims.
+        """
         names = [name]
         for tied in self.ties:
             if name in tied:

@@ -12,15 +12,17 @@ from style.metrics import FOLDERS, is_bare_word, measure_folders, measure_source
 LIMITS: dict[str, tuple[float, float]] = {
     "bare function names, %": (1.5, 1.5),
     "one-word function names, %": (40.0, 40.0),
-    "vague local names, %": (7.6, 0.5),
-    "ternaries / 1000 lines": (9.0, 8.0),
-    "comprehensions / 1000 lines": (38.6, 25.0),
-    "parallel assignments / 1000 lines": (3.6, 1.5),
-    "syntax nodes / line": (8.0, 7.0),
+    "vague local names, %": (1.8, 0.5),
+    "ternaries / 1000 lines": (8.0, 8.0),
+    "comprehensions / 1000 lines": (25.0, 25.0),
+    "parallel assignments / 1000 lines": (1.5, 1.5),
+    "syntax nodes / line": (7.5, 7.0),
     "lines over 100 columns, %": (0.0, 0.0),
-    "annotations that hold Any, %": (7.8, 3.0),
+    "annotations that hold Any, %": (4.5, 3.0),
 }
-DOCUMENTED = (80.0, 100.0)
+DOCUMENTED = (90.0, 100.0)
+# Folders that have reached every goal; they keep them one by one.
+REACHED = ("passes", "runtime", "tools")
 
 
 def test_the_sources_keep_the_limits() -> None:
@@ -30,6 +32,14 @@ def test_the_sources_keep_the_limits() -> None:
     above = {m: ratios[m] for m, (limit, _) in LIMITS.items() if round(ratios[m], 1) > limit}
     assert not above
     assert ratios["public functions documented, %"] >= DOCUMENTED[0]
+
+
+@pytest.mark.parametrize("folder", REACHED)
+def test_a_folder_that_reached_the_goals_keeps_them(folder: str) -> None:
+    ratios = measure_folders((folder,)).ratios()
+    above = {m: ratios[m] for m, (_, goal) in LIMITS.items() if round(ratios[m], 1) > goal}
+    assert not above
+    assert ratios["public functions documented, %"] == DOCUMENTED[1]
 
 
 def test_limits_are_not_below_the_goals() -> None:

@@ -61,6 +61,7 @@ class TokenWindows:
 
     @property
     def tokens(self) -> int:
+        """Tokens of all windows."""
         return self.windows.numel()
 
     def describe(self) -> dict[str, Any]:
