@@ -129,20 +129,30 @@ class Pattern(Sparsity):
 
     @property
     def density(self) -> float:
+        """Part of the entries that may be other than zero."""
         return self.kept / self.of
 
     def incompatibility(self, columns: int) -> str | None:
+        """Why rows of so many inputs cannot have this pattern, or None."""
         if columns % self.of == 0:
             return None
         return f"{columns} inputs are no multiple of {self.of}"
 
     def group_size(self, columns: int) -> int:
+        """Neighbouring inputs of a group."""
         return self.of
 
     def kept_per_group(self, columns: int) -> int:
+        """Entries of a group that may be other than zero."""
         return self.kept
 
     def write_mask(self, score_NK: Tensor, out: Tensor) -> Tensor:
+        """Mark the entries of highest score in each group.
+
+        Args:
+            score_NK: the higher, the rather kept.
+            out: [N, K] bool, written.
+        """
         groups = score_NK.shape[-1] // self.of, self.of
         select_highest(score_NK.unflatten(-1, groups), self.kept, out.unflatten(-1, groups))
         return out
@@ -180,18 +190,28 @@ class Share(Sparsity):
 
     @property
     def density(self) -> float:
+        """Part of the entries that may be other than zero."""
         return 1 - self.ratio
 
     def incompatibility(self, columns: int) -> str | None:
+        """Why rows of so many inputs cannot have this share, or None."""
         return None
 
     def group_size(self, columns: int) -> int:
+        """A row is one group."""
         return columns
 
     def kept_per_group(self, columns: int) -> int:
+        """Entries of a row that may be other than zero."""
         return columns - int(columns * self.ratio + 1e-9)
 
     def write_mask(self, score_NK: Tensor, out: Tensor) -> Tensor:
+        """Mark the entries of highest score in each row.
+
+        Args:
+            score_NK: the higher, the rather kept.
+            out: [N, K] bool, written.
+        """
         return select_highest(score_NK, self.kept_per_group(score_NK.shape[-1]), out)
 
 

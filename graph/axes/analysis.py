@@ -69,12 +69,28 @@ class Analysis:
 
     # What rules see
     def axes_of(self, node: fx.Node) -> Value:
+        """The axes of a node's value, or None where it has none.
+
+        Args:
+            node: that was visited.
+        """
         return self.values.get(node)
 
     def add_rewrite(self, node: fx.Node, rewrite: Rewrite) -> None:
+        """Run a rewrite on this node's copy at every edit.
+
+        Args:
+            node: of the captured graph.
+            rewrite: gets the copy and what is kept.
+        """
         self.rewrites.append((node, rewrite))
 
     def comes_from_parameters(self, node: Any) -> bool:
+        """Whether a value is computed from parameters alone.
+
+        Args:
+            node: or any argument of a node.
+        """
         return node in self._origins
 
     def constant_value(self, node: fx.Node) -> torch.Tensor | None:
@@ -86,10 +102,22 @@ class Analysis:
         return self.tensors[name][1]
 
     def record_role(self, node: fx.Node, axis: Atom, role: str) -> None:
+        """Note what an axis of a parameter does: produces, consumes, scales or looks up.
+
+        Args:
+            node: value computed from parameters.
+            axis: of that value.
+            role: verb of the table of members.
+        """
         for name in self._origins.get(node, ()):
             self.roles.append((name, axis, role))
 
     def is_symbolic(self, value: Any) -> bool:
+        """Whether a size depends on the input.
+
+        Args:
+            value: a number, a symbol, or the node of one.
+        """
         if isinstance(value, fx.Node):
             value = value.meta.get("val")
         return isinstance(value, torch.SymInt) and not self._expression_of(value).is_number

@@ -120,6 +120,7 @@ class _Finder:
 
     # Layers
     def find_blocks(self) -> Iterator[Block]:
+        """The blocks of the stream, in order."""
         layers = self._group_steps()
         names = _make_unique([layer.path or f"residual.{at}" for at, layer in enumerate(layers)])
         before: fx.Node | None = None

@@ -170,9 +170,11 @@ def check_alike_when_run(model: nn.Module, stack: Stack, inputs: dict[str, Any])
     bounds = dict[nn.Module, tuple[int, int]]()
 
     def enter_layer(layer: nn.Module, *_: Any) -> None:
+        """Note at which call a layer begins."""
         bounds[layer] = (len(recorder.ops), len(recorder.ops))
 
     def leave_layer(layer: nn.Module, *_: Any) -> None:
+        """Note at which call a layer ends."""
         bounds[layer] = (bounds[layer][0], len(recorder.ops))
 
     handles = []
@@ -307,6 +309,7 @@ def _describe_call(node: fx.Node, region: _Region, place: dict[fx.Node, int], st
     own = set(region.nodes)
 
     def describe_operand(x: fx.Node) -> Any:
+        """An operand by its place in the layer, or by what it is to the layer."""
         if x in own:
             return f"%{place[x]}"
         if x is region.carried_in:
@@ -361,6 +364,7 @@ def _copy_template(
         copies = {template.carried_in: carried}
 
     def map_operand(x: fx.Node) -> fx.Node:
+        """What stands for an operand in the copy of the layer."""
         if x in copies:
             return copies[x]
         if stack.owns_tensor(x, template.index):

@@ -148,6 +148,7 @@ def _slice_sparse(program: Program, analysis: Analysis, keeping: Keep) -> Sparse
     """
 
     def kept_positions(name: str, dim: int) -> torch.Tensor | None:
+        """Positions of a parameter's dim that stay, or None where all do."""
         axis = analysis.tensors[name][0][dim]
         if keeping.touches(axis):
             return torch.from_numpy(keeping.positions(axis))

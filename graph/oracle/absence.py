@@ -48,6 +48,11 @@ class Masked:
         return bool(self.absent.any())
 
     def fill_absent(self, number: float) -> Tensor:
+        """The value with a number where entries are absent.
+
+        Args:
+            number: for floating values; others stay as they are.
+        """
         if self.value.is_floating_point():
             return self.value.masked_fill(self.absent, number)
         return self.value
@@ -85,15 +90,23 @@ class Call:
         return target(*map_masked(args, change), **map_masked(kwargs, change))  # type: ignore[operator]
 
     def masked_operands(self) -> list[Masked]:
+        """All tensor operands, in order."""
         found: list[Masked] = []
         map_masked([list(self.args), self.kwargs], lambda m: found.append(m))
         return found
 
     def run_plain(self) -> Any:
+        """The op over the plain values."""
         return self.run_with(lambda m: m.value)
 
 
 def map_masked(value: Any, change: Callable[[Masked], Any]) -> Any:
+    """A structure with every Masked in it changed.
+
+    Args:
+        value: Masked, lists, tuples and dicts of them, or anything else.
+        change: gets each Masked.
+    """
     if isinstance(value, Masked):
         return change(value)
     if isinstance(value, (list, tuple)):
@@ -105,6 +118,11 @@ def map_masked(value: Any, change: Callable[[Masked], Any]) -> Any:
 
 # Meanings, one function a class of ops
 def run_plainly(call: Call) -> Any:
+    """The meaning of ops that absence passes by: the result is wholly present.
+
+    Args:
+        call: of the graph.
+    """
     return _wrap_result(call.run_plain())
 
 

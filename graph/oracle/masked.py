@@ -75,18 +75,21 @@ class _Interpreter(fx.Interpreter):
         self._absent = absent
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An input, wholly present."""
         value = super().placeholder(target, args, kwargs)
         if isinstance(value, Tensor):
             return Masked(value)
         return value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A parameter with what is absent of it."""
         value = super().get_attr(target, args, kwargs)
         if isinstance(value, Tensor):
             return Masked(value, self._absent.get(str(target)))
         return value
 
     def run_node(self, n: fx.Node) -> Any:
+        """A call by the meaning of its op under absence."""
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -104,6 +107,7 @@ class _Interpreter(fx.Interpreter):
         return result
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The plain values of the outputs."""
         return map_masked(super().output(target, args, kwargs), lambda m: m.value)
 
 

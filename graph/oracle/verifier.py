@@ -108,12 +108,14 @@ class _Propagate(fx.Interpreter):
         self.at: fx.Node | None = None
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A parameter as a fake tensor of static shape."""
         value = super().get_attr(target, args, kwargs)
         if isinstance(value, torch.Tensor):
             return self.mode.from_tensor(value, static_shapes=True)
         return value
 
     def run_node(self, n: fx.Node) -> Any:
+        """A call on fake tensors; what differs from the recorded value is noted as a fault."""
         self.at = n
         value = super().run_node(n)
         for got, claimed in zip(_list_shapes(value), _list_shapes(n.meta.get("val")), strict=False):

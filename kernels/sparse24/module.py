@@ -99,6 +99,7 @@ class PackedLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """y = x W^T + b: [..., K] -> [..., N]."""
         result = self.all_outputs(x)
         if len(self.sizes) == 1:
             return result
@@ -155,6 +156,7 @@ class PackedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """Sizes, form and dtype, as torch prints modules."""
         if len(self.sizes) > 1:
             stacked = f", stacked={self.sizes}"
         else:
@@ -181,9 +183,11 @@ class StackedPart(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """y = x W^T + b of this part of a stacked weight: [..., K] -> [..., N]."""
         return self.first[0].part_output(self.index, x)
 
     def extra_repr(self) -> str:
+        """Sizes and part, as torch prints modules."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind!r}"
         )

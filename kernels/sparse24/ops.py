@@ -186,6 +186,8 @@ def _canonical_operands(
 
 def _make_kernel(name: str) -> Callable[..., Tensor]:
     def run_kernel(*args: Any) -> Tensor:
+        """The op on any device without a kernel of its own: compiled on the CPU, else the
+        reference."""
         on_cpu = all(a.device.type == "cpu" for a in args if isinstance(a, Tensor))
         if on_cpu and cpu.is_active():  # from now on the compiled kernel holds the CPU key
             result: Tensor = getattr(torch.ops.secateur, name)(*args)
@@ -198,6 +200,7 @@ def _make_kernel(name: str) -> Callable[..., Tensor]:
 
 def _make_fake(name: str) -> Callable[..., Tensor]:
     def output_shape(*args: Any) -> Tensor:
+        """The result without its values, after the operands were checked."""
         x, values, *_ = operands = _canonical_operands(name, args)
         check_operands(*operands, name)
         return x.new_empty(*x.shape[:-1], values.shape[0])
@@ -207,6 +210,7 @@ def _make_fake(name: str) -> Callable[..., Tensor]:
 
 def _make_setup(name: str) -> Callable[..., None]:
     def save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the backward pass reads."""
         x, values, mask, scale, bias = _canonical_operands(name, inputs)
         ctx.save_for_backward(values, mask, scale)
         ctx.columns, ctx.arguments, ctx.biased = x.shape[-1], len(inputs), bias is not None
@@ -238,6 +242,7 @@ def _lazy_gpu_function(module: str, function: str) -> Callable[..., Tensor]:
     """A function of the GPU kernels, imported when it is called: Triton is an optional package."""
 
     def call_function(*args: Any) -> Tensor:
+        """Import the module and call its function."""
         found = getattr(
             importlib.import_module(f"secateur.kernels.sparse24.gpu.{module}"), function
         )

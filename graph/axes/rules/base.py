@@ -30,6 +30,7 @@ def axis_rule(*names: str) -> Callable[[Rule], Rule]:
     row is an error."""
 
     def register_rule(rule: Rule) -> Rule:
+        """Enter the rule under every name."""
         for name in names:
             if name in RULES:
                 raise ValueError(f"{name} has an axis rule already: {RULES[name].__name__}")
@@ -63,14 +64,30 @@ class State(Protocol):
     minima: list[tuple[Atom, int]]
     generated: list[fx.Node]
 
-    def axes_of(self, node: fx.Node) -> Value: ...
-    def int_of(self, value: Any) -> int: ...
-    def is_symbolic(self, value: Any) -> bool: ...
-    def is_pure_data(self, value: Any) -> bool: ...
-    def record_role(self, node: fx.Node, axis: Atom, role: str) -> None: ...
-    def comes_from_parameters(self, node: Any) -> bool: ...
-    def constant_value(self, node: fx.Node) -> torch.Tensor | None: ...
-    def add_rewrite(self, node: fx.Node, rewrite: Rewrite) -> None: ...
+    def axes_of(self, node: fx.Node) -> Value:
+        """The axes of a node's value; a list of lists where it has several, None where it has
+        none."""
+
+    def int_of(self, value: Any) -> int:
+        """A size as a number: sizes of the input are stood for by distinct primes."""
+
+    def is_symbolic(self, value: Any) -> bool:
+        """Whether a size depends on the input."""
+
+    def is_pure_data(self, value: Any) -> bool:
+        """Whether a size comes from the input alone, without a factor of the model."""
+
+    def record_role(self, node: fx.Node, axis: Atom, role: str) -> None:
+        """Note what an axis of a parameter does: produces, consumes, scales or looks up."""
+
+    def comes_from_parameters(self, node: Any) -> bool:
+        """Whether a value is computed from parameters alone."""
+
+    def constant_value(self, node: fx.Node) -> torch.Tensor | None:
+        """The tensor of a node that is a constant of the graph, or None."""
+
+    def add_rewrite(self, node: fx.Node, rewrite: Rewrite) -> None:
+        """Run a rewrite on this node's copy at every edit."""
 
 
 class Op:
@@ -101,6 +118,11 @@ class Op:
         return next((self.args[n] for n in names if n in self.args), None)
 
     def integer_value(self, value: Any) -> int:
+        """A size argument as a number.
+
+        Args:
+            value: a number, a symbol, or the node of one.
+        """
         return self.state.int_of(value)
 
     # Axes
@@ -146,9 +168,20 @@ class Op:
         return out
 
     def is_data(self, atom: Atom) -> bool:
+        """Whether an axis has a size that comes with the input.
+
+        Args:
+            atom: axis.
+        """
         return any(DATA in leaf.locks for leaf in atom.leaves())
 
     def lock(self, axes: Sequence[Atom], reason: str) -> None:
+        """Forbid to prune axes.
+
+        Args:
+            axes: of any operand or result.
+            reason: a phrase that follows "locked:"; the name of this node is added.
+        """
         for atom in axes:
             self.space.lock(atom, f"{reason} ({self.node.name})")
 
@@ -183,6 +216,12 @@ class Op:
         return self.state.domains.get(operand)
 
     def set_domain(self, axis: Atom | None, output: int | None = None) -> None:
+        """Declare that the values of a result count along an axis.
+
+        Args:
+            axis: whose positions the values are; None declares nothing.
+            output: number of the result where the op has several.
+        """
         if axis is not None:
             self.state.domains[self.node if output is None else (self.node, output)] = axis
 
@@ -206,6 +245,7 @@ class Op:
         """Argument ``name`` is a list of sizes, one for each axis from ``start`` on."""
 
         def apply(node: fx.Node, keep: Keep) -> None:
+            """Write the new sizes into the copy."""
             sizes = list(get_arg(node, name))
             for i, atom in enumerate(axes, start):
                 if i < len(sizes) and keep.touches(atom):
@@ -218,6 +258,7 @@ class Op:
         """Argument ``name`` is an int that follows an axis."""
 
         def apply(node: fx.Node, keep: Keep) -> None:
+            """Write the new number into the copy."""
             if keep.touches(atom):
                 set_arg(node, name, size(keep))
 

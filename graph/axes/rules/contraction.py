@@ -10,6 +10,7 @@ from secateur.graph.axes.rules.base import Axes, Op, axis_rule, set_arg
 
 @axis_rule("aten::linear")
 def linear(op: Op) -> Axes:
+    """x [..., K], weight [N, K], bias [N] -> [..., N]: K is tied and consumed, N is produced."""
     x = op.axes(op["input"])
     weight = op.axes(op["weight"])
     bias = op.axes(op["bias"])
@@ -28,12 +29,14 @@ def linear(op: Op) -> Axes:
     "aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::inner", "aten::vdot"
 )
 def matmul(op: Op) -> Axes:
+    """[..., M, K] x [..., K, N] -> [..., M, N]: K is tied, leading axes are broadcast."""
     a, b = list(op.tensors())[:2]
     return _contract_last_axes(op, a, b, len(op.value.shape))
 
 
 @axis_rule("aten::addmm", "aten::baddbmm", "aten::addmv")
 def addmm(op: Op) -> Axes:
+    """input + [M, K] x [K, N]: as matmul, and the input is broadcast over the result."""
     bias, a, b = list(op.tensors())[:3]
     rank = len(op.value.shape)
     out = op.broadcast([_contract_last_axes(op, a, b, rank), op.axes(bias)], rank)
@@ -81,6 +84,7 @@ def _mark_attention(op: Op, batch: Axes, inner: Atom, column: Axes) -> None:
 
 @axis_rule("aten::einsum")
 def einsum(op: Op) -> Axes:
+    """Axes of one letter are tied; letters that the result lacks are summed over."""
     equation = op["equation"].replace(" ", "")
     operands = list(op["tensors"])
     inputs, _, output = equation.partition("->")
@@ -122,12 +126,15 @@ def _tie_letter(op: Op, named: dict[str, Atom], letter: str, axis: Atom) -> None
 
 @axis_rule("aten::outer", "aten::ger")
 def outer(op: Op) -> Axes:
+    """[M], [N] -> [M, N]: nothing is tied."""
     return [op.axes(op["self"])[0], op.axes(op["vec2"])[0]]
 
 
 # Attention
 @axis_rule("aten::scaled_dot_product_attention")
 def attention(op: Op) -> Axes:
+    """Query, key and value -> output: query and key are tied in width, key and value in positions,
+    query heads to the key/value heads that they share."""
     query, key, value = (op.axes(op[n]) for n in ("query", "key", "value"))
     op.space.unify(query[-1], key[-1])
     op.space.unify(key[-2], value[-2])
@@ -165,6 +172,7 @@ def _pin_scale(op: Op, inner: Atom) -> None:
     scale = inner.size**-0.5
 
     def apply(node: fx.Node, keep: Keep) -> None:
+        """Write the scale of the captured width where that width changed."""
         if keep.touches(inner):
             set_arg(node, "scale", scale)
 
@@ -174,16 +182,19 @@ def _pin_scale(op: Op, inner: Atom) -> None:
 # Convolution
 @axis_rule("aten::conv1d", "aten::conv2d", "aten::conv3d")
 def conv(op: Op) -> Axes:
+    """Convolution: input channels are consumed, output channels produced, spatial axes locked."""
     return _tie_convolution(op, transposed=False)
 
 
 @axis_rule("aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d")
 def conv_transpose(op: Op) -> Axes:
+    """Transposed convolution: the weight is [in, out, ...]."""
     return _tie_convolution(op, transposed=True)
 
 
 @axis_rule("aten::convolution")
 def convolution(op: Op) -> Axes:
+    """The general form of both, by its argument ``transposed``."""
     return _tie_convolution(op, transposed=bool(op["transposed"]))
 
 
@@ -262,6 +273,7 @@ def grouped_mm(op: Op) -> Axes:
 
 @axis_rule("aten::cdist", "aten::_cdist_forward")
 def cdist(op: Op) -> Axes:
+    """Distances of all pairs: the axis that a distance runs over is locked."""
     a = op.axes(op["x1"])
     b = op.axes(op["x2"])
     op.lock([a[-1], b[-1]], "a distance runs over it")

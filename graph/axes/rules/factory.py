@@ -36,4 +36,5 @@ def tie_positional_fill(op: Op) -> Axes:
 
 @axis_rule(*(f"aten::{n}" for n in SILENT))
 def ignore_result(op: Op) -> None:
+    """An op whose result no other op reads as a tensor of axes."""
     return None

@@ -18,6 +18,7 @@ from secateur.graph.axes.rules.reduction import lock_unless_softmax
 
 @axis_rule("aten::embedding")
 def embedding(op: Op) -> Axes:
+    """Rows of a table by index: [vocabulary, H], indices [...] -> [..., H]."""
     weight = op.axes(op["weight"])
     indices = op.axes(op["indices"])
     op.space.mark(weight[0], "vocabulary" if _from_input(op["indices"]) else "table")
@@ -38,6 +39,7 @@ def _from_input(node: fx.Node) -> bool:
 
 @axis_rule("aten::index", "aten::_unsafe_index")
 def index(op: Op) -> Axes:
+    """x[i, :, j]: axes that are picked from are tied to the index's domain, or locked."""
     axes = op.axes(op["self"])
     picks = [*op["indices"], *[None] * (len(axes) - len(op["indices"]))]
     at = [i for i, pick in enumerate(picks) if pick is not None]
@@ -83,6 +85,7 @@ def _constant_range(op: Op, axes: Axes, dim: int, pick: fx.Node) -> bool:
     before, axes[dim], _ = parts
 
     def apply(node: fx.Node, keep: Keep) -> None:
+        """Make the pick a slice of the kept neighbours."""
         if keep.touches(source):
             if before.size:
                 first = keep.size(before)
@@ -118,6 +121,7 @@ def _pick_by_mask(op: Op, axes: Axes, picks: list[fx.Node | None], at: list[int]
 
 @axis_rule("aten::index_select")
 def index_select(op: Op) -> Axes:
+    """One axis picked from by a list of positions."""
     axes = op.axes(op["self"])
     dim = op.dim(len(axes))
     op.index_into(axes[dim], op["index"])
@@ -128,6 +132,7 @@ def index_select(op: Op) -> Axes:
 
 @axis_rule("aten::gather", "aten::take_along_dim")
 def gather(op: Op) -> Axes:
+    """Values along one axis by an index of the result's shape; other axes are tied."""
     axes = op.axes(op["self"])
     index = op.axes(op.first_argument("index", "indices"))
     dim = op.dim(len(axes))
@@ -148,6 +153,7 @@ _WRITES = (
 
 @axis_rule(*(f"aten::{n}" for n in _WRITES))
 def scatter(op: Op) -> Axes:
+    """Writes along one axis by an index; other axes are tied to those of the source."""
     axes = op.axes(op["self"])
     dim = op.dim(len(axes))
     if op.name == "select_scatter":
@@ -171,6 +177,7 @@ def scatter(op: Op) -> Axes:
 
 @axis_rule("aten::slice_scatter")
 def slice_scatter(op: Op) -> Axes:
+    """A source is written over a range of one axis, which is locked."""
     axes = op.axes(op["self"])
     source = op.axes(op["src"])
     dim = op.dim(len(axes))
@@ -183,6 +190,7 @@ def slice_scatter(op: Op) -> Axes:
 
 @axis_rule("aten::index_put", "aten::_index_put_impl")
 def index_put(op: Op) -> Axes:
+    """x[i] = values: axes that are written by an index are tied to its domain, or locked."""
     axes = op.axes(op["self"])
     values = op.axes(op["values"])
     picks = [*op["indices"], *[None] * (len(axes) - len(op["indices"]))]
@@ -198,6 +206,7 @@ def index_put(op: Op) -> Axes:
 
 @axis_rule("aten::masked_scatter")
 def masked_scatter(op: Op) -> Axes:
+    """Values are written where a mask says: all axes are locked."""
     axes = op.axes(op["self"])
     op.lock(axes, "written through a mask")
     op.lock(op.axes(op["source"]), "written through a mask")
@@ -207,6 +216,7 @@ def masked_scatter(op: Op) -> Axes:
 # Makers of indices
 @axis_rule("aten::topk")
 def topk(op: Op) -> Value:
+    """The k largest along an axis, which stays at least k long; the indices count along it."""
     axes = op.axes(op["self"])
     dim = op.dim(len(axes))
     count = op.integer_value(op["k"])
@@ -222,6 +232,7 @@ def topk(op: Op) -> Value:
 
 @axis_rule("aten::sort", "aten::argsort", "aten::msort")
 def sort(op: Op) -> Value:
+    """An axis in the order of its values: locked, but an order of input sizes is data."""
     axes = op.axes(op["self"])
     dim = op.dim(len(axes))
     source = axes[dim]
@@ -243,6 +254,7 @@ DATA_ORDER = "sorted by value"
 
 @axis_rule("aten::one_hot")
 def one_hot(op: Op) -> Axes:
+    """Indices as rows of zeros and a one: the new axis is tied to the domain of the indices."""
     classes = Atom(op.sizes()[-1])
     domain = op.index_domain(op["self"])
     if domain is not None and domain.size == classes.size:
@@ -255,6 +267,7 @@ def one_hot(op: Op) -> Axes:
 
 @axis_rule("aten::histc")
 def histc(op: Op) -> Axes:
+    """Counts by bins: tied to the domain of what is counted where the bins are its positions."""
     bins = Atom(op.sizes()[0])
     domain = op.index_domain(op["self"])
     whole = op["min"] == 0 and op["max"] in (bins.size - 1, bins.size)
@@ -276,6 +289,7 @@ def histc(op: Op) -> Axes:
     "aten::_unique2",
 )
 def count(op: Op) -> Value:
+    """Ops whose result has the size of what they find: operands are locked."""
     op.lock(op.axes(op["self"]), f"read by {op.name}")
     if isinstance(op.value, (tuple, list)):
         return [op.make_fresh_axes(value, lock=f"made by {op.name}") for value in op.value]
@@ -284,6 +298,7 @@ def count(op: Op) -> Value:
 
 @axis_rule("aten::searchsorted", "aten::bucketize")
 def search(op: Op) -> Axes:
+    """Positions in a sorted table, which is locked."""
     table = op.first_argument("sorted_sequence", "boundaries")
     queries = op["self"]
     op.lock(op.axes(table), "searched")

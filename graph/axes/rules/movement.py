@@ -20,6 +20,7 @@ aten = torch.ops.aten
     )
 )
 def view(op: Op) -> Axes:
+    """Axes regrouped in order, as products and factors of each other."""
     out = _tie_regrouped_axes(op)
     op.set_domain(op.index_domain(op["self"]))
     if "size" in op.args or "shape" in op.args:
@@ -52,6 +53,7 @@ def squeeze(op: Op) -> Axes:
 
 @axis_rule("aten::unflatten")
 def unflatten(op: Op) -> Axes:
+    """One axis as a product of several."""
     out = _tie_regrouped_axes(op)
     op.resize_list("sizes", out[op.dim(len(op.axes(op["self"]))) :])
     return out
@@ -66,6 +68,7 @@ def unflatten(op: Op) -> Axes:
     "aten::unfold_copy",
 )
 def tie_strided_view(op: Op) -> Axes:
+    """Reads by strides or as another dtype: nothing can be told apart, all is locked."""
     op.lock(op.axes(op["self"]), "read by strides or as another dtype")
     return op.make_fresh_axes(lock="read by strides or as another dtype")
 
@@ -96,11 +99,13 @@ def _view_of_nothing(op: Op, axes: Axes) -> Axes:
 # Permutations
 @axis_rule("aten::permute")
 def permute(op: Op) -> Axes:
+    """Axes in the order of ``dims``."""
     return _permute_axes(op, [d % len(op.value.shape) for d in op["dims"]])
 
 
 @axis_rule("aten::t", "aten::numpy_T")
 def t(op: Op) -> Axes:
+    """Axes in reverse order."""
     return _permute_axes(op, list(range(len(op.value.shape)))[::-1])
 
 
@@ -108,6 +113,7 @@ def t(op: Op) -> Axes:
     "aten::transpose", "aten::swapaxes", "aten::swapdims", "aten::mT", "aten::adjoint", "aten::mH"
 )
 def transpose(op: Op) -> Axes:
+    """Two axes exchanged."""
     rank = len(op.value.shape)
     a = op.first_argument("dim0", "axis0")
     b = op.first_argument("dim1", "axis1")
@@ -124,6 +130,7 @@ def transpose(op: Op) -> Axes:
 
 @axis_rule("aten::movedim", "aten::moveaxis")
 def movedim(op: Op) -> Axes:
+    """Axes moved to other places."""
     rank = len(op.value.shape)
     order = torch.movedim(
         torch.empty(list(range(2, rank + 2))), op["source"], op["destination"]
@@ -140,6 +147,7 @@ def _permute_axes(op: Op, order: list[int]) -> Axes:
 # Repetition
 @axis_rule("aten::expand", "aten::broadcast_to", "aten::expand_as", "aten::expand_copy")
 def expand(op: Op) -> Axes:
+    """Axes of size one stretched, new ones in front."""
     axes = op.axes(op["self"])
     out = op.make_fresh_axes()
     offset = len(out) - len(axes)
@@ -157,6 +165,7 @@ def expand(op: Op) -> Axes:
 
 @axis_rule("aten::repeat", "aten::tile")
 def repeat(op: Op) -> Axes:
+    """Each axis several times over: a product of copies and axis."""
     if "repeats" in op.args:
         name = "repeats"
     else:
@@ -172,6 +181,7 @@ def repeat(op: Op) -> Axes:
 
 @axis_rule("aten::repeat_interleave.self_int")
 def repeat_interleave(op: Op) -> Axes:
+    """Each position of an axis several times: a product of axis and copies."""
     axes = op.axes(op["self"])
     if op["dim"] is None:
         axes = [make_product(axes)]
@@ -187,6 +197,7 @@ def repeat_interleave(op: Op) -> Axes:
 
 @axis_rule("aten::repeat_interleave.self_Tensor", "aten::repeat_interleave.Tensor")
 def repeat_by_tensor(op: Op) -> Axes:
+    """Positions repeated as a tensor says: that axis is locked."""
     axes = op.axes(op.first_argument("self", "repeats"))
     dim = op.dim(len(axes))
     op.lock([axes[dim]], "repeated by a tensor")
@@ -205,6 +216,7 @@ def _repeat_atom(op: Op, times: object) -> Atom:
 # Cuts
 @axis_rule("aten::slice", "aten::narrow", "aten::slice_copy")
 def slice_(op: Op) -> Axes:
+    """A range of an axis: the axis falls into what lies before, in and after it."""
     axes = op.axes(op["self"])
     sizes = op.sizes()
     dim = op.dim(len(axes))
@@ -251,6 +263,7 @@ def _cut_range(op: Op, source: Atom, start: int, length: int) -> Atom:
     before, middle, after = parts
 
     def apply(node: fx.Node, keep: Keep) -> None:
+        """Write the bounds that the kept units have now."""
         if not keep.touches(source):
             return
         if before.size:
@@ -273,6 +286,7 @@ def _cut_range(op: Op, source: Atom, start: int, length: int) -> Atom:
 
 @axis_rule("aten::select", "aten::select_copy")
 def select(op: Op) -> Axes:
+    """One position of an axis, which goes."""
     axes = op.axes(op["self"])
     dim = op.dim(len(axes))
     source = axes.pop(dim)
@@ -304,12 +318,14 @@ def select(op: Op) -> Axes:
     "aten::unsafe_split_with_sizes",
 )
 def split(op: Op) -> Value:
+    """An axis as a list of ranges."""
     axes = op.axes(op["self"])
     dim = op.dim(len(axes))
     parts = _split_axis(op, axes[dim], [op.integer_value(piece.shape[dim]) for piece in op.value])
     source = axes[dim]
 
     def apply(node: fx.Node, keep: Keep) -> None:
+        """Write the bounds that the kept units have now."""
         if keep.touches(source):
             node.target = aten.split_with_sizes.default
             node.args, node.kwargs = (node.args[0], [keep.size(part) for part in parts], dim), {}
@@ -320,6 +336,7 @@ def split(op: Op) -> Value:
 
 @axis_rule("aten::unbind", "aten::unbind_copy")
 def unbind(op: Op) -> Value:
+    """An axis as a list of its positions, which are locked."""
     axes = op.axes(op["self"])
     dim = op.dim(len(axes))
     _split_axis(op, axes[dim], [1] * axes[dim].size)
@@ -341,6 +358,7 @@ def _split_axis(op: Op, source: Atom, sizes: list[int]) -> list[Atom]:
 # Joins
 @axis_rule("aten::cat", "aten::concat", "aten::concatenate")
 def cat(op: Op) -> Axes:
+    """Axes one after another: a concatenation; the other axes are tied."""
     rank = len(op.value.shape)
     operands = [axes for axes in map(op.axes, op["tensors"]) if len(axes) == rank]
     dim = op.dim(rank)
@@ -360,6 +378,7 @@ def cat(op: Op) -> Axes:
 
 @axis_rule("aten::stack")
 def stack(op: Op) -> Axes:
+    """Tensors along a new axis, all their axes tied."""
     operands = [op.axes(x) for x in op["tensors"]]
     out = operands[0][:]
     for other in operands[1:]:
@@ -373,6 +392,7 @@ def stack(op: Op) -> Axes:
     "aten::constant_pad_nd", "aten::pad", "aten::reflection_pad1d", "aten::replication_pad1d"
 )
 def pad(op: Op) -> Axes:
+    """An axis with locked edges before and after it."""
     axes = op.axes(op["self"])
     sizes = op.sizes()
     widths = op.first_argument("pad", "padding")
@@ -409,6 +429,7 @@ def _pad_axis(op: Op, axis: Atom, low: int, high: int, size: int) -> Atom:
     "aten::roll", "aten::flip", "aten::rot90", "aten::channel_shuffle", "aten::pixel_shuffle"
 )
 def reorder(op: Op) -> Axes:
+    """Positions in another order: those axes are locked."""
     axes = op.axes(op["self"])
     dims = op.first_argument("dims")
     op.lock([axes[d] for d in dims] if dims else axes, "reordered by position")

@@ -34,6 +34,7 @@ _ADDS = {"add", "sub", "rsub"}
 
 @axis_rule("tag::pointwise", *(f"aten::{name}" for name in POINTWISE_NAMES))
 def pointwise(op: Op) -> list[Axes] | Axes:
+    """Every op of the tag pointwise: axes aligned at the right are tied."""
     operands = list(op.tensors())
     if op.name in IDENTITY:
         op.set_domain(op.index_domain(operands[0]))
@@ -74,12 +75,14 @@ def _is_fixed_table(op: Op, node: fx.Node) -> bool:
 
 @axis_rule("aten::type_as")
 def type_as(op: Op) -> Axes:
+    """The dtype of another tensor: axes and domain stay."""
     op.set_domain(op.index_domain(op["self"]))
     return op.axes(op["self"])
 
 
 @axis_rule("aten::tril", "aten::triu")
 def triangle(op: Op) -> Axes:
+    """A triangle of a matrix: its two axes are locked."""
     axes = op.axes(op["self"])
     op.lock(axes[-2:], "a triangle is cut by position")
     return axes
@@ -87,6 +90,7 @@ def triangle(op: Op) -> Axes:
 
 @axis_rule("aten::prelu")
 def prelu(op: Op) -> Axes:
+    """A slope for each channel: tied to axis 1."""
     axes = op.axes(op["self"])
     weight = op.axes(op["weight"])
     if weight and weight[0].size > 1:
@@ -97,6 +101,7 @@ def prelu(op: Op) -> Axes:
 
 @axis_rule("aten::view_as_complex")
 def view_as_complex(op: Op) -> Axes:
+    """[..., 2] as complex numbers: the last axis goes, locked."""
     axes = op.axes(op["self"])
     op.lock(axes[-1:], "real and imaginary part")
     return axes[:-1]
@@ -104,11 +109,13 @@ def view_as_complex(op: Op) -> Axes:
 
 @axis_rule("aten::view_as_real")
 def view_as_real(op: Op) -> Axes:
+    """Complex numbers as [..., 2]: a locked axis is added."""
     return [*op.axes(op["self"]), op.space.make_locked_leaf(2, "real and imaginary part")]
 
 
 @axis_rule("aten::glu")
 def glu(op: Op) -> Axes:
+    """One half gates the other: the halves of an axis are tied."""
     axes = op.axes(op["self"])
     dim = op.dim(len(axes))
     halves = op.space.split_concat(axes[dim], [axes[dim].size // 2] * 2)

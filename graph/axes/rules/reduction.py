@@ -25,11 +25,13 @@ _HARD = "amax amin max min argmax argmin prod any all median aminmax nanmedian m
 
 @axis_rule(*(f"aten::{n}" for n in _SOFT))
 def reduce(op: Op) -> Value:
+    """Sums and means: an absent unit adds nothing, so that the axis stays free."""
     return _drop_reduced_axes(op, lambda axis: op.space.mark(axis, f"reduced by {op.name}"))
 
 
 @axis_rule(*(f"aten::{n}" for n in _HARD))
 def extremum(op: Op) -> Value:
+    """Choices among the entries of an axis: locked, but after a softmax."""
     if op.first_argument("dim") is None and len(list(op.tensors())) == 2:  # maximum of two tensors
         return op.broadcast([op.axes(x) for x in op.tensors()], len(op.value.shape))
     return _drop_reduced_axes(op, lambda axis: lock_unless_softmax(op, axis))
@@ -88,6 +90,7 @@ def _drop_reduced_axes(op: Op, note: Callable[[Atom], None]) -> Value:
     *(f"aten::{n}" for n in "softmax _softmax log_softmax _log_softmax _safe_softmax".split())
 )
 def softmax(op: Op) -> Axes:
+    """An axis on which an absent unit is worth minus infinity."""
     axes = op.axes(op["self"])
     op.space.mark(axes[op.dim(len(axes))], "softmax")
     return axes
@@ -95,6 +98,7 @@ def softmax(op: Op) -> Axes:
 
 @axis_rule("aten::cumsum")
 def cumsum(op: Op) -> Axes:
+    """Running sums: an absent unit adds nothing."""
     axes = op.axes(op["self"])
     op.space.mark(axes[op.dim(len(axes))], "running sum")
     return axes
@@ -102,6 +106,7 @@ def cumsum(op: Op) -> Axes:
 
 @axis_rule("aten::cumprod", "aten::logcumsumexp")
 def tie_running_reduction(op: Op) -> Axes:
+    """Running products and the like: the axis is locked."""
     axes = op.axes(op["self"])
     op.lock([axes[op.dim(len(axes))]], f"{op.name} runs over it")
     return axes
@@ -109,6 +114,7 @@ def tie_running_reduction(op: Op) -> Axes:
 
 @axis_rule("aten::cummax", "aten::cummin")
 def running_extremum(op: Op) -> Value:
+    """Running maxima and minima: the axis is locked."""
     axes = op.axes(op["self"])
     op.lock([axes[op.dim(len(axes))]], f"{op.name} runs over it")
     return [axes, list(axes)]
@@ -116,6 +122,7 @@ def running_extremum(op: Op) -> Value:
 
 @axis_rule("aten::diff")
 def diff(op: Op) -> Axes:
+    """Differences of neighbours: the axis is locked."""
     axes = op.axes(op["self"])
     dim = op.dim(len(axes))
     op.lock([axes[dim]], "neighbours are subtracted")
@@ -131,6 +138,7 @@ def diff(op: Op) -> Axes:
     )
 )
 def fourier(op: Op) -> Axes:
+    """Fourier transforms: all axes are locked."""
     op.lock(op.axes(op["self"]), "a Fourier transform runs over it")
     return op.make_fresh_axes(lock="a Fourier transform runs over it")
 
@@ -138,6 +146,7 @@ def fourier(op: Op) -> Axes:
 # Norms
 @axis_rule("aten::layer_norm", "aten::rms_norm", "aten::native_layer_norm", "aten::_fused_rms_norm")
 def norm(op: Op) -> Value:
+    """Norms over the last axes: weight and bias are tied to them, and scale."""
     axes = op.axes(op["input"])
     own = axes[len(axes) - len(op["normalized_shape"]) :]
     for name in ("weight", "bias"):
@@ -157,6 +166,7 @@ def norm(op: Op) -> Value:
     "aten::batch_norm", "aten::native_batch_norm", "aten::_native_batch_norm_legit_no_training"
 )
 def batch_norm(op: Op) -> Value:
+    """Statistics of each channel: tied to axis 1."""
     axes = op.axes(op["input"])
     for name in ("weight", "bias", "running_mean", "running_var"):
         for mine in op.axes(op.first_argument(name)):
@@ -169,6 +179,7 @@ def batch_norm(op: Op) -> Value:
 
 @axis_rule("aten::group_norm")
 def group_norm(op: Op) -> Axes:
+    """Norms of groups of channels: whole groups can go."""
     axes = op.axes(op["input"])
     for name in ("weight", "bias"):
         for mine in op.axes(op[name]):
@@ -185,6 +196,7 @@ def group_norm(op: Op) -> Axes:
 
 @axis_rule("aten::instance_norm")
 def by_channel(op: Op) -> Axes:
+    """Norms of an instance: locked."""
     axes = op.axes(op.first_argument("input", "self"))
     op.lock(axes, f"{op.name} runs over it")
     return op.make_fresh_axes(lock=f"{op.name} runs over it")
@@ -206,6 +218,7 @@ _RESIZES = (
     "aten::_upsample_bicubic2d_aa",
 )
 def pool(op: Op) -> Value:
+    """Pooling and resizing: spatial axes are locked, the others pass."""
     axes = op.axes(op.first_argument("self", "input"))
     if "1d" in op.name:
         spatial = 1

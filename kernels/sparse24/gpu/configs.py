@@ -54,10 +54,12 @@ class GemmConfig:
 
     @property
     def rows(self) -> int:
+        """Outputs of a block."""
         return 16 * self.mt * self.wm
 
     @property
     def batch(self) -> int:
+        """Batch rows of a block."""
         return 8 * self.nt * self.wn
 
 

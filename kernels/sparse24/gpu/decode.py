@@ -110,6 +110,7 @@ def decode(
     WARPS: gl.constexpr,
     L: gl.constexpr,
 ):
+    """A block of 16 MT outputs and 8 NT batch rows over one share of the columns."""
     BLOCK: gl.constexpr = 128 if KIND == "int4" else 64  # columns
     V: gl.constexpr = 256 if KIND == "float" else 128  # words of values in a block of 16 rows
     E: gl.constexpr = BLOCK // 2  # words of indices

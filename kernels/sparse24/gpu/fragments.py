@@ -81,10 +81,12 @@ class Fragments:
 
     @property
     def padded_columns(self) -> int:
+        """Inputs K, padded to whole fragments."""
         return 64 * int(self.indices.shape[1])
 
     @property
     def nbytes(self) -> int:
+        """Bytes of values, indices and scales."""
         return sum(t.nbytes for t in (self.values, self.indices, self.scale) if t is not None)
 
 

@@ -173,6 +173,7 @@ def gemm(
     LE: gl.constexpr,
     LX: gl.constexpr,
 ):
+    """A block of 16 MT WM outputs and 8 NT WN batch rows, x staged through shared memory."""
     BLOCK: gl.constexpr = 128 if KIND == "int4" else 64  # columns
     R: gl.constexpr = (
         2 if KIND == "float" else 1

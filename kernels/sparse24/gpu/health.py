@@ -49,6 +49,7 @@ class Asked(NamedTuple):
 
 @lru_cache
 def find_chip(device: torch.device) -> Chip:
+    """What a device is, asked once."""
     found = torch.cuda.get_device_properties(device)
     return Chip(
         str(found.name), 10 * int(found.major) + int(found.minor), int(found.multi_processor_count)

@@ -82,6 +82,8 @@ def combine_planes(planes: Tensor, bias: Tensor | None, dtype: torch.dtype) -> T
 
 
 def launch_options(x: Tensor, weight: Fragments) -> dict[str, Any]:
+    """Compile-time options that all kernels share: the kind of the values, and whether x is
+    fp16."""
     return {"KIND": value_kind(weight.kind), "F16": x.dtype == torch.float16}
 
 
@@ -105,6 +107,7 @@ def kernel_operands(x: Tensor, weight: Fragments, out: Tensor) -> tuple[Any, ...
 
 
 def run_decode(x: Tensor, weight: Fragments, bias: Tensor | None, choice: KernelChoice) -> Tensor:
+    """y = x W^T + b for few rows, by the decode kernel."""
     c = choice.config
     assert isinstance(c, DecodeConfig)
     if len(x) > 8 * c.nt:
@@ -122,6 +125,7 @@ def run_decode(x: Tensor, weight: Fragments, bias: Tensor | None, choice: Kernel
 
 
 def run_gemm(x: Tensor, weight: Fragments, bias: Tensor | None, choice: KernelChoice) -> Tensor:
+    """y = x W^T + b by the kernel on mma.sp."""
     c = choice.config
     assert isinstance(c, GemmConfig)
     planes = planes_for(x, weight, bias, choice.splits)
@@ -145,6 +149,7 @@ def run_gemm(x: Tensor, weight: Fragments, bias: Tensor | None, choice: KernelCh
 
 
 def run_wgmma(x: Tensor, weight: Fragments, bias: Tensor | None, choice: KernelChoice) -> Tensor:
+    """y = x W^T + b by the kernel on Hopper's warpgroup instruction."""
     c = choice.config
     assert isinstance(c, WgmmaConfig)
     planes = planes_for(x, weight, bias, 1)
@@ -171,10 +176,12 @@ def expand_weight(weight: Fragments, dtype: torch.dtype) -> Tensor:
 
 
 def run_expand(x: Tensor, weight: Fragments, bias: Tensor | None, choice: KernelChoice) -> Tensor:
+    """y = x W^T + b by expanding W once and torch's dense product."""
     return F.linear(x, expand_weight(weight, x.dtype), bias)
 
 
 def run_portable(x: Tensor, weight: Fragments, bias: Tensor | None, choice: KernelChoice) -> Tensor:
+    """y = x W^T + b by the kernel in plain Triton."""
     planes = planes_for(x, weight, bias, 1)
     tensors = (
         x.view(torch.int32),

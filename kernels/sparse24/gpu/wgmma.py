@@ -41,6 +41,7 @@ def wgmma_text(element: str) -> str:
     """
 
     def operands(block: int, n: int) -> str:
+        """The registers of one operand, by number."""
         return "{" + ", ".join(f"${block * REGISTERS + i}" for i in range(n)) + "}"
 
     lines = [
@@ -94,6 +95,7 @@ def wgmma(
     STAGES: gl.constexpr,
     L: gl.constexpr,
 ):
+    """A block of 64 WG outputs and 128 batch rows, x staged through shared memory."""
     WARPS: gl.constexpr = 4 * WG
     ROWS: gl.constexpr = 128
     TEXT: gl.constexpr = F16_TEXT if F16 else BF16
