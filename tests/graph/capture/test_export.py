@@ -140,7 +140,7 @@ def test_the_example_s_own_sizes_fix_nothing(shape: tuple[int, int]) -> None:
 
 
 def test_a_plain_module_without_example_inputs_is_told_what_to_pass() -> None:
-    with pytest.raises(CaptureError, match="pass example_inputs"):
+    with pytest.raises(CaptureError, match="give capture example_inputs"):
         graph.capture(NanoGPT())
     with pytest.raises(CaptureError, match=r"example_inputs name \['tokens'\]"):
         graph.capture(NanoGPT(), {"tokens": IDS})
